@@ -1,0 +1,181 @@
+"""The physical pool of key and value pages, for all layers of a model.
+
+Page-major: `[num_pages, num_layers, num_kv_heads, page_size, head_dim]`, one
+array for K and one for V. Seen flat, layer `l` of page `p` is row
+`p * num_layers + l`, so that an attention op reads a layer through the same
+flat array, with its page indices moved: no slice of a layer is ever made, and
+the sentinel `num_pages` stays out of range in every layer.
+
+A step writes first, then attends, and never reads the old pool again: XLA then
+updates the donated pool in place.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from paged_jax.pytree import Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVPool:
+  """Key and value pages of all layers."""
+
+  k: Leaf  # [num_pages, num_layers, num_kv_heads, page_size, head_dim]
+  v: Leaf  # [num_pages, num_layers, num_kv_heads, page_size, head_dim]
+
+  @property
+  def num_pages(self) -> int:
+    """Pages of the pool."""
+    return self.k.shape[0]
+
+  @property
+  def num_layers(self) -> int:
+    """Layers that keep K and V in each page."""
+    return self.k.shape[1]
+
+  @property
+  def page_size(self) -> int:
+    """Tokens a page holds."""
+    return self.k.shape[3]
+
+
+def init(
+  num_pages: int,
+  num_layers: int,
+  num_kv_heads: int,
+  page_size: int,
+  head_dim: int,
+  dtype: DTypeLike = jnp.bfloat16,
+) -> KVPool:
+  """Returns a pool of zeros.
+
+  Args:
+    num_pages: Pages, at least 1.
+    num_layers: Layers that keep K and V in each page, at least 1.
+    num_kv_heads: Key and value heads, at least 1.
+    page_size: Tokens a page holds; a positive multiple of 8.
+    head_dim: Width of one head, at least 1.
+    dtype: bfloat16, float16 or float32.
+
+  Raises:
+    ValueError: If an argument is out of its range, or if the pool would have
+      2**31 token rows or more (the width of a scatter index).
+  """
+  shape = (num_pages, num_layers, num_kv_heads, page_size, head_dim)
+  names = ("num_pages", "num_layers", "num_kv_heads", "page_size", "head_dim")
+  for name, value in zip(names, shape, strict=True):
+    if value < 1:
+      raise ValueError(f"{name}={value} must be at least 1.")
+  if page_size % 8:
+    raise ValueError(f"{page_size=} must be a multiple of 8.")
+  if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
+    raise ValueError(f"{dtype=} must be bfloat16, float16 or float32.")
+  num_rows = num_pages * num_layers * num_kv_heads * page_size
+  if num_rows >= 2**31:
+    raise ValueError(
+      f"{shape=} has {num_rows} rows of head_dim elements; the limit is "
+      "2**31 - 1."
+    )
+  return KVPool(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+
+
+def page_bytes(
+  num_layers: int,
+  num_kv_heads: int,
+  page_size: int,
+  head_dim: int,
+  dtype: DTypeLike,
+) -> int:
+  """Returns the bytes of one page: K and V of all layers."""
+  tokens = num_layers * num_kv_heads * page_size
+  return 2 * tokens * head_dim * jnp.dtype(dtype).itemsize
+
+
+def write(
+  pool: KVPool,
+  layer: int,
+  k: Float[Array, "num_tokens num_kv_heads head_dim"],
+  v: Float[Array, "num_tokens num_kv_heads head_dim"],
+  slots: Int[Array, " num_tokens"],
+) -> KVPool:
+  """Returns the pool with new tokens of one layer at their slots.
+
+  In place when the pool is donated or carried by a loop.
+
+  Args:
+    pool: The pool; donate it, and do not read the old one after the write.
+    layer: Which layer, in `[0, num_layers)`.
+    k: [num_tokens, num_kv_heads, head_dim], new keys, rotated already. Cast to
+      the dtype of the pool.
+    v: The same of the values.
+    slots: i32[num_tokens], `page * page_size + offset` (see
+      `page_table.slots`). Slots out of range are dropped; the others must
+      differ from one another.
+
+  Raises:
+    ValueError: If a shape does not fit the pool, or `layer` is out of range.
+  """
+  num_pages, num_layers, num_kv_heads, page_size, head_dim = pool.k.shape
+  num_tokens = slots.shape[0]
+  if not 0 <= layer < num_layers:
+    raise ValueError(f"{layer=} must be in [0, {num_layers}).")
+  for name, x in (("k", k), ("v", v)):
+    if x.shape != (num_tokens, num_kv_heads, head_dim):
+      raise ValueError(
+        f"{name}.shape={x.shape} must be "
+        f"{(num_tokens, num_kv_heads, head_dim)}."
+      )
+  rows = _flat_rows(slots, layer, pool.k.shape)
+
+  def put(pages: Array, x: Array) -> Array:
+    flat = pages.reshape(-1, head_dim)
+    flat = flat.at[rows].set(
+      x.reshape(-1, head_dim).astype(pages.dtype),
+      mode="drop",
+      unique_indices=True,
+    )
+    return flat.reshape(pages.shape)
+
+  return KVPool(k=put(pool.k, k), v=put(pool.v, v))
+
+
+def layer_pages(
+  pool: KVPool, layer: int, page_indices: Array
+) -> tuple[Array, Array, Array]:
+  """Returns the K pages, V pages and page indices by which to read a layer.
+
+  Args:
+    pool: The pool.
+    layer: Which layer, in `[0, num_layers)`.
+    page_indices: i32[num_seqs, pages_per_seq] of the page table.
+
+  Returns:
+    K and V as [num_pages * num_layers, num_kv_heads, page_size, head_dim] (a
+    view of the whole pool) and the indices of this layer's pages in them.
+  """
+  num_pages, num_layers, *tile = pool.k.shape
+  flat = (num_pages * num_layers, *tile)
+  return (
+    pool.k.reshape(flat),
+    pool.v.reshape(flat),
+    page_indices * num_layers + layer,
+  )
+
+
+def _flat_rows(slots: Array, layer: int, shape: tuple[int, ...]) -> Array:
+  """Returns i32[num_tokens * num_kv_heads], rows of the pool seen flat."""
+  num_pages, num_layers, num_kv_heads, page_size, _ = shape
+  inside = (slots >= 0) & (slots < num_pages * page_size)
+  page, offset = slots // page_size, slots % page_size
+  head = jnp.arange(num_kv_heads, dtype=jnp.int32)
+  page_head = (page * num_layers + layer)[:, None] * num_kv_heads + head[None]
+  rows = page_head * page_size + offset[:, None]
+  # Out of range, for JAX to drop. Alike for all of them: scattering promises
+  # distinct rows only among those that are written.
+  nowhere = num_pages * num_layers * num_kv_heads * page_size
+  return jnp.where(inside[:, None], rows, nowhere).reshape(-1)

@@ -1,0 +1,112 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paged_jax import kv_pool
+
+SHAPE = dict(
+  num_pages=3, num_layers=2, num_kv_heads=2, page_size=8, head_dim=16
+)
+
+
+def _tokens(n, seed):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.standard_normal((n, 2, 16)), jnp.float32)
+
+
+def test_write_puts_each_token_at_its_slot_of_its_layer_only():
+  pool = kv_pool.init(**SHAPE, dtype=jnp.float32)
+  k, v = _tokens(4, 0), _tokens(4, 1)
+  slots = jnp.array([0, 23, 9, 7], jnp.int32)
+  written = kv_pool.write(pool, 1, k, v, slots)
+  expected_k = np.zeros((3, 2, 2, 8, 16), np.float32)
+  expected_v = np.zeros_like(expected_k)
+  for token, slot in enumerate(slots.tolist()):
+    expected_k[slot // 8, 1, :, slot % 8] = k[token]
+    expected_v[slot // 8, 1, :, slot % 8] = v[token]
+  np.testing.assert_array_equal(np.asarray(written.k), expected_k)
+  np.testing.assert_array_equal(np.asarray(written.v), expected_v)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_slots_out_of_range_are_dropped(layer):
+  pool = kv_pool.init(**SHAPE, dtype=jnp.float32)
+  slots = jnp.array([24, 25, -1, 2**31 - 1, -(2**31)], jnp.int32)
+  written = kv_pool.write(pool, layer, _tokens(5, 0), _tokens(5, 1), slots)
+  assert not np.asarray(written.k).any()
+  assert not np.asarray(written.v).any()
+
+
+def test_write_casts_to_the_dtype_of_the_pool():
+  pool = kv_pool.init(**SHAPE, dtype=jnp.bfloat16)
+  k = _tokens(1, 0)
+  written = kv_pool.write(pool, 0, k, k, jnp.array([0], jnp.int32))
+  assert written.k.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(
+    np.asarray(written.k[0, 0, :, 0]), np.asarray(k[0].astype(jnp.bfloat16))
+  )
+
+
+def test_layer_pages_read_what_was_written_and_keep_the_sentinel_out():
+  pool = kv_pool.init(**SHAPE, dtype=jnp.float32)
+  k, v = _tokens(2, 0), _tokens(2, 1)
+  pool = kv_pool.write(pool, 1, k, v, jnp.array([8, 17], jnp.int32))
+  table = jnp.array([[1, 2, 3]], jnp.int32)
+  for layer in range(2):
+    k_pages, v_pages, pages = kv_pool.layer_pages(pool, layer, table)
+    assert k_pages.shape == (6, 2, 8, 16)
+    assert int(pages[0, 2]) >= k_pages.shape[0]
+    np.testing.assert_array_equal(
+      np.asarray(k_pages[pages[0, 0]]), np.asarray(pool.k[1, layer])
+    )
+    np.testing.assert_array_equal(
+      np.asarray(v_pages[pages[0, 1]]), np.asarray(pool.v[2, layer])
+    )
+
+
+def test_a_donated_pool_is_written_in_place():
+  pool = jax.eval_shape(lambda: kv_pool.init(**(SHAPE | dict(num_pages=512))))
+  tokens = jax.ShapeDtypeStruct((4, 2, 16), jnp.bfloat16)
+  slots = jax.ShapeDtypeStruct((4,), jnp.int32)
+  write = jax.jit(
+    lambda pool, k, v, slots: kv_pool.write(pool, 0, k, v, slots),
+    donate_argnums=0,
+  )
+  memory = write.lower(pool, tokens, tokens, slots).compile().memory_analysis()
+  pool_bytes = 512 * kv_pool.page_bytes(2, 2, 8, 16, jnp.bfloat16)
+  assert memory.alias_size_in_bytes == pool_bytes
+  assert memory.temp_size_in_bytes < pool_bytes / 100
+
+
+def test_page_bytes_is_what_a_page_takes():
+  pool = kv_pool.init(**SHAPE, dtype=jnp.bfloat16)
+  total = pool.k.nbytes + pool.v.nbytes
+  assert 3 * kv_pool.page_bytes(2, 2, 8, 16, jnp.bfloat16) == total
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(num_pages=0), "num_pages=0"),
+    (dict(page_size=12), "page_size=12"),
+    (dict(head_dim=0), "head_dim=0"),
+    (dict(dtype=jnp.int8), "dtype="),
+    (dict(num_pages=2**27), "rows"),
+  ],
+)
+def test_sizes_out_of_range_are_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    kv_pool.init(**(SHAPE | changes))
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_tokens_that_do_not_fit_the_pool_are_named():
+  pool = kv_pool.init(**SHAPE)
+  good, slots = _tokens(2, 0), jnp.zeros(2, jnp.int32)
+  with pytest.raises(ValueError, match="layer=2"):
+    kv_pool.write(pool, 2, good, good, slots)
+  with pytest.raises(ValueError, match="k.shape"):
+    kv_pool.write(pool, 0, good[:, :1], good, slots)
+  with pytest.raises(ValueError, match="v.shape"):
+    kv_pool.write(pool, 0, good, good[:1], slots)
