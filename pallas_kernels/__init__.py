@@ -1,0 +1,1 @@
+"""Pallas GPU kernels: arrays in, arrays out; one kernel a file."""

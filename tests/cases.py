@@ -1,0 +1,109 @@
+"""Random paged problems: permuted tables, uneven lengths, poisoned memory."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+# ||out - oracle|| / ||oracle||, by dtype of the pages: rounding of P and of the
+# output to the pages' dtype; float32 is left with the order of its sums.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 4e-3, "float16": 1e-3}
+
+
+@dataclasses.dataclass
+class Problem:
+  """Arguments of `ragged_paged_attention`, in NumPy."""
+
+  q: np.ndarray
+  k_pages: np.ndarray
+  v_pages: np.ndarray
+  kv_lens: np.ndarray
+  page_indices: np.ndarray
+  cu_q_lens: np.ndarray
+  num_active: int
+
+  def args(self):
+    return tuple(jnp.asarray(x) for x in dataclasses.astuple(self))
+
+  def decode_args(self):
+    return self.args()[:5]
+
+
+def make(
+  *,
+  kv_lens,
+  q_lens=None,
+  num_q_heads=4,
+  num_kv_heads=2,
+  head_dim=64,
+  page_size=16,
+  dtype="float32",
+  spare_pages=3,
+  spare_tokens=0,
+  num_active=None,
+  poison=np.nan,
+  seed=0,
+):
+  """Returns a Problem in which every byte that must not matter is `poison`.
+
+  That is: page tails, pages that no sequence names, the pages of sequences
+  from `num_active` on, and the query tokens of nobody.
+  """
+  rng = np.random.default_rng(seed)
+  q_lens = [1] * len(kv_lens) if q_lens is None else q_lens
+  num_active = len(kv_lens) if num_active is None else num_active
+  pages_of = [-(-n // page_size) for n in kv_lens]
+  num_pages = max(1, sum(pages_of) + spare_pages)
+  width = max(1, *pages_of) + 1
+  order = rng.permutation(num_pages)
+  table = np.full((len(kv_lens), width), num_pages, np.int32)
+  shape = (num_pages, num_kv_heads, page_size, head_dim)
+  k_pages, v_pages = np.full(shape, poison), np.full(shape, poison)
+  at = 0
+  for seq, kv_len in enumerate(kv_lens):
+    table[seq, : pages_of[seq]] = order[at : at + pages_of[seq]]
+    at += pages_of[seq]
+    if seq >= num_active:
+      continue
+    for position in range(kv_len):
+      page, offset = table[seq, position // page_size], position % page_size
+      k_pages[page, :, offset] = rng.standard_normal((num_kv_heads, head_dim))
+      v_pages[page, :, offset] = rng.standard_normal((num_kv_heads, head_dim))
+  cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
+  num_tokens = int(cu_q_lens[-1]) + spare_tokens
+  q = rng.standard_normal((num_tokens, num_q_heads, head_dim))
+  q[cu_q_lens[num_active] :] = poison
+  cast = lambda x: np.asarray(jnp.asarray(x, dtype))
+  return Problem(
+    q=cast(q),
+    k_pages=cast(k_pages),
+    v_pages=cast(v_pages),
+    kv_lens=np.asarray(kv_lens, np.int32),
+    page_indices=table,
+    cu_q_lens=cu_q_lens,
+    num_active=num_active,
+  )
+
+
+def relative_error(out, expected):
+  """Returns ||out - expected|| / ||expected||; NaN or Inf in `out` is Inf."""
+  out = np.asarray(out, np.float64)
+  assert out.shape == expected.shape, (out.shape, expected.shape)
+  if not np.isfinite(out).all():
+    return np.inf
+  norm = np.linalg.norm(expected)
+  return np.linalg.norm(out - expected) / (norm if norm else 1.0)
+
+
+def assert_matches(out, lse, expected, expected_lse, dtype):
+  """Asserts that output and LSE are the oracle's within rounding."""
+  tolerance = TOLERANCE[str(dtype)]
+  assert relative_error(out, expected) < tolerance
+  empty = np.isneginf(expected_lse)
+  np.testing.assert_array_equal(np.isneginf(np.asarray(lse)), empty)
+  assert not np.asarray(out, np.float64)[empty].any()
+  seen = ~empty
+  # Logits are sums of products of the given numbers, whatever their dtype.
+  np.testing.assert_allclose(
+    np.asarray(lse)[seen], expected_lse[seen], rtol=0, atol=2e-5
+  )

@@ -1,0 +1,177 @@
+"""Paged attention as plainly as it can be said: NumPy, float64, one query.
+
+Shares no code with the library: the judge of every implementation.
+"""
+
+import numpy as np
+
+
+def attend_one(
+  q, keys, values, visible, *, scale, logits_soft_cap=None, sinks=None
+):
+  """One query token, all its heads, over a contiguous context.
+
+  q [num_q_heads, head_dim]; keys, values [context, num_kv_heads, head_dim];
+  visible bool[context]. Returns out [num_q_heads, head_dim], lse [num_q_heads].
+  """
+  num_q_heads, head_dim = q.shape
+  num_kv_heads = keys.shape[1]
+  out = np.zeros((num_q_heads, head_dim))
+  lse = np.full(num_q_heads, -np.inf)
+  where = np.flatnonzero(visible)
+  if where.size == 0:
+    return out, lse
+  for head in range(num_q_heads):
+    kv_head = head // (num_q_heads // num_kv_heads)
+    logits = keys[where, kv_head].astype(np.float64) @ q[head].astype(
+      np.float64
+    )
+    logits = logits * scale
+    if logits_soft_cap is not None:
+      logits = logits_soft_cap * np.tanh(logits / logits_soft_cap)
+    if sinks is not None:
+      logits = np.append(logits, np.float64(sinks[head]))
+    top = logits.max()
+    weights = np.exp(logits - top)
+    lse[head] = top + np.log(weights.sum())
+    weights = weights / weights.sum()
+    weights = weights[: where.size]
+    out[head] = weights @ values[where, kv_head].astype(np.float64)
+  return out, lse
+
+
+def context_of(pages, row, kv_len):
+  """Gathers a context [kv_len, num_kv_heads, head_dim], and what is mapped."""
+  num_pages, num_kv_heads, page_size, head_dim = pages.shape
+  context = np.zeros((kv_len, num_kv_heads, head_dim), np.float64)
+  mapped = np.zeros(kv_len, bool)
+  for position in range(kv_len):
+    page = int(row[position // page_size])
+    if 0 <= page < num_pages:
+      context[position] = pages[page, :, position % page_size]
+      mapped[position] = True
+  return context, mapped
+
+
+def ragged_paged_attention(
+  q,
+  k_pages,
+  v_pages,
+  kv_lens,
+  page_indices,
+  cu_q_lens,
+  num_active,
+  *,
+  scale=None,
+  sliding_window=None,
+  num_sink_tokens=0,
+  logits_soft_cap=None,
+  sinks=None,
+):
+  """Every option of the public op. Returns float64 out and lse."""
+  q = np.asarray(q, np.float64)
+  k_pages = np.asarray(k_pages, np.float64)
+  v_pages = np.asarray(v_pages, np.float64)
+  if scale is None:
+    scale = q.shape[-1] ** -0.5
+  out = np.zeros(q.shape)
+  lse = np.full(q.shape[:2], -np.inf)
+  for seq in range(int(num_active)):
+    kv_len = int(kv_lens[seq])
+    keys, mapped = context_of(k_pages, page_indices[seq], kv_len)
+    values, _ = context_of(v_pages, page_indices[seq], kv_len)
+    start, end = int(cu_q_lens[seq]), int(cu_q_lens[seq + 1])
+    for i in range(end - start):
+      pos = kv_len - (end - start) + i
+      key = np.arange(kv_len)
+      visible = mapped & (key <= pos)
+      if sliding_window is not None:
+        visible &= (key > pos - sliding_window) | (key < num_sink_tokens)
+      out[start + i], lse[start + i] = attend_one(
+        q[start + i],
+        keys,
+        values,
+        visible,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+      )
+  return out, lse
+
+
+def paged_attention(q, k_pages, v_pages, kv_lens, page_indices, **options):
+  """One query a sequence, at its last position."""
+  num_seqs = len(kv_lens)
+  # A sequence of length 0 has a query, but nothing to see.
+  return ragged_paged_attention(
+    q,
+    k_pages,
+    v_pages,
+    kv_lens,
+    page_indices,
+    np.arange(num_seqs + 1),
+    num_seqs,
+    **options,
+  )
+
+
+def _rms_norm(x, weight, eps):
+  return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
+
+
+def _rotate(x, positions, theta):
+  """x [num_tokens, num_heads, head_dim]: pair i is (x[i], x[i + half])."""
+  half = x.shape[-1] // 2
+  angle = positions[:, None] * theta ** (-np.arange(half) / half)
+  cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+  a, b = x[..., :half], x[..., half:]
+  return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def llama_logits(config, weights, tokens):
+  """Logits [num_tokens, vocab_size] of one sequence, recomputed from scratch.
+
+  `weights` by their Hugging Face names, products as [out, in].
+  """
+  w = {name: np.asarray(x, np.float64) for name, x in weights.items()}
+  n = len(tokens)
+  positions = np.arange(n)
+  x = w["model.embed_tokens.weight"][np.asarray(tokens)]
+  for i in range(config.num_layers):
+    at = f"model.layers.{i}"
+    h = _rms_norm(x, w[f"{at}.input_layernorm.weight"], config.rms_norm_eps)
+    heads = lambda name, h=h, at=at: (
+      h @ w[f"{at}.self_attn.{name}_proj.weight"].T
+    ).reshape(n, -1, config.head_dim)
+    q = _rotate(heads("q"), positions, config.rope_theta)
+    k = _rotate(heads("k"), positions, config.rope_theta)
+    v = heads("v")
+    out = [
+      attend_one(q[j], k, v, positions <= j, scale=config.head_dim**-0.5)[0]
+      for j in range(n)
+    ]
+    out = np.stack(out).reshape(n, -1)
+    x = x + out @ w[f"{at}.self_attn.o_proj.weight"].T
+    h = _rms_norm(
+      x, w[f"{at}.post_attention_layernorm.weight"], config.rms_norm_eps
+    )
+    gate = h @ w[f"{at}.mlp.gate_proj.weight"].T
+    up = h @ w[f"{at}.mlp.up_proj.weight"].T
+    x = (
+      x + (gate / (1 + np.exp(-gate)) * up) @ w[f"{at}.mlp.down_proj.weight"].T
+    )
+  x = _rms_norm(x, w["model.norm.weight"], config.rms_norm_eps)
+  head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
+  return x @ head.T
+
+
+def llama_greedy(config, weights, prompt, num_new):
+  """Greedy continuation of a prompt: token ids, and each one's log-prob."""
+  tokens, logprobs = list(prompt), []
+  for _ in range(num_new):
+    logits = llama_logits(config, weights, tokens)[-1]
+    token = int(logits.argmax())
+    top = logits.max()
+    logprobs.append(logits[token] - top - np.log(np.exp(logits - top).sum()))
+    tokens.append(token)
+  return tokens[len(prompt) :], logprobs
