@@ -1,0 +1,41 @@
+"""What the machine at hand can run."""
+
+import jax
+
+
+def default_device() -> jax.Device:
+  """Returns the device on which jit runs unless told otherwise."""
+  device = jax.config.jax_default_device
+  if isinstance(device, jax.Device):
+    return device
+  return jax.devices(device)[0]
+
+
+def why_not_hopper() -> str | None:
+  """Returns why the Mosaic GPU kernels do not run here, or None if they do."""
+  device = default_device()
+  if device.platform not in ("gpu", "cuda"):
+    return f"the default device is {device.device_kind!r}, not an NVIDIA GPU."
+  capability = getattr(device, "compute_capability", "unknown")
+  if capability != "9.0":
+    return (
+      f"{device.device_kind!r} has compute capability {capability}; the "
+      "kernels are for Hopper (9.0)."
+    )
+  return None
+
+
+def free_bytes(device: jax.Device) -> int | None:
+  """Returns the memory that can still be allocated on `device`, in bytes.
+
+  None where the platform does not say.
+  """
+  stats = device.memory_stats()
+  if stats is not None and "bytes_limit" in stats:
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+  try:
+    with open("/proc/meminfo", encoding="ascii") as lines:
+      fields = dict(line.split(":", 1) for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+  except (OSError, KeyError, ValueError):
+    return None

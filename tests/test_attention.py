@@ -1,0 +1,358 @@
+import dataclasses
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import paged_jax
+
+LENS = [0, 1, 15, 16, 17, 40, 300]
+OPTIONS = {
+  "plain": {},
+  "scale": dict(scale=0.3),
+  "window": dict(sliding_window=20),
+  "window_of_one": dict(sliding_window=1),
+  "window_and_sink_tokens": dict(sliding_window=20, num_sink_tokens=5),
+  "far_window_and_sink_tokens": dict(sliding_window=16, num_sink_tokens=20),
+  "soft_cap": dict(logits_soft_cap=1.5),
+  "all": dict(
+    scale=0.2, sliding_window=33, num_sink_tokens=4, logits_soft_cap=2.0
+  ),
+}
+mosaic = pytest.param("mosaic_gpu", marks=pytest.mark.gpu)
+# The dtypes that each implementation takes.
+RUNS = [
+  pytest.param("xla", "float32", id="xla-float32"),
+  pytest.param("xla", "bfloat16", id="xla-bfloat16"),
+  pytest.param("xla", "float16", id="xla-float16"),
+  pytest.param("mosaic_gpu", "bfloat16", marks=pytest.mark.gpu, id="mosaic-bf"),
+  pytest.param("mosaic_gpu", "float16", marks=pytest.mark.gpu, id="mosaic-f16"),
+]
+
+
+def _sinks(num_q_heads):
+  return np.linspace(-1, 3, num_q_heads).astype(np.float32)
+
+
+def _check_decode(problem, implementation, *, sinks=None, **options):
+  args = problem.decode_args()
+  out, lse = paged_jax.paged_attention(
+    *args,
+    sinks=None if sinks is None else jnp.asarray(sinks),
+    return_lse=True,
+    implementation=implementation,
+    **options,
+  )
+  assert out.dtype == problem.q.dtype
+  assert lse.dtype == jnp.float32
+  numpy_args = dataclasses.astuple(problem)[:5]
+  expected = oracle.paged_attention(*numpy_args, sinks=sinks, **options)
+  cases.assert_matches(out, lse, *expected, problem.k_pages.dtype)
+
+
+def _check_ragged(problem, *, sinks=None, **options):
+  out, lse = paged_jax.ragged_paged_attention(
+    *problem.args(),
+    sinks=None if sinks is None else jnp.asarray(sinks),
+    return_lse=True,
+    **options,
+  )
+  assert out.dtype == problem.q.dtype
+  expected = oracle.ragged_paged_attention(
+    *dataclasses.astuple(problem), sinks=sinks, **options
+  )
+  cases.assert_matches(out, lse, *expected, problem.k_pages.dtype)
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), RUNS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 1), (16, 1)])
+def test_decode_matches_oracle_for_shapes(
+  implementation, dtype, head_dim, heads
+):
+  num_q_heads, num_kv_heads = heads
+  problem = cases.make(
+    kv_lens=LENS,
+    num_q_heads=num_q_heads,
+    num_kv_heads=num_kv_heads,
+    head_dim=head_dim,
+    dtype=dtype,
+  )
+  _check_decode(problem, implementation)
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), RUNS)
+@pytest.mark.parametrize("page_size", [8, 16, 64, 256])
+def test_decode_matches_oracle_for_page_sizes(implementation, dtype, page_size):
+  edges = [page_size - 1, page_size, page_size + 1, 3 * page_size]
+  problem = cases.make(kv_lens=[0, 1, *edges], page_size=page_size, dtype=dtype)
+  _check_decode(problem, implementation)
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), RUNS)
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_decode_matches_oracle_for_options(
+  implementation, dtype, with_sinks, options
+):
+  problem = cases.make(kv_lens=LENS, num_q_heads=8, dtype=dtype)
+  sinks = _sinks(8) if with_sinks else None
+  _check_decode(problem, implementation, sinks=sinks, **options)
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), RUNS)
+def test_decode_skips_holes_wherever_they_are(implementation, dtype):
+  problem = cases.make(kv_lens=[300, 300, 300, 40, 16], dtype=dtype)
+  num_pages = problem.k_pages.shape[0]
+  for seq, column in [(0, 2), (0, 3), (1, 0), (1, 9), (1, 18), (4, 0)]:
+    problem.page_indices[seq, column] = num_pages
+  problem.page_indices[2, 5] = -1
+  problem.page_indices[2, 6] = num_pages + 1000
+  _check_decode(problem, implementation)
+  _check_decode(problem, implementation, sinks=_sinks(4), sliding_window=150)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 1)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ragged_matches_oracle_for_shapes(dtype, head_dim, heads):
+  num_q_heads, num_kv_heads = heads
+  problem = cases.make(
+    kv_lens=[0, 1, 15, 16, 17, 40, 300],
+    q_lens=[0, 1, 15, 7, 1, 33, 65],
+    num_q_heads=num_q_heads,
+    num_kv_heads=num_kv_heads,
+    head_dim=head_dim,
+    dtype=dtype,
+  )
+  _check_ragged(problem)
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 64, 256])
+def test_ragged_matches_oracle_for_page_sizes(page_size):
+  kv_lens = [page_size - 1, page_size, page_size + 1, 3 * page_size, 5]
+  q_lens = [page_size - 1, 1, 3, 2 * page_size, 0]
+  _check_ragged(cases.make(kv_lens=kv_lens, q_lens=q_lens, page_size=page_size))
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_ragged_matches_oracle_for_options(with_sinks, options):
+  problem = cases.make(
+    kv_lens=[0, 1, 40, 300, 70, 33],
+    q_lens=[0, 1, 40, 130, 1, 16],
+    num_q_heads=8,
+  )
+  _check_ragged(problem, sinks=_sinks(8) if with_sinks else None, **options)
+
+
+def test_ragged_matches_oracle_with_many_blocks():
+  problem = cases.make(
+    kv_lens=[700, 1, 260, 129, 64, 64, 3, 900],
+    q_lens=[600, 1, 257, 128, 64, 1, 3, 127],
+    num_q_heads=2,
+    num_kv_heads=1,
+  )
+  _check_ragged(problem)
+
+
+def test_ragged_ignores_inactive_sequences_and_padding_tokens():
+  problem = cases.make(
+    kv_lens=[40, 20, 33], q_lens=[4, 20, 7], num_active=2, spare_tokens=9
+  )
+  _check_ragged(problem)
+  out = paged_jax.ragged_paged_attention(*problem.args())
+  assert not np.asarray(out)[24:].any()
+
+
+def test_ragged_query_longer_than_its_context_sees_nothing_before_it():
+  # What a refused row looks like: its tokens were never stored.
+  problem = cases.make(kv_lens=[0, 3, 20], q_lens=[5, 6, 4])
+  _check_ragged(problem)
+
+
+def test_ragged_without_tokens_gives_an_empty_output():
+  problem = cases.make(kv_lens=[5, 6], q_lens=[0, 0])
+  out, lse = paged_jax.ragged_paged_attention(*problem.args(), return_lse=True)
+  assert out.shape == (0, 4, 64)
+  assert lse.shape == (0, 4)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize(("implementation", "dtype"), RUNS[:2] + RUNS[3:4])
+def test_unread_memory_leaves_no_trace(implementation, dtype, poison):
+  build = dict(kv_lens=LENS, dtype=dtype, page_size=64)
+  run = lambda problem: paged_jax.paged_attention(
+    *problem.decode_args(), return_lse=True, implementation=implementation
+  )
+  clean = run(cases.make(**build, poison=0.0))
+  dirty = run(cases.make(**build, poison=poison))
+  for a, b in zip(clean, dirty, strict=True):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_unread_memory_leaves_no_trace_in_a_ragged_batch(poison):
+  build = dict(
+    kv_lens=[17, 40, 64], q_lens=[17, 3, 1], num_active=2, spare_tokens=3
+  )
+  run = lambda problem: paged_jax.ragged_paged_attention(
+    *problem.args(), return_lse=True
+  )
+  clean = run(cases.make(**build, poison=0.0))
+  dirty = run(cases.make(**build, poison=poison))
+  for a, b in zip(clean, dirty, strict=True):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), RUNS[:1] + RUNS[3:4])
+def test_output_does_not_depend_on_page_order(implementation, dtype):
+  problem = cases.make(kv_lens=LENS, dtype=dtype)
+  num_pages = problem.k_pages.shape[0]
+  order = np.random.default_rng(5).permutation(num_pages)
+  moved = dataclasses.replace(
+    problem,
+    k_pages=problem.k_pages[order],
+    v_pages=problem.v_pages[order],
+    page_indices=np.append(np.argsort(order), num_pages)[
+      problem.page_indices
+    ].astype(np.int32),
+  )
+  run = lambda p: paged_jax.paged_attention(
+    *p.decode_args(), implementation=implementation
+  )
+  np.testing.assert_array_equal(
+    np.asarray(run(problem)), np.asarray(run(moved))
+  )
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), RUNS[:1] + RUNS[3:4])
+def test_two_runs_are_bitwise_equal(implementation, dtype):
+  problem = cases.make(kv_lens=LENS, dtype=dtype)
+  run = lambda: paged_jax.paged_attention(
+    *problem.decode_args(), return_lse=True, implementation=implementation
+  )
+  for a, b in zip(run(), run(), strict=True):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_temporary_memory_does_not_grow_with_the_context():
+  def temporary_bytes(pages_per_seq):
+    shapes = (
+      jax.ShapeDtypeStruct((64, 8, 64), jnp.float32),
+      jax.ShapeDtypeStruct((64, 2, 16, 64), jnp.float32),
+      jax.ShapeDtypeStruct((64, 2, 16, 64), jnp.float32),
+      jax.ShapeDtypeStruct((64,), jnp.int32),
+      jax.ShapeDtypeStruct((64, pages_per_seq), jnp.int32),
+    )
+    run = jax.jit(
+      lambda *args: paged_jax.paged_attention(*args, implementation="xla")
+    )
+    memory = run.lower(*shapes).compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+  assert temporary_bytes(4096) == temporary_bytes(64)
+
+
+def _decode_arguments():
+  names = ("q", "k_pages", "v_pages", "kv_lens", "page_indices")
+  return dict(
+    zip(names, cases.make(kv_lens=[5, 40]).decode_args(), strict=True)
+  )
+
+
+BAD_ARRAYS = {
+  "rank of q": ("q", lambda x: x[0], "q.shape"),
+  "rank of k_pages": ("k_pages", lambda x: x[0], "k_pages.shape"),
+  "rank of kv_lens": ("kv_lens", lambda x: x[None], "kv_lens.shape"),
+  "dtype of q": ("q", lambda x: x.astype(jnp.int32), "q.dtype=int32"),
+  "q unlike pages": ("q", lambda x: x.astype(jnp.bfloat16), "q.dtype=bfloat16"),
+  "v unlike k": ("v_pages", lambda x: x.astype(jnp.bfloat16), "v_pages.dtype"),
+  "fewer v pages": ("v_pages", lambda x: x[1:], "v_pages.shape"),
+  "head_dim": ("q", lambda x: x[..., :32], "head_dim 64"),
+  "heads": ("q", lambda x: x[:, :3], "num_q_heads=3"),
+  "queries": ("q", lambda x: x[:1], r"q.shape=\(1, 4, 64\)"),
+  "float lengths": (
+    "kv_lens",
+    lambda x: x.astype(jnp.float32),
+    "kv_lens.dtype",
+  ),
+  "float pages": (
+    "page_indices",
+    lambda x: x.astype(jnp.float32),
+    "page_indices.dtype",
+  ),
+  "rows of the table": ("page_indices", lambda x: x[:1], "page_indices.shape"),
+}
+
+
+@pytest.mark.parametrize(
+  ("name", "spoil", "message"), BAD_ARRAYS.values(), ids=BAD_ARRAYS
+)
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_wrong_arrays_are_named(name, spoil, message):
+  arguments = _decode_arguments()
+  arguments[name] = spoil(arguments[name])
+  with pytest.raises(ValueError, match=message):
+    paged_jax.paged_attention(**arguments)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_page_size_must_be_a_multiple_of_8():
+  arguments = _decode_arguments()
+  for name in ("k_pages", "v_pages"):
+    arguments[name] = arguments[name][:, :, :12]
+  with pytest.raises(ValueError, match="page_size=12"):
+    paged_jax.paged_attention(**arguments)
+
+
+BAD_OPTIONS = {
+  "scale": (dict(scale=float("nan")), "scale=nan"),
+  "scale array": (dict(scale=np.ones(2)), "scale="),
+  "window": (dict(sliding_window=0), "sliding_window=0"),
+  "float window": (dict(sliding_window=4.0), "sliding_window=4.0"),
+  "sink tokens": (dict(num_sink_tokens=-1), "num_sink_tokens=-1"),
+  "soft cap": (dict(logits_soft_cap=0.0), "logits_soft_cap=0.0"),
+  "soft cap bool": (dict(logits_soft_cap=True), "logits_soft_cap=True"),
+  "sinks": (dict(sinks=jnp.zeros(3)), r"sinks.shape=\(3,\)"),
+  "sinks dtype": (dict(sinks=jnp.zeros(4, jnp.int32)), "sinks.dtype=int32"),
+  "implementation": (dict(implementation="cuda"), "implementation='cuda'"),
+}
+
+
+@pytest.mark.parametrize(
+  ("options", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS
+)
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_wrong_options_are_named(options, message):
+  with pytest.raises(ValueError, match=message):
+    paged_jax.paged_attention(**_decode_arguments(), **options)
+  problem = cases.make(kv_lens=[5, 40], q_lens=[2, 3])
+  with pytest.raises(ValueError, match=message):
+    paged_jax.ragged_paged_attention(*problem.args(), **options)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_offsets_of_a_ragged_batch_must_fit():
+  args = list(cases.make(kv_lens=[5, 40], q_lens=[2, 3]).args())
+  for cu_q_lens in (args[5][:2], args[5].astype(jnp.float32)):
+    with pytest.raises(ValueError, match="cu_q_lens"):
+      paged_jax.ragged_paged_attention(*args[:5], cu_q_lens, args[6])
+  with pytest.raises(ValueError, match="num_active"):
+    paged_jax.ragged_paged_attention(*args[:6], jnp.zeros(2, jnp.int32))
+
+
+def test_a_kernel_that_cannot_run_here_is_refused_with_the_reason():
+  # head_dim 32 on a GPU, no GPU elsewhere.
+  problem = cases.make(kv_lens=[5], head_dim=32)
+  with pytest.raises(NotImplementedError, match="implementation='mosaic_gpu'"):
+    paged_jax.paged_attention(
+      *problem.decode_args(), implementation="mosaic_gpu"
+    )
+  with pytest.raises(NotImplementedError, match="implementation='mosaic_gpu'"):
+    paged_jax.ragged_paged_attention(
+      *problem.args(), implementation="mosaic_gpu"
+    )
