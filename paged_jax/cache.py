@@ -1,0 +1,146 @@
+"""The paged KV cache of a model, and the tokens of one step through it.
+
+A step reserves pages for every row at once, outside the layers, and works out
+where each of its tokens lives. Every layer then writes its K and V there and
+attends through the page table; nothing is allocated twice.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Int
+
+from paged_jax import kv_pool, page_table
+from paged_jax.kv_pool import KVPool
+from paged_jax.page_table import PageTable
+from paged_jax.pytree import Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedCache:
+  """A page table, and the pool whose pages it hands out."""
+
+  table: PageTable
+  pool: KVPool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """The tokens of one model step, flat, and where each of them lives."""
+
+  ok: Leaf  # bool[num_seqs], rows whose tokens were given room
+  seq_ids: Leaf  # i32[num_tokens], row of each token; num_seqs for padding
+  positions: Leaf  # i32[num_tokens], 0 for tokens that have no room
+  slots: Leaf  # i32[num_tokens], out of range for tokens that have no room
+  cu_q_lens: Leaf  # i32[num_seqs + 1], offsets of the rows' tokens
+  kv_lens: Leaf  # i32[num_seqs], 0 for rows that take no part
+  # Whether token i is the one new token of row i.
+  is_decode: bool = dataclasses.field(metadata=dict(static=True))
+
+
+def init(
+  *,
+  num_pages: int,
+  page_size: int,
+  num_seqs: int,
+  pages_per_seq: int,
+  num_layers: int,
+  num_kv_heads: int,
+  head_dim: int,
+  dtype: DTypeLike = jnp.bfloat16,
+) -> PagedCache:
+  """Returns an empty cache; arguments as in `page_table` and `kv_pool`.
+
+  Raises:
+    ValueError: If an argument is out of its range.
+  """
+  return PagedCache(
+    table=page_table.init(num_pages, page_size, num_seqs, pages_per_seq),
+    pool=kv_pool.init(
+      num_pages, num_layers, num_kv_heads, page_size, head_dim, dtype
+    ),
+  )
+
+
+def begin_step(
+  cache: PagedCache,
+  q_lens: Int[Array, " num_seqs"],
+  num_tokens: int,
+) -> tuple[PagedCache, Step]:
+  """Reserves room for the next tokens of every row: prefill, chunk or mixture.
+
+  The tokens of row `s` are `cu_q_lens[s] : cu_q_lens[s + 1]` of the flat axis.
+
+  Args:
+    cache: The cache.
+    q_lens: i32[num_seqs], new tokens of each row, 0 for none.
+    num_tokens: Length of the flat token axis, at least the sum of `q_lens`.
+
+  Returns:
+    The cache with lengths advanced for the rows that were served, and the
+    step. Refused rows keep their state; their tokens are not written and
+    attend to nothing.
+  """
+  appended = page_table.append(cache.table, q_lens)
+  table = appended.table
+  takes_part = appended.ok & (q_lens > 0)
+  kv_lens = jnp.where(takes_part, table.kv_lens, 0)
+
+  ends = jnp.cumsum(q_lens, dtype=jnp.int32)
+  cu_q_lens = jnp.pad(ends, (1, 0))
+  token = jnp.arange(num_tokens, dtype=jnp.int32)
+  seq_ids = jnp.searchsorted(ends, token, side="right").astype(jnp.int32)
+  row = jnp.minimum(seq_ids, table.num_seqs - 1)
+  written = (seq_ids < table.num_seqs) & takes_part[row]
+  positions = kv_lens[row] - (ends[row] - token)
+  positions = jnp.where(written, positions, 0)
+  # Refused rows have no slot: of them only the old tokens are stored.
+  slot_rows = jnp.where(written, seq_ids, table.num_seqs)
+  return dataclasses.replace(cache, table=table), Step(
+    ok=appended.ok,
+    seq_ids=seq_ids,
+    positions=positions,
+    slots=page_table.slots(table, slot_rows, positions),
+    cu_q_lens=cu_q_lens,
+    kv_lens=kv_lens,
+    is_decode=False,
+  )
+
+
+def begin_decode(
+  cache: PagedCache, rows: Bool[Array, " num_seqs"]
+) -> tuple[PagedCache, Step]:
+  """Reserves room for one token of each row marked: token `i` is of row `i`.
+
+  Args:
+    cache: The cache.
+    rows: bool[num_seqs], the rows that decode.
+
+  Returns:
+    As `begin_step`; `step.ok` is False for rows that were left out.
+  """
+  num_seqs = cache.table.num_seqs
+  appended = page_table.append(cache.table, rows.astype(jnp.int32))
+  ok = appended.ok & rows
+  table = appended.table
+  row = jnp.arange(num_seqs, dtype=jnp.int32)
+  positions = jnp.where(ok, table.kv_lens - 1, 0)
+  return dataclasses.replace(cache, table=table), Step(
+    ok=ok,
+    seq_ids=row,
+    positions=positions,
+    slots=page_table.slots(table, jnp.where(ok, row, num_seqs), positions),
+    cu_q_lens=jnp.arange(num_seqs + 1, dtype=jnp.int32),
+    kv_lens=jnp.where(ok, table.kv_lens, 0),
+    is_decode=True,
+  )
+
+
+def release(cache: PagedCache, rows: Bool[Array, " num_seqs"]) -> PagedCache:
+  """Returns the cache with `rows` emptied; see `page_table.release`."""
+  table = page_table.release(cache.table, rows)
+  return dataclasses.replace(cache, table=table)

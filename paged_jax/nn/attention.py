@@ -1,0 +1,136 @@
+"""Self-attention over a paged KV cache, as a Flax NNX module."""
+
+import dataclasses
+import typing
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from paged_jax import attention, kv_pool
+from paged_jax.cache import PagedCache, Step
+from paged_jax.nn.rotary import apply_rotary
+
+
+class PagedAttention(nnx.Module):
+  """Grouped-query causal attention whose K and V live in pages.
+
+  The cache is passed in and returned, never mutated: jit, scan and while_loop
+  see an ordinary value.
+
+  Example:
+    cache, step = begin_step(cache, q_lens, num_tokens=x.shape[0])
+    y, cache = attention(x, cache, step)
+  """
+
+  def __init__(
+    self,
+    hidden_size: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    layer: int,
+    rope_theta: float = 10_000.0,
+    sliding_window: int | None = None,
+    num_sink_tokens: int = 0,
+    logits_soft_cap: float | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    """Creates the projections.
+
+    Args:
+      hidden_size: Width of the input and the output.
+      num_q_heads: Query heads, a multiple of `num_kv_heads`.
+      num_kv_heads: Key and value heads.
+      head_dim: Width of one head, even.
+      layer: Which layer of the pool this module writes and reads.
+      rope_theta: Base of the rotary frequencies.
+      sliding_window: See `paged_jax.paged_attention`, as for the next four.
+      num_sink_tokens: First tokens that stay visible besides the window.
+      logits_soft_cap: Soft cap of the logits.
+      scale: Multiplies the logits; `head_dim ** -0.5` if None.
+      implementation: `"mosaic_gpu"`, `"xla"`, or None to choose.
+      dtype: Of the computation; that of the input and parameters if None.
+      param_dtype: Of the parameters.
+      rngs: For the initial parameters.
+
+    Raises:
+      ValueError: If the heads do not divide, or `head_dim` is odd.
+    """
+    if num_q_heads % num_kv_heads:
+      raise ValueError(f"{num_q_heads=} must be a multiple of {num_kv_heads=}.")
+    if head_dim % 2:
+      raise ValueError(f"{head_dim=} must be even.")
+    self.num_q_heads = num_q_heads
+    self.num_kv_heads = num_kv_heads
+    self.head_dim = head_dim
+    self.layer = layer
+    self.rope_theta = rope_theta
+    self.implementation = implementation
+    self.scale = scale
+    self.sliding_window = sliding_window
+    self.num_sink_tokens = num_sink_tokens
+    self.logits_soft_cap = logits_soft_cap
+    linear = dict(
+      use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+    )
+    num_heads = num_q_heads + 2 * num_kv_heads
+    # One product for q, k and v: three small ones cost more at decode.
+    self.qkv_proj = nnx.Linear(hidden_size, num_heads * head_dim, **linear)
+    self.o_proj = nnx.Linear(num_q_heads * head_dim, hidden_size, **linear)
+
+  def __call__(
+    self,
+    x: Float[Array, "num_tokens hidden_size"],
+    cache: PagedCache,
+    step: Step,
+  ) -> tuple[Array, PagedCache]:
+    """Returns the output, and the cache with this layer's K and V written.
+
+    Args:
+      x: [num_tokens, hidden_size], the flat tokens of the step.
+      cache: The cache, after `begin_step` or `begin_decode`.
+      step: What they returned.
+
+    Returns:
+      [num_tokens, hidden_size] and the next cache.
+    """
+    num_tokens = x.shape[0]
+    qkv = self.qkv_proj(x).reshape(num_tokens, -1, self.head_dim)
+    ends = (self.num_q_heads, self.num_q_heads + self.num_kv_heads)
+    q, k, v = jnp.split(qkv, ends, axis=1)
+    q = apply_rotary(q, step.positions, self.rope_theta)
+    k = apply_rotary(k, step.positions, self.rope_theta)
+    pool = kv_pool.write(cache.pool, self.layer, k, v, step.slots)
+    cache = dataclasses.replace(cache, pool=pool)
+    out = self._attend(q.astype(pool.k.dtype), cache, step)
+    out = out.astype(x.dtype).reshape(num_tokens, -1)
+    return self.o_proj(out), cache
+
+  def _attend(self, q: Array, cache: PagedCache, step: Step) -> Array:
+    k_pages, v_pages, page_indices = kv_pool.layer_pages(
+      cache.pool, self.layer, cache.table.page_indices
+    )
+    options = dict(
+      scale=self.scale,
+      sliding_window=self.sliding_window,
+      num_sink_tokens=self.num_sink_tokens,
+      logits_soft_cap=self.logits_soft_cap,
+    )
+    paged = (k_pages, v_pages, step.kv_lens, page_indices)
+    if step.is_decode:
+      out = attention.paged_attention(
+        q, *paged, implementation=self.implementation, **options
+      )
+    else:
+      num_active = cache.table.num_seqs
+      out = attention.ragged_paged_attention(
+        q, *paged, step.cu_q_lens, num_active, **options
+      )
+    return typing.cast(Array, out)  # no LSE asked for
