@@ -1,0 +1,34 @@
+import jax
+import jaxtyping
+import pytest
+
+from paged_jax import devices
+from paged_jax.models import demo
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# On a GPU the default multiplies float32 in TF32.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_collection_modifyitems(config, items):
+  """Leaves out what this machine cannot run, rather than skipping it."""
+  if devices.why_not_hopper() is None:
+    return
+  gpu = [item for item in items if item.get_closest_marker("gpu")]
+  config.hook.pytest_deselected(items=gpu)
+  items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture
+def unchecked_shapes():
+  """Turns the tests' own shape checks off, to reach the library's errors."""
+  jaxtyping.config.update("jaxtyping_disable", True)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def demo_path():
+  """The demo model's file, downloaded the first time."""
+  return demo.fetch()
