@@ -1,0 +1,17 @@
+"""Generation loops that run inside jit."""
+
+from paged_jax.generation.generate import (
+  CacheConfig,
+  Completion,
+  generate,
+  stream,
+)
+from paged_jax.generation.sampling import SamplingParams
+
+__all__ = [
+  "CacheConfig",
+  "Completion",
+  "SamplingParams",
+  "generate",
+  "stream",
+]

@@ -1,0 +1,340 @@
+import dataclasses
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import tiny_llama
+
+from paged_jax import cache as paged_cache
+from paged_jax.generation import (
+  CacheConfig,
+  SamplingParams,
+  generate,
+  loop,
+  sampling,
+  stream,
+)
+
+LENS = [1, 7, 8, 9, 17, 30]
+NUM_NEW = 20
+
+
+@functools.cache
+def _expected(length, num_new=NUM_NEW):
+  (prompt,) = tiny_llama.prompts([length], seed=length)
+  weights = tiny_llama.weights()
+  return oracle.llama_greedy(tiny_llama.CONFIG, weights, prompt, num_new)
+
+
+def _prompts(lens=LENS):
+  return [tiny_llama.prompts([n], seed=n)[0] for n in lens]
+
+
+def _greedy(lens=LENS, num_new=NUM_NEW, with_logprobs=False, **config):
+  return generate(
+    tiny_llama.model(),
+    _prompts(lens),
+    SamplingParams(max_new_tokens=num_new),
+    cache=CacheConfig(**config),
+    with_logprobs=with_logprobs,
+  )
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 64])
+@pytest.mark.parametrize("prefill_chunk", [1, 7, 64])
+def test_greedy_tokens_are_the_oracles(page_size, prefill_chunk):
+  result = _greedy(page_size=page_size, prefill_chunk=prefill_chunk)
+  for length, completion in zip(LENS, result, strict=True):
+    assert list(completion.token_ids) == _expected(length)[0]
+    assert completion.finish_reason == "length"
+    assert completion.logprobs is None
+
+
+def test_a_sequence_is_the_same_alone():
+  for length in (1, 9, 30):
+    (alone,) = _greedy([length])
+    assert list(alone.token_ids) == _expected(length)[0]
+
+
+def test_untied_heads_are_used():
+  config = dataclasses.replace(tiny_llama.CONFIG, tie_word_embeddings=False)
+  (prompt,) = tiny_llama.prompts([5])
+  (completion,) = generate(
+    tiny_llama.model(config), [prompt], SamplingParams(max_new_tokens=6)
+  )
+  weights = tiny_llama.weights(config)
+  expected, _ = oracle.llama_greedy(config, weights, prompt, 6)
+  assert list(completion.token_ids) == expected
+
+
+def test_logprobs_are_the_oracles():
+  result = _greedy(with_logprobs=True)
+  for length, completion in zip(LENS, result, strict=True):
+    np.testing.assert_allclose(
+      completion.logprobs, _expected(length)[1], rtol=0, atol=1e-4
+    )
+
+
+def test_stop_tokens_end_their_own_sequence_and_are_kept():
+  tokens = _expected(9)[0]
+  stop = tokens[5]
+  first = tokens.index(stop)
+  result = generate(
+    tiny_llama.model(),
+    _prompts([9, 17]),
+    [
+      SamplingParams(max_new_tokens=NUM_NEW, stop_token_ids=(95, stop)),
+      SamplingParams(max_new_tokens=NUM_NEW),
+    ],
+  )
+  assert result[0].finish_reason == "stop"
+  assert list(result[0].token_ids) == tokens[: first + 1]
+  assert list(result[1].token_ids) == _expected(17)[0]
+
+
+def test_each_sequence_has_its_own_number_of_new_tokens():
+  numbers = [1, 2, 20, 9, 1, 13]
+  params = [SamplingParams(max_new_tokens=n) for n in numbers]
+  result = generate(tiny_llama.model(), _prompts(), params)
+  for length, n, completion in zip(LENS, numbers, result, strict=True):
+    assert list(completion.token_ids) == _expected(length)[0][:n]
+    assert completion.finish_reason == "length"
+
+
+def test_a_sequence_ends_at_the_length_of_the_table():
+  # Of 32 tokens the last is sampled, but never stored.
+  result = _greedy([9, 30], max_len=32, page_size=8)
+  assert [len(c.token_ids) for c in result] == [20, 3]
+  assert list(result[1].token_ids) == _expected(30)[0][:3]
+  assert result[1].finish_reason == "length"
+
+
+def test_without_a_page_the_last_sequence_stops_and_the_others_go_on():
+  # Each needs 5 pages of 8 in the end; 2 * 5 + 2 of 15 are there.
+  result = _greedy([17, 17, 17], page_size=8, num_pages=12)
+  assert [c.finish_reason for c in result] == [
+    "length",
+    "length",
+    "out_of_pages",
+  ]
+  for completion in result[:2]:
+    assert list(completion.token_ids) == _expected(17)[0]
+  # What it had is right all the same: 17 + 15 tokens fill four pages.
+  got = list(result[2].token_ids)
+  assert got == _expected(17)[0][: len(got)]
+  assert 0 < len(got) < NUM_NEW
+
+
+def test_a_prompt_without_pages_stops_and_the_others_go_on():
+  # 30 tokens need 4 pages of 8; the others fit in the 4 that there are.
+  result = _greedy([30, 9, 1], page_size=8, num_pages=4, num_new=3)
+  reasons = [c.finish_reason for c in result]
+  assert reasons == ["length", "out_of_pages", "out_of_pages"]
+  result = _greedy([9, 30, 1], page_size=8, num_pages=4, num_new=3)
+  reasons = [c.finish_reason for c in result]
+  assert reasons == ["length", "out_of_pages", "length"]
+  assert result[1].token_ids == ()
+  assert list(result[0].token_ids) == _expected(9)[0][:3]
+  assert list(result[2].token_ids) == _expected(1)[0][:3]
+
+
+def test_stream_grows_to_what_generate_returns():
+  whole = _greedy()
+  params = SamplingParams(max_new_tokens=NUM_NEW)
+  snapshots = list(stream(tiny_llama.model(), _prompts(), params, interval=3))
+  assert snapshots[-1] == whole
+  assert len(snapshots) == 1 + -(-(NUM_NEW - 1) // 3)
+  for before, after in itertools.pairwise(snapshots):
+    for a, b in zip(before, after, strict=True):
+      assert b.token_ids[: len(a.token_ids)] == a.token_ids
+      assert a.finish_reason is None
+
+
+def test_sampled_tokens_depend_on_the_seed_and_not_on_the_batch():
+  sampled = lambda lens, seeds: [
+    c.token_ids
+    for c in generate(
+      tiny_llama.model(),
+      _prompts(lens),
+      [
+        SamplingParams(max_new_tokens=12, temperature=1.0, top_k=20, seed=s)
+        for s in seeds
+      ],
+    )
+  ]
+  together = sampled([9, 17, 9, 9], [1, 2, 1, 3])
+  assert together[0] == together[2] != together[3]
+  assert sampled([9], [1]) == [together[0]]
+
+
+class _Loop:
+  """The compiled loops on the tiny model, as `generate` runs them."""
+
+  def __init__(self, lens, num_new, num_pages=64, rows=4, config=None):
+    dtype = "float32" if config is None else "bfloat16"
+    config = config or tiny_llama.CONFIG
+    self.model = tiny_llama.model(config, dtype)
+    self.lens = jnp.asarray(lens + [0] * (rows - len(lens)), jnp.int32)
+    self.max_new = jnp.asarray(num_new + [1] * (rows - len(num_new)), jnp.int32)
+    self.how = sampling.stack([SamplingParams()] * rows)
+    self.cache = paged_cache.init(
+      num_pages=num_pages,
+      page_size=8,
+      num_seqs=rows,
+      pages_per_seq=16,
+      num_layers=config.num_layers,
+      num_kv_heads=config.num_kv_heads,
+      head_dim=config.head_dim,
+      dtype=dtype,
+    )
+    flat = [token for prompt in _prompts(lens) for token in prompt]
+    self.tokens = (
+      jnp.zeros(64, jnp.int32).at[: len(flat)].set(jnp.asarray(flat, jnp.int32))
+    )
+
+  def prefilled(self):
+    cache, logits = jax.jit(loop.prefill, static_argnames="chunk")(
+      self.model, self.cache, self.tokens, self.lens, chunk=32
+    )
+    return loop.start(
+      cache,
+      logits,
+      jnp.where(self.lens > 0, loop.RUNNING, loop.LENGTH),
+      self.max_new,
+      self.how,
+      capacity=32,
+      with_logprobs=False,
+    )
+
+  def decode_args(self, state, num_steps=100):
+    steps = jnp.asarray(num_steps, jnp.int32)
+    return self.model, state, self.max_new, self.how, steps
+
+
+def test_swapping_two_live_pages_changes_the_tokens():
+  # Of two sequences: within one, keys keep the position they were written
+  # with, and attention does not mind their order.
+  run = _Loop([30, 17], [NUM_NEW, NUM_NEW])
+  state = run.prefilled()
+  right = loop.decode(*run.decode_args(state))
+  assert right.tokens[0, :NUM_NEW].tolist() == _expected(30)[0]
+  assert right.tokens[1, :NUM_NEW].tolist() == _expected(17)[0]
+  table = state.cache.table
+  swapped = table.page_indices.at[:2, 0].set(table.page_indices[1::-1, 0])
+  table = dataclasses.replace(table, page_indices=swapped)
+  state = dataclasses.replace(
+    state, cache=dataclasses.replace(state.cache, table=table)
+  )
+  wrong = loop.decode(*run.decode_args(state))
+  assert wrong.tokens[0, :NUM_NEW].tolist() != _expected(30)[0]
+  assert wrong.tokens[1, :NUM_NEW].tolist() != _expected(17)[0]
+
+
+def test_every_page_is_free_when_all_have_ended():
+  run = _Loop([30, 9, 1], [3, 20, 7])
+  state = loop.decode(*run.decode_args(run.prefilled()))
+  table = state.cache.table
+  assert int(table.num_free) == table.num_pages
+  assert not np.asarray(table.ref_counts).any()
+  assert not np.asarray(table.kv_lens).any()
+
+
+def test_the_decode_loop_is_traced_once_whatever_the_lengths():
+  chex.clear_trace_counter()
+  decode = jax.jit(chex.assert_max_traces(loop.decode, n=1))
+  for lens, num_new in [([30, 9, 1], [3, 20, 7]), ([5], [32]), ([1] * 4, [2])]:
+    run = _Loop(lens, num_new)
+    state = decode(*run.decode_args(run.prefilled()))
+    for row, length in enumerate(lens):
+      n = num_new[row] if row < len(num_new) else 1
+      got = state.tokens[row, : int(state.num_new[row])].tolist()
+      assert got == _expected(length, 32)[0][:n]
+
+
+def _compiled_decode(run):
+  """The decode loop's program, and the pool that it carries."""
+  state = jax.eval_shape(run.prefilled)
+  decode = jax.jit(loop.decode, donate_argnames="state")
+  lowered = decode.lower(*run.decode_args(state))
+  return lowered.compile(), state.cache.pool.k
+
+
+def _assert_keeps_one_pool(compiled, pool):
+  memory = compiled.memory_analysis()
+  pool_bytes = 2 * pool.size * pool.dtype.itemsize
+  assert memory.alias_size_in_bytes >= pool_bytes
+  assert memory.temp_size_in_bytes < pool_bytes / 20
+  for line in compiled.as_text().splitlines():
+    if " copy(" in line or " copy-start(" in line:
+      shape = line.split(" copy")[0].split("[")[1].split("]")[0]
+      elements = np.prod([int(n) for n in shape.split(",") if n])
+      assert elements < pool.size, line
+
+
+def test_the_decode_loop_keeps_one_pool_and_calls_no_host():
+  run = _Loop([30, 9, 1], [3, 20, 7], num_pages=4096)
+  compiled, pool = _compiled_decode(run)
+  _assert_keeps_one_pool(compiled, pool)
+  hlo = compiled.as_text()
+  assert "while" in hlo
+  for word in ("callback", "outfeed", "infeed", "send("):
+    assert word not in hlo
+
+
+@pytest.mark.gpu
+def test_the_decode_loop_calls_the_kernel_on_the_pool_in_place():
+  config = dataclasses.replace(tiny_llama.CONFIG, head_dim=64)
+  run = _Loop([30, 9, 1], [3, 20, 7], num_pages=65536, config=config)
+  with jax.numpy_dtype_promotion("standard"):  # Flax promotes in its norms
+    compiled, pool = _compiled_decode(run)
+  assert pool.dtype == jnp.bfloat16
+  assert "mosaic_gpu" in compiled.as_text()
+  _assert_keeps_one_pool(compiled, pool)
+
+
+@pytest.mark.parametrize(
+  ("prompts", "message"),
+  [
+    ([], "prompts is empty"),
+    ([[1], []], r"prompts\[1\] is empty"),
+    ([[1, 96]], r"prompts\[0\] has token 96"),
+    ([[1], [-1]], r"prompts\[1\] has token -1"),
+    ([[1] * 129], r"prompts\[0\] has 129 tokens; max_len=128"),
+  ],
+)
+def test_wrong_prompts_are_named(prompts, message):
+  with pytest.raises(ValueError, match=message):
+    generate(tiny_llama.model(), prompts)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(page_size=12), "page_size=12"),
+    (dict(num_pages=0), "num_pages=0"),
+    (dict(max_len=-1), "max_len=-1"),
+    (dict(prefill_chunk=0), "prefill_chunk=0"),
+  ],
+)
+def test_wrong_cache_sizes_are_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    CacheConfig(**changes)
+
+
+def test_parameters_must_be_one_or_one_for_each_prompt():
+  params = [SamplingParams()] * 3
+  with pytest.raises(ValueError, match=r"len\(params\)=3"):
+    generate(tiny_llama.model(), [[1], [2]], params)
+  with pytest.raises(ValueError, match="interval=0"):
+    stream(tiny_llama.model(), [[1]], interval=0)
+
+
+def test_a_pool_that_does_not_fit_in_memory_is_refused(monkeypatch):
+  monkeypatch.setattr("paged_jax.devices.free_bytes", lambda device: 100)
+  with pytest.raises(MemoryError, match="page_bytes=8192"):
+    generate(tiny_llama.model(), [[1]])
