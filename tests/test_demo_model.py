@@ -1,0 +1,119 @@
+"""The demo model against Hugging Face transformers in float32 on PyTorch."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from paged_jax import cache as paged_cache
+from paged_jax.generation import CacheConfig, SamplingParams, generate, loop
+from paged_jax.models import gguf, llama
+
+pytestmark = pytest.mark.model
+
+REFERENCE = json.loads(
+  (pathlib.Path(__file__).parent / "data/demo_reference.json").read_text()
+)
+NUM_NEW = 48
+NAMES = [prompt["name"] for prompt in REFERENCE["prompts"]]
+
+
+@pytest.fixture(scope="module")
+def model(demo_path):
+  checkpoint = gguf.load(demo_path)
+  return llama.from_weights(
+    checkpoint.config, checkpoint.weights, param_dtype=jnp.float32
+  )
+
+
+def _reference(name):
+  return REFERENCE["prompts"][NAMES.index(name)]
+
+
+def _greedy(model, names, **config):
+  result = generate(
+    model,
+    [_reference(name)["prompt_token_ids"] for name in names],
+    SamplingParams(max_new_tokens=NUM_NEW),
+    cache=CacheConfig(**config),
+  )
+  return [list(completion.token_ids) for completion in result]
+
+
+def test_a_ragged_batch_gives_the_tokens_of_transformers(model):
+  assert len(NAMES) >= 8
+  tokens = _greedy(model, NAMES)
+  assert tokens == [_reference(name)["token_ids"] for name in NAMES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_prompt_alone_gives_the_tokens_of_transformers(model, name):
+  # One pool for all, so that the decode loop is compiled once.
+  tokens = _greedy(model, [name], num_pages=32, prefill_chunk=64)
+  assert tokens == [_reference(name)["token_ids"]]
+
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def _forced_logits(model, cache, tokens, prompt_len, forced, *, chunk):
+  """Logits after the prompt, and after each of the tokens forced then."""
+  cache, first = loop.prefill(model, cache, tokens, prompt_len, chunk=chunk)
+
+  def body(cache, token):
+    cache, step = paged_cache.begin_decode(cache, jnp.ones(1, bool))
+    hidden, cache = model(token[None], cache, step)
+    return cache, model.logits(hidden)[0]
+
+  _, rest = lax.scan(body, cache, forced)
+  return jnp.concatenate([first, rest])
+
+
+@pytest.mark.parametrize(
+  ("page_size", "chunk"), [(8, 1), (8, 64), (16, 7), (64, 1), (64, 64)]
+)
+def test_pages_and_chunks_do_not_change_the_logits(model, page_size, chunk):
+  reference = REFERENCE["logits"]
+  prompt = _reference(reference["prompt"])
+  ids = prompt["prompt_token_ids"]
+  config = model.config
+  cache = paged_cache.init(
+    num_pages=256 // page_size,
+    page_size=page_size,
+    num_seqs=1,
+    pages_per_seq=256 // page_size,
+    num_layers=config.num_layers,
+    num_kv_heads=config.num_kv_heads,
+    head_dim=config.head_dim,
+    dtype=jnp.float32,
+  )
+  padded = np.zeros(-(-len(ids) // chunk) * chunk, np.int32)
+  padded[: len(ids)] = ids
+  logits = _forced_logits(
+    model,
+    cache,
+    jnp.asarray(padded),
+    jnp.asarray([len(ids)], jnp.int32),
+    jnp.asarray(prompt["token_ids"][:-1], jnp.int32),
+    chunk=chunk,
+  )
+  logits = np.asarray(logits)
+  assert logits.argmax(-1).tolist() == prompt["token_ids"]
+  for row in reference["rows"]:
+    ours = logits[row["step"]]
+    expected = np.array(row["first"])
+    print(
+      "DEV",
+      chunk,
+      page_size,
+      row["step"],
+      np.abs(ours[: expected.size] - expected).max(),
+      np.abs(expected).max(),
+      ours.max() - row["max"],
+    )
+    np.testing.assert_allclose(
+      ours[: expected.size], expected, rtol=0, atol=1e-4
+    )
