@@ -242,7 +242,7 @@ class _Tiles:
     count = sink_tiles + jnp.maximum(end - self._first, 0)
     self.count = jnp.max(count, initial=0)
 
-  def at(self, i: Array) -> Array:
+  def at(self, i: Array | int) -> Array:
     """Returns i32[num_rows], the i-th tile of each row."""
     return jnp.where(
       i < self._num_sink_tiles, i, self._first + (i - self._num_sink_tiles)

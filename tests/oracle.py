@@ -119,7 +119,7 @@ def _rms_norm(x, weight, eps):
   return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
 
 
-def _rotate(x, positions, theta):
+def rotate(x, positions, theta):
   """x [num_tokens, num_heads, head_dim]: pair i is (x[i], x[i + half])."""
   half = x.shape[-1] // 2
   angle = positions[:, None] * theta ** (-np.arange(half) / half)
@@ -143,8 +143,8 @@ def llama_logits(config, weights, tokens):
     heads = lambda name, h=h, at=at: (
       h @ w[f"{at}.self_attn.{name}_proj.weight"].T
     ).reshape(n, -1, config.head_dim)
-    q = _rotate(heads("q"), positions, config.rope_theta)
-    k = _rotate(heads("k"), positions, config.rope_theta)
+    q = rotate(heads("q"), positions, config.rope_theta)
+    k = rotate(heads("k"), positions, config.rope_theta)
     v = heads("v")
     out = [
       attend_one(q[j], k, v, positions <= j, scale=config.head_dim**-0.5)[0]

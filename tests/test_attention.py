@@ -1,6 +1,8 @@
 import dataclasses
+import functools
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -237,6 +239,41 @@ def test_two_runs_are_bitwise_equal(implementation, dtype):
   )
   for a, b in zip(run(), run(), strict=True):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+class VariantsTest(chex.TestCase):
+  """The ops are jitted themselves; here they also run inside another jit."""
+
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_paged_attention(self):
+    problem = cases.make(kv_lens=LENS)
+    out, lse = self.variant(
+      functools.partial(paged_jax.paged_attention, return_lse=True)
+    )(*problem.decode_args())
+    chex.assert_shape(out, (len(LENS), 4, 64))
+    chex.assert_type([out, lse], jnp.float32)
+    expected = oracle.paged_attention(*dataclasses.astuple(problem)[:5])
+    cases.assert_matches(out, lse, *expected, "float32")
+
+  @chex.variants(with_jit=True, without_jit=True)
+  def test_ragged_paged_attention(self):
+    problem = cases.make(kv_lens=[1, 17, 40], q_lens=[1, 17, 5])
+    out, lse = self.variant(
+      functools.partial(paged_jax.ragged_paged_attention, return_lse=True)
+    )(*problem.args())
+    chex.assert_shape(lse, (23, 4))
+    expected = oracle.ragged_paged_attention(*dataclasses.astuple(problem))
+    cases.assert_matches(out, lse, *expected, "float32")
+
+
+def test_without_jit_at_all_the_op_is_the_same():
+  problem = cases.make(kv_lens=[1, 17])
+  with jax.disable_jit():
+    out, lse = paged_jax.paged_attention(
+      *problem.decode_args(), return_lse=True, implementation="xla"
+    )
+  expected = oracle.paged_attention(*dataclasses.astuple(problem)[:5])
+  cases.assert_matches(out, lse, *expected, "float32")
 
 
 def test_temporary_memory_does_not_grow_with_the_context():

@@ -1,0 +1,180 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax import nnx
+
+from paged_jax import cache as paged_cache
+from paged_jax.nn import PagedAttention, apply_rotary
+
+HIDDEN, NUM_Q, NUM_KV, HEAD_DIM = 24, 4, 2, 16
+
+
+def _module(layer=0, **options):
+  return PagedAttention(
+    HIDDEN,
+    NUM_Q,
+    NUM_KV,
+    HEAD_DIM,
+    layer=layer,
+    rope_theta=50.0,
+    rngs=nnx.Rngs(0),
+    **options,
+  )
+
+
+def _cache(num_seqs=2, num_pages=12):
+  return paged_cache.init(
+    num_pages=num_pages,
+    page_size=8,
+    num_seqs=num_seqs,
+    pages_per_seq=5,
+    num_layers=2,
+    num_kv_heads=NUM_KV,
+    head_dim=HEAD_DIM,
+    dtype=jnp.float32,
+  )
+
+
+def _tokens(n, seed=0):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.standard_normal((n, HIDDEN)), jnp.float32)
+
+
+def _expected(module, x, **options):
+  """The module on one whole sequence, in float64, from its parameters."""
+  qkv = np.asarray(x, np.float64) @ np.asarray(module.qkv_proj.kernel[...])
+  q, k, v = np.split(
+    qkv.reshape(len(x), -1, HEAD_DIM), [NUM_Q, NUM_Q + NUM_KV], axis=1
+  )
+  positions = np.arange(len(x))
+  q, k = (oracle.rotate(part, positions, 50.0) for part in (q, k))
+  out = [
+    oracle.attend_one(
+      q[i], k, v, positions <= i, scale=HEAD_DIM**-0.5, **options
+    )[0]
+    for i in positions
+  ]
+  out = np.stack(out).reshape(len(x), -1)
+  return out @ np.asarray(module.o_proj.kernel[...], np.float64)
+
+
+def _prefill(module, cache, sequences):
+  lens = jnp.array([len(x) for x in sequences], jnp.int32)
+  flat = jnp.concatenate(sequences)
+  cache, step = paged_cache.begin_step(cache, lens, len(flat))
+  out, cache = module(flat, cache, step)
+  return np.split(np.asarray(out), np.cumsum(lens)[:-1]), cache
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_ragged_batch_gives_each_sequence_its_own_attention(layer):
+  module, sequences = _module(layer), [_tokens(11), _tokens(17, 1)]
+  outs, _ = _prefill(module, _cache(), sequences)
+  for x, out in zip(sequences, outs, strict=True):
+    np.testing.assert_allclose(out, _expected(module, x), rtol=0, atol=2e-5)
+
+
+def test_decoding_token_by_token_is_prefilling_at_once():
+  module, sequences = _module(), [_tokens(11), _tokens(17, 1)]
+  expected = [_expected(module, x) for x in sequences]
+  _, cache = _prefill(module, _cache(), [x[:7] for x in sequences])
+  decode = jax.jit(lambda module, x, cache, step: module(x, cache, step))
+  for i in range(7, 11):
+    cache, step = paged_cache.begin_decode(cache, jnp.ones(2, bool))
+    out, cache = decode(
+      module, jnp.stack([x[i] for x in sequences]), cache, step
+    )
+    for row in range(2):
+      np.testing.assert_allclose(
+        np.asarray(out[row]), expected[row][i], rtol=0, atol=2e-5
+      )
+
+
+def test_options_reach_the_op():
+  x = _tokens(9)
+  outs, _ = _prefill(_module(logits_soft_cap=0.5), _cache(1), [x])
+  expected = _expected(_module(), x, logits_soft_cap=0.5)
+  np.testing.assert_allclose(outs[0], expected, rtol=0, atol=2e-5)
+  windowed, _ = _prefill(_module(sliding_window=1), _cache(1), [x])
+  alone, _ = _prefill(_module(), _cache(1), [x[:1]])
+  np.testing.assert_allclose(windowed[0][:1], alone[0], rtol=0, atol=1e-6)
+  assert np.abs(windowed[0][1:] - outs[0][1:]).max() > 1e-3
+
+
+def test_the_cache_is_returned_and_not_mutated():
+  module, cache = _module(), _cache()
+  before = jax.tree.leaves(jax.tree.map(lambda x: np.array(x), cache.pool.k))
+  _, after = _prefill(module, cache, [_tokens(3), _tokens(3, 1)])
+  np.testing.assert_array_equal(np.asarray(cache.pool.k), before[0])
+  assert np.asarray(after.pool.k).any()
+
+
+def test_a_refused_row_writes_nothing_and_attends_to_nothing():
+  module = _module()
+  cache = _cache(num_pages=2)
+  outs, after = _prefill(module, cache, [_tokens(11), _tokens(9, 1)])
+  assert after.table.kv_lens.tolist() == [11, 0]
+  assert not outs[1].any()
+  expected = _expected(module, _tokens(11))
+  np.testing.assert_allclose(outs[0], expected, rtol=0, atol=2e-5)
+
+
+def test_a_decode_step_leaves_other_rows_alone():
+  module = _module()
+  _, cache = _prefill(module, _cache(), [_tokens(8), _tokens(8, 1)])
+  after, step = paged_cache.begin_decode(cache, jnp.array([False, True]))
+  assert step.ok.tolist() == [False, True]
+  assert after.table.kv_lens.tolist() == [8, 9]
+  out, after = module(_tokens(2, 2), after, step)
+  assert not np.asarray(out[0]).any()
+  page = int(cache.table.page_indices[0, 0])
+  np.testing.assert_array_equal(
+    np.asarray(after.pool.k[page]), np.asarray(cache.pool.k[page])
+  )
+
+
+def test_padding_tokens_of_a_step_have_no_slot():
+  cache, step = paged_cache.begin_step(
+    _cache(), jnp.array([3, 0], jnp.int32), 6
+  )
+  nowhere = cache.pool.num_pages * cache.pool.page_size
+  assert (np.asarray(step.slots[:3]) < nowhere).all()
+  assert (np.asarray(step.slots[3:]) == nowhere).all()
+  assert step.seq_ids.tolist() == [0, 0, 0, 2, 2, 2]
+  assert step.positions.tolist() == [0, 1, 2, 0, 0, 0]
+
+
+def test_rotary_turns_pairs_by_their_position():
+  x = np.random.default_rng(0).standard_normal((5, 3, 16)).astype(np.float32)
+  positions = np.array([0, 1, 7, 100, 5000], np.int32)
+  rotated = apply_rotary(jnp.asarray(x), jnp.asarray(positions), 1e4)
+  expected = oracle.rotate(np.float64(x), positions, 1e4)
+  # The angle itself, up to 5000, is only known to a few 1e-4 in float32.
+  np.testing.assert_allclose(np.asarray(rotated), expected, rtol=0, atol=2e-3)
+  np.testing.assert_allclose(
+    np.asarray(rotated[:4]), expected[:4], rtol=0, atol=5e-5
+  )
+
+
+def test_half_precision_pools_take_any_model():
+  module, cache = _module(), _cache()
+  pool = jax.tree.map(lambda x: x.astype(jnp.bfloat16), cache.pool)
+  cache = dataclasses.replace(cache, pool=pool)
+  outs, after = _prefill(module, cache, [_tokens(11), _tokens(4, 1)])
+  assert after.pool.k.dtype == jnp.bfloat16
+  assert outs[0].dtype == np.float32
+  expected = _expected(module, _tokens(11))
+  np.testing.assert_allclose(outs[0], expected, rtol=0, atol=3e-2)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [((24, 4, 3, 16), "num_q_heads=4"), ((24, 4, 2, 15), "head_dim=15")],
+)
+def test_heads_that_do_not_fit_are_named(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    PagedAttention(*sizes, layer=0, rngs=nnx.Rngs(0))
