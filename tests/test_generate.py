@@ -334,7 +334,14 @@ def test_parameters_must_be_one_or_one_for_each_prompt():
     stream(tiny_llama.model(), [[1]], interval=0)
 
 
+def test_a_length_beyond_the_models_is_refused():
+  with pytest.raises(ValueError, match="max_len=129"):
+    generate(tiny_llama.model(), [[1]], cache=CacheConfig(max_len=129))
+
+
 def test_a_pool_that_does_not_fit_in_memory_is_refused(monkeypatch):
   monkeypatch.setattr("paged_jax.devices.free_bytes", lambda device: 100)
   with pytest.raises(MemoryError, match="page_bytes=8192"):
     generate(tiny_llama.model(), [[1]])
+  with pytest.raises(MemoryError, match="num_pages=5"):
+    generate(tiny_llama.model(), [[1]], cache=CacheConfig(num_pages=5))

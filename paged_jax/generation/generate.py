@@ -6,16 +6,19 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from paged_jax import cache as paged_cache
 from paged_jax import devices, kv_pool
 from paged_jax.generation import loop, sampling
+from paged_jax.generation.batch import Batch, CacheConfig, bucket
 from paged_jax.generation.sampling import SamplingParams
 from paged_jax.models.llama import Llama
 
 # Of the free memory, what the pool may take: the rest is for the activations.
 _POOL_SHARE = 0.8
+# The least that is compiled for: most short calls then share their programs.
+_LEAST_CAPACITY = 256
+_LEAST_PAGES = 64
 
 _prefill = jax.jit(
   loop.prefill,
@@ -49,34 +52,6 @@ class Completion:
   logprobs: tuple[float, ...] | None
 
 
-@dataclasses.dataclass(frozen=True)
-class CacheConfig:
-  """Size of the paged cache that `generate` makes.
-
-  Attributes:
-    page_size: Tokens a page; a positive multiple of 8.
-    num_pages: Pages of the pool; None takes what the batch can need at most,
-      up to a share of the device's free memory.
-    max_len: Longest sequence, prompt included; None is the model's own.
-    dtype: Of K and V; None is that of the model.
-    prefill_chunk: Prompt tokens a step, at least 1.
-  """
-
-  page_size: int = 16
-  num_pages: int | None = None
-  max_len: int | None = None
-  dtype: DTypeLike | None = None
-  prefill_chunk: int = 512
-
-  def __post_init__(self):
-    if self.page_size < 1 or self.page_size % 8:
-      raise ValueError(f"{self.page_size=} must be a positive multiple of 8.")
-    for name in ("num_pages", "max_len", "prefill_chunk"):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise ValueError(f"{name}={value} must be at least 1.")
-
-
 def generate(
   model: Llama,
   prompts: Sequence[Sequence[int]],
@@ -99,9 +74,9 @@ def generate(
 
   Raises:
     ValueError: If a prompt is empty, longer than `max_len`, or has a token
-      that the model does not know; or if there are no prompts, or another
-      number of `params`.
-    MemoryError: If not one page fits in the free memory.
+      that the model does not know; if there are no prompts, or another number
+      of `params`; or if `max_len` is more than the model's.
+    MemoryError: If `num_pages`, or one page, does not fit in the free memory.
   """
   *_, last = stream(
     model,
@@ -145,57 +120,12 @@ def stream(
   if interval < 1:
     raise ValueError(f"{interval=} must be at least 1.")
   config = cache or CacheConfig()
-  batch = _Batch.of(model, prompts, params, config)
-  return _run(model, batch, config, with_logprobs, interval)
+  batch = Batch.of(model, prompts, params, config)
+  num_pages = _num_pages(model, batch, config)
+  return _run(model, batch, config, num_pages, with_logprobs, interval)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Batch:
-  """The prompts and parameters of a call, padded to a bucket of rows."""
-
-  prompts: tuple[tuple[int, ...], ...]
-  params: tuple[SamplingParams, ...]  # of all rows, padding included
-  max_new: tuple[int, ...]  # of all rows; no longer than `max_len` allows
-  max_len: int
-
-  @classmethod
-  def of(cls, model, prompts, params, config) -> "_Batch":
-    max_len = config.max_len or model.config.max_len
-    prompts = tuple(tuple(int(t) for t in prompt) for prompt in prompts)
-    _check_prompts(prompts, model.config.vocab_size, max_len)
-    params = params or SamplingParams()
-    if isinstance(params, SamplingParams):
-      params = (params,) * len(prompts)
-    if len(params) != len(prompts):
-      raise ValueError(f"{len(params)=} must be {len(prompts)=}.")
-    num_rows = _bucket(len(prompts))
-    params = (*params, *(SamplingParams(),) * (num_rows - len(prompts)))
-    # The last token is never stored: nothing is sampled after it.
-    room = [max_len + 1 - len(prompt) for prompt in prompts]
-    room += [1] * (num_rows - len(prompts))
-    max_new = tuple(
-      min(p.max_new_tokens, r) for p, r in zip(params, room, strict=True)
-    )
-    return cls(prompts, params, max_new, max_len)
-
-  def most_pages(self, page_size: int) -> int:
-    """Pages that the batch needs if every row runs to its limit."""
-    longest = zip(self.prompts, self.max_new, strict=False)
-    return sum(-(-(len(p) + n - 1) // page_size) for p, n in longest)
-
-  def status(self, num_pages: int, page_size: int) -> np.ndarray:
-    """Status of each row at the start: in order, a prompt runs if it fits."""
-    status = np.full(len(self.params), loop.LENGTH, np.int32)
-    for row, prompt in enumerate(self.prompts):
-      need = -(-len(prompt) // page_size)
-      fits = need <= num_pages
-      status[row] = loop.RUNNING if fits else loop.OUT_OF_PAGES
-      num_pages -= need * fits
-    return status
-
-
-def _run(model, batch, config, with_logprobs, interval):
-  num_pages = config.num_pages or _num_pages(model, batch, config)
+def _run(model, batch, config, num_pages, with_logprobs, interval):
   status = batch.status(num_pages, config.page_size)
   max_new = jnp.asarray(batch.max_new, jnp.int32)
   how = sampling.stack(batch.params)
@@ -205,7 +135,7 @@ def _run(model, batch, config, with_logprobs, interval):
     pages_per_seq=-(-batch.max_len // config.page_size),
     **_pool_layout(model, config),
   )
-  tokens, lens, chunk = _flatten(batch.prompts, status, config.prefill_chunk)
+  tokens, lens, chunk = batch.flatten(status, config.prefill_chunk)
   cache, logits = _prefill(model, cache, tokens, lens, chunk=chunk)
   state = _start(
     cache,
@@ -213,7 +143,7 @@ def _run(model, batch, config, with_logprobs, interval):
     jnp.asarray(status),
     max_new,
     how,
-    capacity=_bucket(max(batch.max_new)),
+    capacity=bucket(max(batch.max_new), _LEAST_CAPACITY),
     with_logprobs=with_logprobs,
   )
   steps = jnp.asarray(interval, jnp.int32)
@@ -223,24 +153,6 @@ def _run(model, batch, config, with_logprobs, interval):
     if all(completion.finish_reason for completion in completions):
       return
     state = _decode(model, state, max_new, how, steps)
-
-
-def _flatten(prompts, status, chunk):
-  """Returns the running prompts end to end, their lengths, and the chunk.
-
-  The tokens are padded to a bucket of whole chunks; a chunk is no longer than
-  a bucket of the tokens.
-  """
-  lens = np.zeros(len(status), np.int32)
-  lens[: len(prompts)] = [len(prompt) for prompt in prompts]
-  lens[status != loop.RUNNING] = 0
-  flat = [
-    t for prompt, n in zip(prompts, lens, strict=False) if n for t in prompt
-  ]
-  chunk = min(chunk, _bucket(len(flat)))
-  tokens = np.zeros(_bucket(-(-len(flat) // chunk)) * chunk, np.int32)
-  tokens[: len(flat)] = flat
-  return jnp.asarray(tokens), jnp.asarray(lens), chunk
 
 
 def _completions(batch, state, with_logprobs) -> list[Completion]:
@@ -273,12 +185,20 @@ def _pool_layout(model, config) -> dict:
 
 
 def _num_pages(model, batch, config) -> int:
-  """Returns what the batch can need, or what fits in the free memory."""
-  wanted = _bucket(batch.most_pages(config.page_size))
+  """Returns the pages asked for, or what the batch can need and what fits."""
+  wanted = config.num_pages
   free = devices.free_bytes(devices.default_device())
+  page_bytes = kv_pool.page_bytes(**_pool_layout(model, config))
+  if wanted is not None:
+    if free is not None and wanted * page_bytes > free:
+      raise MemoryError(
+        f"num_pages={wanted} of {page_bytes=} take more than the {free} free "
+        "bytes of device memory."
+      )
+    return wanted
+  wanted = bucket(batch.most_pages(config.page_size), _LEAST_PAGES)
   if free is None:
     return wanted
-  page_bytes = kv_pool.page_bytes(**_pool_layout(model, config))
   fitting = int(free * _POOL_SHARE) // page_bytes
   if fitting < 1:
     raise MemoryError(
@@ -286,25 +206,3 @@ def _num_pages(model, batch, config) -> int:
       "memory."
     )
   return min(wanted, fitting)
-
-
-def _check_prompts(prompts, vocab_size: int, max_len: int) -> None:
-  if not prompts:
-    raise ValueError("prompts is empty; give at least one.")
-  for i, prompt in enumerate(prompts):
-    if not prompt:
-      raise ValueError(f"prompts[{i}] is empty; give at least one token.")
-    if len(prompt) > max_len:
-      raise ValueError(
-        f"prompts[{i}] has {len(prompt)} tokens; {max_len=} is the limit."
-      )
-    for token in prompt:
-      if not 0 <= token < vocab_size:
-        raise ValueError(
-          f"prompts[{i}] has token {token}; {vocab_size=} is the limit."
-        )
-
-
-def _bucket(n: int) -> int:
-  """Returns the power of two from `n` up: few sizes, few compilations."""
-  return 1 << max(0, n - 1).bit_length()
