@@ -1,0 +1,106 @@
+"""`paged-jax info`: what this machine runs, and why."""
+
+import argparse
+import collections
+import importlib.metadata
+import platform
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from paged_jax import attention, devices
+from paged_jax.cli.errors import CommandError
+from paged_jax.models import demo
+
+_KERNEL = "mosaic_gpu"
+_OPS = {
+  "decode": attention.paged_attention,
+  "prefill": attention.ragged_paged_attention,
+}
+_PACKAGES = ("paged-jax", "jax", "jaxlib", "flax", "gguf", "tokenizers")
+
+
+def run(args: argparse.Namespace) -> None:
+  """Prints versions, devices, attention implementations and the cache."""
+  print(f"python: {platform.python_version()}")
+  for package in _PACKAGES:
+    print(f"{package}: {_version(package)}")
+  device = default_device()
+  kinds = collections.Counter(
+    f"{d.device_kind} ({d.platform})" for d in jax.devices()
+  )
+  found = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+  print(f"devices: {found}")
+  for op in _OPS:
+    reason = why_not_kernel(op, dtype=jnp.bfloat16)
+    if reason is None:
+      print(
+        f"{op} attention: {_KERNEL}, since its kernel serves bfloat16 with "
+        f"head_dim=64 on {device.device_kind!r}."
+      )
+    else:
+      print(f"{op} attention: xla, since {reason}")
+  directory = demo.cache_dir()
+  print(f"cache folder: {directory}")
+  models = ", ".join(path.name for path in sorted(directory.glob("*.gguf")))
+  print(f"demo model: {models or 'not fetched yet'}")
+
+
+def default_device() -> jax.Device:
+  """Returns the device everything runs on.
+
+  Raises:
+    CommandError: If JAX finds none, as when `JAX_PLATFORMS` names a platform
+      that is not there.
+  """
+  try:
+    return devices.default_device()
+  # An assertion is what JAX fails with if it lacks the platform's plugin.
+  except (RuntimeError, AssertionError) as error:
+    platforms = jax.config.jax_platforms
+    raise CommandError(
+      f"JAX_PLATFORMS={platforms!r}: JAX finds no device. {error}".rstrip()
+    ) from error
+
+
+def why_not_kernel(
+  op: str,
+  *,
+  dtype: DTypeLike,
+  head_dim: int = 64,
+  num_q_heads: int = 1,
+  num_kv_heads: int = 1,
+  page_size: int = 16,
+) -> str | None:
+  """Returns why the Pallas kernel cannot serve these shapes here, or None.
+
+  Args:
+    op: `"decode"` or `"prefill"`.
+    dtype: Of the queries and the pages.
+    head_dim: Width of one head.
+    num_q_heads: Query heads.
+    num_kv_heads: Key and value heads.
+    page_size: Tokens a page.
+  """
+  ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+  pages = jax.ShapeDtypeStruct((1, num_kv_heads, page_size, head_dim), dtype)
+  arrays = [
+    jax.ShapeDtypeStruct((1, num_q_heads, head_dim), dtype),
+    *(pages, pages, ints(1), ints(1, 1)),
+  ]
+  if op == "prefill":
+    arrays += [ints(2), ints()]
+  attend = lambda *arrays: _OPS[op](*arrays, implementation=_KERNEL)
+  try:
+    jax.eval_shape(attend, *arrays)
+  except NotImplementedError as error:
+    return str(error)
+  return None
+
+
+def _version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return "not installed"

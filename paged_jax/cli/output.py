@@ -1,0 +1,81 @@
+"""How `paged-jax generate` shows what it made."""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from paged_jax.cli.prompts import Prompt
+from paged_jax.cli.timing import Timing
+from paged_jax.generation import Completion
+from paged_jax.models.tokenizer import Tokenizer
+
+type Steps = Iterable[tuple[list[Completion], Timing]]  # never empty
+
+
+def print_json(steps: Steps, tokenizer: Tokenizer) -> None:
+  """Prints one JSON object a line for each prompt, and nothing else."""
+  *_, (completions, timing) = steps
+  rate = timing.tokens_per_s(completions)
+  seconds = {
+    "compile_s": round(timing.compile_s, 4),
+    "prefill_s": round(timing.prefill_s, 4),
+    "decode_s": round(timing.decode_s, 4),
+    "tokens_per_s": None if rate is None else round(rate, 2),
+  }
+  for completion in completions:
+    fields: dict[str, Any] = {
+      "prompt_token_ids": completion.prompt_token_ids,
+      "token_ids": completion.token_ids,
+      "text": tokenizer.decode(completion.token_ids),
+      "finish_reason": completion.finish_reason,
+    }
+    if completion.logprobs is not None:
+      fields["logprobs"] = completion.logprobs
+    print(json.dumps(fields | {"timing": seconds}))
+
+
+def print_stream(steps: Steps, tokenizer: Tokenizer) -> None:
+  """Prints the text of the only prompt as it grows."""
+  decoder = tokenizer.stream()
+  num_shown = 0
+  completions, timing = [], Timing()
+  for step in steps:
+    completions, timing = step
+    token_ids = completions[0].token_ids
+    print(decoder.push(token_ids[num_shown:]), end="", flush=True)
+    num_shown = len(token_ids)
+  print(decoder.finish(), flush=True)
+  _summarise(completions, timing)
+
+
+def print_batch(
+  steps: Steps, tokenizer: Tokenizer, prompts: Sequence[Prompt]
+) -> None:
+  """Prints every prompt with its completion, once all are there."""
+  *_, (completions, timing) = steps
+  pairs = zip(prompts, completions, strict=True)
+  for i, (prompt, completion) in enumerate(pairs, start=1):
+    print(f"=== prompt {i} of {len(prompts)} ===")
+    print(prompt.text)
+    print(f"--- completion {i}: {_describe(completion)} ---")
+    print(tokenizer.decode(completion.token_ids), end="\n\n")
+  sys.stdout.flush()
+  _summarise(completions, timing)
+
+
+def _summarise(completions: Sequence[Completion], timing: Timing) -> None:
+  if len(completions) == 1:
+    line = _describe(completions[0])
+  else:
+    num_tokens = sum(len(c.token_ids) for c in completions)
+    line = f"{len(completions)} prompts, {num_tokens} tokens"
+  rate = timing.tokens_per_s(completions)
+  if rate is not None:
+    line += f", {rate:.1f} tokens/s"
+  print(f"paged-jax: {line}", file=sys.stderr)
+
+
+def _describe(completion: Completion) -> str:
+  reason = completion.finish_reason
+  return f"{len(completion.token_ids)} tokens, finish reason: {reason}"
