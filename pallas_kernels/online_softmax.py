@@ -10,7 +10,7 @@ Masked scores are -inf. While a row has seen only those, m is -inf, and 0 is
 subtracted in its place, so that it stays empty instead of turning into NaN.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -87,4 +87,5 @@ def accumulate(acc, a, b, *, interpreted: bool):
   """Returns acc + a @ b by wgmma, without a second accumulator."""
   if interpreted:  # the interpreter cannot start from a given accumulator
     return acc + matmul(a, b)
-  return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
+  accumulate_in = pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))
+  return cast(Array, accumulate_in(plgpu.ACC.init(acc)))

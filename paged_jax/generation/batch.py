@@ -72,22 +72,22 @@ class Batch:
       raise ValueError(
         f"{max_len=} must be at most the model's {model.config.max_len}."
       )
-    prompts = tuple(tuple(map(int, prompt)) for prompt in prompts)
-    _check_prompts(prompts, model.config.vocab_size, max_len)
+    ids = tuple(tuple(map(int, prompt)) for prompt in prompts)
+    _check_prompts(ids, model.config.vocab_size, max_len)
     params = params or SamplingParams()
     if isinstance(params, SamplingParams):
-      params = (params,) * len(prompts)
-    if len(params) != len(prompts):
+      params = (params,) * len(ids)
+    if len(params) != len(ids):
       raise ValueError(f"{len(params)=} must be {len(prompts)=}.")
-    num_rows = bucket(len(prompts))
-    params = (*params, *(SamplingParams(),) * (num_rows - len(prompts)))
+    num_rows = bucket(len(ids))
+    params = (*params, *(SamplingParams(),) * (num_rows - len(ids)))
     # The last token is never stored: nothing is sampled after it.
-    room = [max_len + 1 - len(prompt) for prompt in prompts]
-    room += [1] * (num_rows - len(prompts))
+    room = [max_len + 1 - len(prompt) for prompt in ids]
+    room += [1] * (num_rows - len(ids))
     max_new = tuple(
       min(p.max_new_tokens, r) for p, r in zip(params, room, strict=True)
     )
-    return cls(prompts, params, max_new, max_len)
+    return cls(ids, params, max_new, max_len)
 
   def most_pages(self, page_size: int) -> int:
     """Pages that the batch needs if every row runs to its limit."""
