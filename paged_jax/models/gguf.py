@@ -7,7 +7,7 @@ weight is dequantised.
 import contextlib
 import dataclasses
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,37 @@ _OFF = (0, "none")
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """A model file in memory.
+  """A model file, its weights still on disk.
 
   Attributes:
     config: Hyperparameters.
     weights: Float32 arrays by their Hugging Face names, projections as
       `[out, in]`, queries and keys in the order of half-split rotary
-      embeddings. `lm_head.weight` is absent if the embeddings are tied.
+      embeddings. `lm_head.weight` is absent if the embeddings are tied. Each
+      access dequantises anew: the whole model in float32 may not fit. The
+      file may be removed meanwhile, but not written to.
     tokenizer: The tokenizer the model was trained with.
   """
 
   config: LlamaConfig
-  weights: dict[str, np.ndarray]
+  weights: Mapping[str, np.ndarray]
   tokenizer: Tokenizer
+
+
+class _Weights(Mapping[str, np.ndarray]):
+  """The weights of a mapped file, dequantised one by one."""
+
+  def __init__(self, tensors: Mapping[str, tuple[Any, "_Tensor"]]):
+    self._tensors = tensors
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return _weight(*self._tensors[name])
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._tensors)
+
+  def __len__(self) -> int:
+    return len(self._tensors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +100,11 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     )
     plan = _plan(config)
     _check_tensors(tensors, plan)
-    weights = {
-      target.name: _weight(tensors[name], target)
-      for name, target in plan.items()
-    }
+    for name in plan:
+      _dequantise(tensors[name], slice(1))  # a row tells if its type is known
+    weights = _Weights(
+      {target.name: (tensors[name], target) for name, target in plan.items()}
+    )
   return Checkpoint(config, weights, tokenizer)
 
 
@@ -224,14 +243,17 @@ def _check_tensors(
     raise NotImplementedError(f"tensor {min(unknown)!r} is not supported.")
 
 
-def _weight(tensor: Any, target: _Tensor) -> np.ndarray:
+def _dequantise(tensor: Any, rows: slice) -> np.ndarray:
   quants = import_demo("gguf.quants")
   try:
-    values = quants.dequantize(tensor.data, tensor.tensor_type)
+    return quants.dequantize(tensor.data[rows], tensor.tensor_type)
   except NotImplementedError as error:
     raise NotImplementedError(f"tensor {tensor.name!r}: {error}") from error
+
+
+def _weight(tensor: Any, target: _Tensor) -> np.ndarray:
   # A copy: float32 tensors come back as views of the mapped file.
-  weight = np.array(values, np.float32)
+  weight = np.array(_dequantise(tensor, slice(None)), np.float32)
   if target.num_heads is None:
     return weight
   return _half_split(weight, target.num_heads)

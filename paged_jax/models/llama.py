@@ -175,9 +175,17 @@ def from_weights(
     rngs=nnx.Rngs(0),
   )
   graphdef, state = nnx.split(nnx.eval_shape(build))
-  values = _parameters(config, weights)
+  sources = _sources(config)
+  for names in sources.values():
+    for name in names:
+      if name not in weights:
+        raise ValueError(f"weights lack {name!r}.")
   for path, variable in nnx.to_flat_state(state):
-    value = values[path]
+    # One at a time: in float32 the whole model may not fit beside itself.
+    parts = [weights[name] for name in sources[path]]
+    # A kernel is [in, out], of one product or several side by side.
+    is_kernel = path[-1] == "kernel"
+    value = np.concatenate(parts).T if is_kernel else parts[0]
     if value.shape != variable.shape:
       raise ValueError(
         f"weights of {'.'.join(map(str, path))} have shape {value.shape}; "
@@ -187,41 +195,27 @@ def from_weights(
   return nnx.merge(graphdef, state)
 
 
-def _parameters(
-  config: LlamaConfig, weights: Mapping[str, np.ndarray]
-) -> dict[tuple, np.ndarray]:
-  """Returns the checkpoint's arrays by their path in the module."""
-
-  def get(name: str) -> np.ndarray:
-    if name not in weights:
-      raise ValueError(f"weights lack {name!r}.")
-    return weights[name]
-
-  def products(prefix: str, *names: str) -> np.ndarray:
-    rows = [get(f"{prefix}.{name}.weight") for name in names]
-    return np.concatenate(rows).T  # [in, out]
-
-  values = {
-    ("embed_tokens", "embedding"): get("model.embed_tokens.weight"),
-    ("norm", "scale"): get("model.norm.weight"),
+def _sources(config: LlamaConfig) -> dict[tuple, tuple[str, ...]]:
+  """Returns of which weights each parameter is made, by its path."""
+  sources: dict[tuple, tuple[str, ...]] = {
+    ("embed_tokens", "embedding"): ("model.embed_tokens.weight",),
+    ("norm", "scale"): ("model.norm.weight",),
   }
   if not config.tie_word_embeddings:
-    values["lm_head", "kernel"] = get("lm_head.weight").T
+    sources["lm_head", "kernel"] = ("lm_head.weight",)
   for i in range(config.num_layers):
     at, name = ("layers", i), f"model.layers.{i}"
-    attn, mlp = f"{name}.self_attn", f"{name}.mlp"
-    values |= {
-      (*at, "input_norm", "scale"): get(f"{name}.input_layernorm.weight"),
-      (*at, "mlp_norm", "scale"): get(
-        f"{name}.post_attention_layernorm.weight"
-      ),
+    products = lambda part, *which, name=name: tuple(
+      f"{name}.{part}.{each}_proj.weight" for each in which
+    )
+    sources |= {
+      (*at, "input_norm", "scale"): (f"{name}.input_layernorm.weight",),
+      (*at, "mlp_norm", "scale"): (f"{name}.post_attention_layernorm.weight",),
       (*at, "attention", "qkv_proj", "kernel"): products(
-        attn, "q_proj", "k_proj", "v_proj"
+        "self_attn", "q", "k", "v"
       ),
-      (*at, "attention", "o_proj", "kernel"): products(attn, "o_proj"),
-      (*at, "mlp", "gate_up_proj", "kernel"): products(
-        mlp, "gate_proj", "up_proj"
-      ),
-      (*at, "mlp", "down_proj", "kernel"): products(mlp, "down_proj"),
+      (*at, "attention", "o_proj", "kernel"): products("self_attn", "o"),
+      (*at, "mlp", "gate_up_proj", "kernel"): products("mlp", "gate", "up"),
+      (*at, "mlp", "down_proj", "kernel"): products("mlp", "down"),
     }
-  return values
+  return sources
