@@ -188,12 +188,12 @@ def test_cache_that_cannot_be_made_is_named(pip, cache, monkeypatch):
   [
     ("/own", "/xdg", "/own"),
     (None, "/xdg", "/xdg/paged-jax"),
-    ("", "", "/home/someone/.cache/paged-jax"),
-    (None, None, "/home/someone/.cache/paged-jax"),
+    ("", "", "/users/someone/.cache/paged-jax"),
+    (None, None, "/users/someone/.cache/paged-jax"),
   ],
 )
 def test_cache_folder_follows_the_environment(monkeypatch, own, xdg, expected):
-  monkeypatch.setenv("HOME", "/home/someone")
+  monkeypatch.setenv("HOME", "/users/someone")
   for name, value in (("PAGED_JAX_CACHE", own), ("XDG_CACHE_HOME", xdg)):
     if value is None:
       monkeypatch.delenv(name, raising=False)
