@@ -1,0 +1,78 @@
+"""What every benchmark shares: where it ran, and where its results go."""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import statistics
+import subprocess
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def environment(packages: list[str]) -> dict:
+  """Returns the machine and the versions that a result belongs to.
+
+  Args:
+    packages: Names of the packages whose versions matter.
+  """
+  versions: dict[str, str | None] = {}
+  for name in packages:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = None
+  return {
+    "device": gpu_name() or cpu_name(),
+    "python": platform.python_version(),
+    "versions": versions,
+  }
+
+
+def cpu_name() -> str:
+  """Returns the processor's name and how many of its cores are here."""
+  name, cores = platform.processor() or "CPU", 0
+  try:
+    text = pathlib.Path("/proc/cpuinfo").read_text()
+  except OSError:
+    return name
+  for line in text.splitlines():
+    key, _, value = line.partition(":")
+    if key.strip() == "model name":
+      name, cores = value.strip(), cores + 1
+  return f"{name}, {cores} cores"
+
+
+def gpu_name() -> str | None:
+  """Returns the GPU's name and driver, or None without one."""
+  query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv"]
+  try:
+    run = subprocess.run(
+      [*query, "-i", "0"], capture_output=True, text=True, check=True
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return run.stdout.splitlines()[-1]
+
+
+def spread(values: list[float]) -> dict[str, float]:
+  """Returns minimum, median and maximum."""
+  return {
+    "min": min(values),
+    "median": statistics.median(values),
+    "max": max(values),
+  }
+
+
+def save(folder: str, name: str, record: dict) -> pathlib.Path:
+  """Writes a result as JSON, and returns its path.
+
+  Args:
+    folder: Of the device, below `results`.
+    name: Of the benchmark.
+    record: What to write.
+  """
+  path = RESULTS / folder / f"{name}.json"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(record, indent=1) + "\n")
+  return path
