@@ -16,6 +16,7 @@ benchmarks/results/cpu/generate.json
 
 import argparse
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def main() -> None:
   sides = {"paged_jax": sys.executable}
   if args.rival_python:
     sides["transformers"] = args.rival_python
-  record = {"settings": _settings(), "batches": {}}
+  record = {"settings": _settings(pathlib.Path(path).name), "batches": {}}
   for batch in BATCHES:
     runs = {side: [] for side in sides}
     for _ in range(ROUNDS):
@@ -56,8 +57,9 @@ def main() -> None:
     print("written to", harness.save("cpu", "generate", record))
 
 
-def _settings() -> dict:
+def _settings(model: str) -> dict:
   return dict(
+    model=model,
     prompt_len=PROMPT_LEN,
     num_new=NUM_NEW,
     dtype="float32",
@@ -73,7 +75,11 @@ def _run(python: str, side: str, path: str, batch: int) -> dict:
   command = [python, str(HERE / "generate_side.py"), side, path, str(batch)]
   sizes = [str(n) for n in (PROMPT_LEN, NUM_NEW, CALLS)]
   run = subprocess.run(
-    command + sizes, capture_output=True, text=True, check=False
+    command + sizes,
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+    capture_output=True,
+    text=True,
+    check=False,
   )
   if run.returncode:
     raise RuntimeError(f"{side} failed:\n{run.stderr}")
@@ -95,7 +101,8 @@ def _compare(runs: dict[str, list[dict]]) -> dict:
   if "transformers" in runs:
     ours, theirs = result["paged_jax"], result["transformers"]
     tokens = [runs[side][0]["token_ids"] for side in runs]
-    result["same_tokens"] = tokens[0] == tokens[1]
+    if tokens[0] != tokens[1]:
+      raise RuntimeError(f"the sides disagree: {tokens}")
     result["ratio"] = {
       key: ours[key]["median"] / theirs[key]["median"] for key in ours
     }

@@ -36,7 +36,7 @@ def main() -> None:
         "tokens_per_s": speeds,
         "peak_mb": _peak_kb() / 1e3,
         "token_ids": token_ids,
-        "environment": harness.environment(packages),
+        "environment": harness.environment(packages, on_cpu=True),
       }
     )
   )

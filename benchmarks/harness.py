@@ -10,11 +10,12 @@ import subprocess
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-def environment(packages: list[str]) -> dict:
+def environment(packages: list[str], *, on_cpu: bool) -> dict:
   """Returns the machine and the versions that a result belongs to.
 
   Args:
     packages: Names of the packages whose versions matter.
+    on_cpu: Whether the CPU was timed, and not the GPU.
   """
   versions: dict[str, str | None] = {}
   for name in packages:
@@ -23,7 +24,7 @@ def environment(packages: list[str]) -> dict:
     except importlib.metadata.PackageNotFoundError:
       versions[name] = None
   return {
-    "device": gpu_name() or cpu_name(),
+    "device": cpu_name() if on_cpu else gpu_name(),
     "python": platform.python_version(),
     "versions": versions,
   }

@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from paged_jax import attention_xla, devices
+from paged_jax import attention_xla, devices, kv_pool
 from pallas_kernels import paged_decode
 
 IMPLEMENTATIONS = ("mosaic_gpu", "xla")
-_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def paged_attention(
@@ -126,7 +125,7 @@ def ragged_paged_attention(
     page_indices: See `paged_attention`.
     cu_q_lens: i32[num_seqs + 1], offsets into the token axis, not decreasing,
       `cu_q_lens[0] == 0`.
-    num_active: i32 scalar; sequences from this row on are ignored.
+    num_active: i32[] or i32[1]; sequences from this row on are ignored.
     scale: See `paged_attention`, as for the other options.
     sliding_window: See `paged_attention`.
     num_sink_tokens: See `paged_attention`.
@@ -155,8 +154,8 @@ def ragged_paged_attention(
       f"cu_q_lens.shape={cu_q_lens.shape} must be ({kv_lens.shape[0] + 1},): "
       "num_seqs + 1."
     )
-  if num_active.size != 1:
-    raise ValueError(f"num_active.shape={num_active.shape} must be a scalar.")
+  if num_active.shape not in ((), (1,)):
+    raise ValueError(f"{num_active.shape=} must be () or (1,).")
   _choose_ragged(implementation)
   out, lse = _ragged_paged_attention(
     q,
@@ -227,7 +226,7 @@ def why_not_mosaic_gpu(q: Array, k_pages: Array) -> str | None:
 
 
 def _choose_decode(implementation: str | None, q: Array, k_pages: Array) -> str:
-  _check_implementation(implementation)
+  check_implementation(implementation)
   if implementation == "xla":
     return "xla"
   reason = why_not_mosaic_gpu(q, k_pages)
@@ -239,7 +238,7 @@ def _choose_decode(implementation: str | None, q: Array, k_pages: Array) -> str:
 
 
 def _choose_ragged(implementation: str | None) -> None:
-  _check_implementation(implementation)
+  check_implementation(implementation)
   if implementation == "mosaic_gpu":
     raise NotImplementedError(
       f"{implementation=} is not available: ragged_paged_attention has the "
@@ -247,7 +246,8 @@ def _choose_ragged(implementation: str | None) -> None:
     )
 
 
-def _check_implementation(implementation: str | None) -> None:
+def check_implementation(implementation: str | None) -> None:
+  """Raises a ValueError if there is no such implementation."""
   if implementation is not None and implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"{implementation=} must be None or one of {IMPLEMENTATIONS}."
@@ -261,7 +261,7 @@ def _check_pools(q, k_pages, v_pages, kv_lens, page_indices) -> None:
     if jnp.ndim(x) != ndim:
       raise ValueError(f"{name}.shape={jnp.shape(x)} must have {ndim} axes.")
   for name, x in (("k_pages", k_pages), ("v_pages", v_pages), ("q", q)):
-    if x.dtype not in _DTYPES:
+    if x.dtype not in kv_pool.DTYPES:
       raise ValueError(
         f"{name}.dtype={x.dtype} must be float32, bfloat16 or float16."
       )
@@ -276,6 +276,8 @@ def _check_pools(q, k_pages, v_pages, kv_lens, page_indices) -> None:
   num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
   if num_pages < 1:
     raise ValueError(f"{k_pages.shape=} has no pages.")
+  if page_indices.shape[1] < 1:
+    raise ValueError(f"{page_indices.shape=} has no columns.")
   if page_size % 8:
     raise ValueError(f"{page_size=} must be a multiple of 8.")
   if q.shape[2] != head_dim:
@@ -319,7 +321,7 @@ def _check_options(
     raise ValueError(
       f"sinks.shape={jnp.shape(sinks)} must be ({q.shape[1]},): num_q_heads."
     )
-  if sinks.dtype not in _DTYPES:
+  if sinks.dtype not in kv_pool.DTYPES:
     raise ValueError(
       f"sinks.dtype={sinks.dtype} must be float32, bfloat16 or float16."
     )

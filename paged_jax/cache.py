@@ -32,8 +32,7 @@ class PagedCache:
 class Step:
   """The tokens of one model step, flat, and where each of them lives."""
 
-  ok: Leaf  # bool[num_seqs], rows whose tokens were given room
-  seq_ids: Leaf  # i32[num_tokens], row of each token; num_seqs for padding
+  ok: Leaf  # bool[num_seqs], rows that had tokens and were given room
   positions: Leaf  # i32[num_tokens], 0 for tokens that have no room
   slots: Leaf  # i32[num_tokens], out of range for tokens that have no room
   cu_q_lens: Leaf  # i32[num_seqs + 1], offsets of the rows' tokens
@@ -84,6 +83,9 @@ def begin_step(
     The cache with lengths advanced for the rows that were served, and the
     step. Refused rows keep their state; their tokens are not written and
     attend to nothing.
+
+  Raises:
+    ValueError: As `page_table.append`.
   """
   appended = page_table.append(cache.table, q_lens)
   table = appended.table
@@ -101,8 +103,7 @@ def begin_step(
   # Refused rows have no slot: of them only the old tokens are stored.
   slot_rows = jnp.where(written, seq_ids, table.num_seqs)
   return dataclasses.replace(cache, table=table), Step(
-    ok=appended.ok,
-    seq_ids=seq_ids,
+    ok=takes_part,
     positions=positions,
     slots=page_table.slots(table, slot_rows, positions),
     cu_q_lens=cu_q_lens,
@@ -131,7 +132,6 @@ def begin_decode(
   positions = jnp.where(ok, table.kv_lens - 1, 0)
   return dataclasses.replace(cache, table=table), Step(
     ok=ok,
-    seq_ids=row,
     positions=positions,
     slots=page_table.slots(table, jnp.where(ok, row, num_seqs), positions),
     cu_q_lens=jnp.arange(num_seqs + 1, dtype=jnp.int32),

@@ -33,6 +33,8 @@ def free_bytes(device: jax.Device) -> int | None:
   stats = device.memory_stats()
   if stats is not None and "bytes_limit" in stats:
     return stats["bytes_limit"] - stats["bytes_in_use"]
+  if device.platform != "cpu":
+    return None
   try:
     with open("/proc/meminfo", encoding="ascii") as lines:
       fields = dict(line.split(":", 1) for line in lines)

@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from paged_jax.pytree import Leaf
 
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +34,6 @@ class KVPool:
   def num_pages(self) -> int:
     """Pages of the pool."""
     return self.k.shape[0]
-
-  @property
-  def num_layers(self) -> int:
-    """Layers that keep K and V in each page."""
-    return self.k.shape[1]
 
   @property
   def page_size(self) -> int:
@@ -73,7 +70,7 @@ def init(
       raise ValueError(f"{name}={value} must be at least 1.")
   if page_size % 8:
     raise ValueError(f"{page_size=} must be a multiple of 8.")
-  if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
+  if jnp.dtype(dtype) not in DTYPES:
     raise ValueError(f"{dtype=} must be bfloat16, float16 or float32.")
   num_rows = num_pages * num_layers * num_kv_heads * page_size
   if num_rows >= 2**31:
@@ -122,8 +119,7 @@ def write(
   """
   num_pages, num_layers, num_kv_heads, page_size, head_dim = pool.k.shape
   num_tokens = slots.shape[0]
-  if not 0 <= layer < num_layers:
-    raise ValueError(f"{layer=} must be in [0, {num_layers}).")
+  _check_layer(pool, layer)
   for name, x in (("k", k), ("v", v)):
     if x.shape != (num_tokens, num_kv_heads, head_dim):
       raise ValueError(
@@ -145,8 +141,10 @@ def write(
 
 
 def layer_pages(
-  pool: KVPool, layer: int, page_indices: Array
-) -> tuple[Array, Array, Array]:
+  pool: KVPool,
+  layer: int,
+  page_indices: Int[Array, "num_seqs pages_per_seq"],
+) -> tuple[Array, Array, Int[Array, "num_seqs pages_per_seq"]]:
   """Returns the K pages, V pages and page indices by which to read a layer.
 
   Args:
@@ -157,7 +155,11 @@ def layer_pages(
   Returns:
     K and V as [num_pages * num_layers, num_kv_heads, page_size, head_dim] (a
     view of the whole pool) and the indices of this layer's pages in them.
+
+  Raises:
+    ValueError: If `layer` is out of range.
   """
+  _check_layer(pool, layer)
   num_pages, num_layers, *tile = pool.k.shape
   flat = (num_pages * num_layers, *tile)
   return (
@@ -165,6 +167,11 @@ def layer_pages(
     pool.v.reshape(flat),
     page_indices * num_layers + layer,
   )
+
+
+def _check_layer(pool: KVPool, layer: int) -> None:
+  if not 0 <= layer < pool.k.shape[1]:
+    raise ValueError(f"{layer=} must be in [0, {pool.k.shape[1]}).")
 
 
 def _flat_rows(slots: Array, layer: int, shape: tuple[int, ...]) -> Array:

@@ -24,7 +24,6 @@ OPTIONS = {
     scale=0.2, sliding_window=33, num_sink_tokens=4, logits_soft_cap=2.0
   ),
 }
-mosaic = pytest.param("mosaic_gpu", marks=pytest.mark.gpu)
 # The dtypes that each implementation takes.
 RUNS = [
   pytest.param("xla", "float32", id="xla-float32"),

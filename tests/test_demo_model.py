@@ -117,3 +117,4 @@ def test_pages_and_chunks_do_not_change_the_logits(model, page_size, chunk):
     np.testing.assert_allclose(
       ours[: expected.size], expected, rtol=0, atol=1e-4
     )
+    np.testing.assert_allclose(ours.max(), row["max"], rtol=0, atol=1e-4)

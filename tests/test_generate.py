@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import importlib
 import itertools
 
 import chex
@@ -244,6 +245,18 @@ def test_every_page_is_free_when_all_have_ended():
   assert not np.asarray(table.kv_lens).any()
 
 
+def test_batches_of_a_bucket_share_their_programs():
+  generation = importlib.import_module("paged_jax.generation.generate")
+  programs = lambda: [
+    f._cache_size()
+    for f in (generation._prefill, generation._start, generation._decode)
+  ]
+  before = programs()
+  for lens, num_new in [([1, 9, 30], 3), ([17, 8, 7, 1], 20), ([5, 5, 5], 60)]:
+    _greedy(lens, num_new, page_size=24)  # a size that no other test has
+    assert programs() == [n + 1 for n in before]
+
+
 def test_the_decode_loop_is_traced_once_whatever_the_lengths():
   chex.clear_trace_counter()
   decode = jax.jit(chex.assert_max_traces(loop.decode, n=1))
@@ -319,6 +332,7 @@ def test_wrong_prompts_are_named(prompts, message):
     (dict(num_pages=0), "num_pages=0"),
     (dict(max_len=-1), "max_len=-1"),
     (dict(prefill_chunk=0), "prefill_chunk=0"),
+    (dict(dtype=jnp.int8), "dtype="),
   ],
 )
 def test_wrong_cache_sizes_are_named(changes, message):
@@ -327,9 +341,9 @@ def test_wrong_cache_sizes_are_named(changes, message):
 
 
 def test_parameters_must_be_one_or_one_for_each_prompt():
-  params = [SamplingParams()] * 3
-  with pytest.raises(ValueError, match=r"len\(params\)=3"):
-    generate(tiny_llama.model(), [[1], [2]], params)
+  for params in ([SamplingParams()] * 3, []):
+    with pytest.raises(ValueError, match=r"len\(params\)="):
+      generate(tiny_llama.model(), [[1], [2]], params)
   with pytest.raises(ValueError, match="interval=0"):
     stream(tiny_llama.model(), [[1]], interval=0)
 

@@ -106,6 +106,8 @@ def test_tokens_that_do_not_fit_the_pool_are_named():
   good, slots = _tokens(2, 0), jnp.zeros(2, jnp.int32)
   with pytest.raises(ValueError, match="layer=2"):
     kv_pool.write(pool, 2, good, good, slots)
+  with pytest.raises(ValueError, match="layer=-1"):
+    kv_pool.layer_pages(pool, -1, jnp.zeros((1, 1), jnp.int32))
   with pytest.raises(ValueError, match="k.shape"):
     kv_pool.write(pool, 0, good[:, :1], good, slots)
   with pytest.raises(ValueError, match="v.shape"):

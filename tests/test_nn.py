@@ -44,7 +44,11 @@ def _tokens(n, seed=0):
   return jnp.asarray(rng.standard_normal((n, HIDDEN)), jnp.float32)
 
 
-def _expected(module, x, **options):
+def _causal(positions, i):
+  return positions <= i
+
+
+def _expected(module, x, visible=_causal, scale=HEAD_DIM**-0.5, **options):
   """The module on one whole sequence, in float64, from its parameters."""
   qkv = np.asarray(x, np.float64) @ np.asarray(module.qkv_proj.kernel[...])
   q, k, v = np.split(
@@ -54,7 +58,7 @@ def _expected(module, x, **options):
   q, k = (oracle.rotate(part, positions, 50.0) for part in (q, k))
   out = [
     oracle.attend_one(
-      q[i], k, v, positions <= i, scale=HEAD_DIM**-0.5, **options
+      q[i], k, v, visible(positions, i), scale=scale, **options
     )[0]
     for i in positions
   ]
@@ -94,15 +98,28 @@ def test_decoding_token_by_token_is_prefilling_at_once():
       )
 
 
-def test_options_reach_the_op():
-  x = _tokens(9)
-  outs, _ = _prefill(_module(logits_soft_cap=0.5), _cache(1), [x])
-  expected = _expected(_module(), x, logits_soft_cap=0.5)
-  np.testing.assert_allclose(outs[0], expected, rtol=0, atol=2e-5)
-  windowed, _ = _prefill(_module(sliding_window=1), _cache(1), [x])
-  alone, _ = _prefill(_module(), _cache(1), [x[:1]])
-  np.testing.assert_allclose(windowed[0][:1], alone[0], rtol=0, atol=1e-6)
-  assert np.abs(windowed[0][1:] - outs[0][1:]).max() > 1e-3
+@pytest.mark.parametrize(
+  ("options", "expected"),
+  [
+    (dict(logits_soft_cap=0.5), dict(logits_soft_cap=0.5)),
+    (dict(scale=0.7), dict(scale=0.7)),
+    (dict(sliding_window=1), dict(visible=lambda key, i: key == i)),
+    (
+      dict(sliding_window=2, num_sink_tokens=1),
+      dict(visible=lambda key, i: (key <= i) & ((key > i - 2) | (key < 1))),
+    ),
+  ],
+)
+def test_options_reach_the_op(options, expected):
+  module, x = _module(**options), _tokens(9)
+  outs, cache = _prefill(module, _cache(1), [x[:8]])
+  cache, step = paged_cache.begin_decode(cache, jnp.ones(1, bool))
+  last, _ = module(x[8:], cache, step)
+  got = np.concatenate([outs[0], np.asarray(last)])
+  np.testing.assert_allclose(
+    got, _expected(module, x, **expected), rtol=0, atol=2e-5
+  )
+  assert np.abs(_expected(module, x) - got).max() > 1e-3
 
 
 def test_the_cache_is_returned_and_not_mutated():
@@ -144,7 +161,7 @@ def test_padding_tokens_of_a_step_have_no_slot():
   nowhere = cache.pool.num_pages * cache.pool.page_size
   assert (np.asarray(step.slots[:3]) < nowhere).all()
   assert (np.asarray(step.slots[3:]) == nowhere).all()
-  assert step.seq_ids.tolist() == [0, 0, 0, 2, 2, 2]
+  assert step.ok.tolist() == [True, False]
   assert step.positions.tolist() == [0, 1, 2, 0, 0, 0]
 
 
@@ -175,6 +192,11 @@ def test_half_precision_pools_take_any_model():
   ("sizes", "message"),
   [((24, 4, 3, 16), "num_q_heads=4"), ((24, 4, 2, 15), "head_dim=15")],
 )
-def test_heads_that_do_not_fit_are_named(sizes, message):
+def test_sizes_that_do_not_fit_are_named(sizes, message):
   with pytest.raises(ValueError, match=message):
     PagedAttention(*sizes, layer=0, rngs=nnx.Rngs(0))
+
+
+def test_an_unknown_implementation_is_named():
+  with pytest.raises(ValueError, match="implementation='cuda'"):
+    _module(implementation="cuda")

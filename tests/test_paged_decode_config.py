@@ -1,5 +1,6 @@
 """What the decode kernel takes, and that it lowers: no GPU needed."""
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,10 +36,7 @@ def _lower(*, heads, head_dim, page_size, dtype, config=None, **options):
   )
 
 
-HEAD_DIMS = [64, 128, 192] + [256] * (jax.__version_info__ < (0, 12))
-
-
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", cases.HEAD_DIMS)
 @pytest.mark.parametrize(
   ("heads", "page_size", "dtype"),
   [

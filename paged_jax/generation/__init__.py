@@ -1,4 +1,4 @@
-"""Generation loops that run inside jit."""
+"""Generation from prompts, in loops that run inside jit."""
 
 from paged_jax.generation.generate import (
   CacheConfig,

@@ -1,6 +1,7 @@
 """A call's prompts and parameters, checked, and padded to few shapes."""
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from paged_jax import kv_pool
 from paged_jax.generation import loop
 from paged_jax.generation.sampling import SamplingParams
 from paged_jax.models.llama import Llama
@@ -28,7 +30,7 @@ class CacheConfig:
   Attributes:
     page_size: Tokens a page; a positive multiple of 8.
     num_pages: Pages of the pool; None takes what the batch can need at most,
-      up to a share of the device's free memory.
+      rounded up to a power of two, within a share of the free memory.
     max_len: Longest sequence, prompt included; None is the model's own.
     dtype: Of K and V; None is that of the model.
     prefill_chunk: Prompt tokens a step, at least 1.
@@ -43,6 +45,8 @@ class CacheConfig:
   def __post_init__(self):
     if self.page_size < 1 or self.page_size % 8:
       raise ValueError(f"{self.page_size=} must be a positive multiple of 8.")
+    if self.dtype is not None and jnp.dtype(self.dtype) not in kv_pool.DTYPES:
+      raise ValueError(f"{self.dtype=} must be bfloat16, float16 or float32.")
     for name in ("num_pages", "max_len", "prefill_chunk"):
       value = getattr(self, name)
       if value is not None and value < 1:
@@ -72,9 +76,9 @@ class Batch:
       raise ValueError(
         f"{max_len=} must be at most the model's {model.config.max_len}."
       )
-    ids = tuple(tuple(map(int, prompt)) for prompt in prompts)
+    ids = tuple(tuple(map(operator.index, prompt)) for prompt in prompts)
     _check_prompts(ids, model.config.vocab_size, max_len)
-    params = params or SamplingParams()
+    params = SamplingParams() if params is None else params
     if isinstance(params, SamplingParams):
       params = (params,) * len(ids)
     if len(params) != len(ids):

@@ -205,4 +205,5 @@ def _num_pages(model, batch, config) -> int:
       f"not one page of {page_bytes=} fits in {free} free bytes of device "
       "memory."
     )
-  return min(wanted, fitting)
+  # Rounded, so that free memory does not choose a new shape every time.
+  return min(wanted, 1 << (fitting.bit_length() - 1))

@@ -142,12 +142,12 @@ class Llama(nnx.Module):
   def logits(
     self, hidden: Float[Array, "num_tokens hidden_size"]
   ) -> Float[Array, "num_tokens vocab_size"]:
-    """Returns the logits of the next token, float32."""
+    """Returns the logits of the next token, summed and kept in float32."""
     if self.config.tie_word_embeddings:
-      out = self.embed_tokens.attend(hidden)
+      head = self.embed_tokens.embedding[...].T
     else:
-      out = self.lm_head(hidden)
-    return out.astype(jnp.float32)
+      head = self.lm_head.kernel[...]
+    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
 
 
 def from_weights(

@@ -55,14 +55,17 @@ class PagedAttention(nnx.Module):
       num_sink_tokens: First tokens that stay visible besides the window.
       logits_soft_cap: Soft cap of the logits.
       scale: Multiplies the logits; `head_dim ** -0.5` if None.
-      implementation: `"mosaic_gpu"`, `"xla"`, or None to choose.
+      implementation: Of decode: `"mosaic_gpu"`, `"xla"`, or None to choose.
+        Prefill is `"xla"` always.
       dtype: Of the computation; that of the input and parameters if None.
       param_dtype: Of the parameters.
       rngs: For the initial parameters.
 
     Raises:
-      ValueError: If the heads do not divide, or `head_dim` is odd.
+      ValueError: If the heads do not divide, `head_dim` is odd, or
+        `implementation` is unknown.
     """
+    attention.check_implementation(implementation)
     if num_q_heads % num_kv_heads:
       raise ValueError(f"{num_q_heads=} must be a multiple of {num_kv_heads=}.")
     if head_dim % 2:
