@@ -12,6 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -19,6 +20,7 @@ from paged_jax import attention_xla, devices, kv_pool
 from pallas_kernels import paged_decode
 
 IMPLEMENTATIONS = ("mosaic_gpu", "xla")
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def paged_attention(
@@ -147,15 +149,17 @@ def ragged_paged_attention(
   _check_options(
     q, scale, sliding_window, num_sink_tokens, logits_soft_cap, sinks
   )
-  num_active = jnp.asarray(num_active)
-  _check_ints(cu_q_lens=cu_q_lens, num_active=num_active)
+  active = num_active
+  if isinstance(active, int):
+    active = np.int32(max(0, min(active, kv_lens.shape[0])))
+  _check_ints(cu_q_lens=cu_q_lens, num_active=active)
   if cu_q_lens.shape != (kv_lens.shape[0] + 1,):
     raise ValueError(
       f"cu_q_lens.shape={cu_q_lens.shape} must be ({kv_lens.shape[0] + 1},): "
       "num_seqs + 1."
     )
-  if num_active.shape not in ((), (1,)):
-    raise ValueError(f"{num_active.shape=} must be () or (1,).")
+  if active.shape not in ((), (1,)):
+    raise ValueError(f"num_active.shape={active.shape} must be () or (1,).")
   _choose_ragged(implementation)
   out, lse = _ragged_paged_attention(
     q,
@@ -164,7 +168,7 @@ def ragged_paged_attention(
     kv_lens,
     page_indices,
     cu_q_lens,
-    num_active.reshape(()),
+    jnp.reshape(active, ()),
     sinks,
     scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
     sliding_window=sliding_window,
@@ -257,6 +261,7 @@ def check_implementation(implementation: str | None) -> None:
 def _check_pools(q, k_pages, v_pages, kv_lens, page_indices) -> None:
   ranks = dict(q=(q, 3), k_pages=(k_pages, 4), v_pages=(v_pages, 4))
   ranks |= dict(kv_lens=(kv_lens, 1), page_indices=(page_indices, 2))
+  _check_arrays(**{name: x for name, (x, _) in ranks.items()})
   for name, (x, ndim) in ranks.items():
     if jnp.ndim(x) != ndim:
       raise ValueError(f"{name}.shape={jnp.shape(x)} must have {ndim} axes.")
@@ -293,7 +298,14 @@ def _check_pools(q, k_pages, v_pages, kv_lens, page_indices) -> None:
     )
 
 
+def _check_arrays(**arrays) -> None:
+  for name, x in arrays.items():
+    if not hasattr(x, "dtype"):
+      raise ValueError(f"{name} must be an array, got {type(x).__name__}.")
+
+
 def _check_ints(**arrays) -> None:
+  _check_arrays(**arrays)
   for name, x in arrays.items():
     if x.dtype != jnp.int32:
       raise ValueError(f"{name}.dtype={x.dtype} must be int32.")
@@ -310,13 +322,14 @@ def _check_options(
       raise ValueError(f"{name}={value!r} must be a Python number.")
   if logits_soft_cap is not None and not 0 < logits_soft_cap < float("inf"):
     raise ValueError(f"{logits_soft_cap=} must be positive and finite.")
-  if scale is not None and not abs(scale) < float("inf"):
-    raise ValueError(f"{scale=} must be finite.")
+  if scale is not None and not abs(scale) <= _FLOAT32_MAX:
+    raise ValueError(f"{scale=} must be finite in float32.")
   if sliding_window is not None:
     _check_count("sliding_window", sliding_window, 1)
   _check_count("num_sink_tokens", num_sink_tokens, 0)
   if sinks is None:
     return
+  _check_arrays(sinks=sinks)
   if jnp.shape(sinks) != (q.shape[1],):
     raise ValueError(
       f"sinks.shape={jnp.shape(sinks)} must be ({q.shape[1]},): num_q_heads."

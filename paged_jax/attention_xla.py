@@ -149,7 +149,11 @@ def _attend(
   pages_per_tile = max(1, tile_tokens // page_size)
   pages_per_tile = min(pages_per_tile, page_indices.shape[1])
   tiles = _Tiles(
-    positions, pages_per_tile * page_size, sliding_window, num_sink_tokens
+    positions,
+    pages_per_tile * page_size,
+    -(-page_indices.shape[1] // pages_per_tile),
+    sliding_window,
+    num_sink_tokens,
   )
   q = q.reshape(num_rows, block_q, num_kv_heads, group, head_dim)
 
@@ -207,7 +211,9 @@ def _attend(
   if sinks is not None:
     sinks = sinks.astype(jnp.float32).reshape(1, num_kv_heads, group, 1)
   out, lse = _finish(m, l, acc, sinks)
-  out = jnp.moveaxis(out, 3, 1).reshape(num_rows, block_q, num_q_heads, -1)
+  out = jnp.moveaxis(out, 3, 1).reshape(
+    num_rows, block_q, num_q_heads, head_dim
+  )
   return out, jnp.moveaxis(lse, 3, 1).reshape(num_rows, block_q, num_q_heads)
 
 
@@ -227,9 +233,12 @@ class _Tiles:
       last tile see no key.
   """
 
-  def __init__(self, positions, tile, sliding_window, num_sink_tokens):
+  def __init__(
+    self, positions, tile, num_tiles, sliding_window, num_sink_tokens
+  ):
     last = positions.max(1)
-    end = (last + tile) // tile  # exclusive; 0 for a row that sees nothing
+    # Exclusive; 0 for a row that sees nothing; no more than the table has.
+    end = jnp.minimum(jnp.maximum(last, -1) // tile + 1, num_tiles)
     if sliding_window is None:
       self._num_sink_tiles = 0
       self._first = jnp.zeros_like(end)

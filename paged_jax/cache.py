@@ -88,6 +88,7 @@ def begin_step(
     ValueError: As `page_table.append`.
   """
   appended = page_table.append(cache.table, q_lens)
+  q_lens = jnp.maximum(jnp.asarray(q_lens, jnp.int32), 0)
   table = appended.table
   takes_part = appended.ok & (q_lens > 0)
   kv_lens = jnp.where(takes_part, table.kv_lens, 0)
@@ -123,8 +124,12 @@ def begin_decode(
 
   Returns:
     As `begin_step`; `step.ok` is False for rows that were left out.
+
+  Raises:
+    ValueError: If `rows` is not bool[num_seqs].
   """
   num_seqs = cache.table.num_seqs
+  page_table.check_rows(cache.table, rows)
   appended = page_table.append(cache.table, rows.astype(jnp.int32))
   ok = appended.ok & rows
   table = appended.table

@@ -16,6 +16,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from paged_jax.pytree import Leaf
@@ -189,10 +190,7 @@ def release(table: PageTable, rows: Bool[Array, " num_seqs"]) -> PageTable:
   Raises:
     ValueError: If `rows` has another shape or is not boolean.
   """
-  if rows.shape != (table.num_seqs,) or rows.dtype != jnp.bool_:
-    raise ValueError(
-      f"rows must be bool[{table.num_seqs}], got {rows.dtype}{rows.shape}."
-    )
+  check_rows(table, rows)
   leaving = jnp.where(rows[:, None], table.page_indices, table.num_pages)
   named = jnp.zeros_like(table.ref_counts).at[leaving].add(1, mode="drop")
   ref_counts = table.ref_counts - named
@@ -234,6 +232,15 @@ def slots(
   return jnp.where(inside & (page < table.num_pages), slot, nowhere)
 
 
+def check_rows(table: PageTable, rows: Array) -> None:
+  """Raises a ValueError if `rows` is not bool[num_seqs]."""
+  dtype, shape = jnp.result_type(rows), jnp.shape(rows)
+  if shape != (table.num_seqs,) or dtype != jnp.bool_:
+    raise ValueError(
+      f"rows must be bool[{table.num_seqs}], got {dtype}{shape}."
+    )
+
+
 def _push(table: PageTable, freed: Array) -> tuple[Array, Array]:
   """Puts the pages marked in bool[num_pages] on the free stack."""
   rank = jnp.cumsum(freed, dtype=jnp.int32)
@@ -244,6 +251,9 @@ def _push(table: PageTable, freed: Array) -> tuple[Array, Array]:
 
 
 def _row_counts(table: PageTable, counts: Array, name: str) -> Array:
+  if isinstance(counts, np.ndarray) and counts.dtype.kind in "iu":
+    # 64-bit counts would wrap around.
+    counts = np.clip(counts, -1, table.max_len + 1).astype(np.int32)
   counts = jnp.asarray(counts)
   if counts.shape != (table.num_seqs,):
     raise ValueError(
@@ -251,4 +261,4 @@ def _row_counts(table: PageTable, counts: Array, name: str) -> Array:
     )
   if not jnp.issubdtype(counts.dtype, jnp.integer):
     raise ValueError(f"{name} must be integers, got {counts.dtype}.")
-  return counts.astype(jnp.int32)
+  return jnp.clip(counts, -1, table.max_len + 1).astype(jnp.int32)

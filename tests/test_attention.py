@@ -175,6 +175,32 @@ def test_ragged_query_longer_than_its_context_sees_nothing_before_it():
   _check_ragged(problem)
 
 
+def test_an_empty_batch_gives_an_empty_output():
+  q, k_pages, v_pages, kv_lens, table = cases.make(kv_lens=[5]).decode_args()
+  out, lse = paged_jax.paged_attention(
+    q[:0], k_pages, v_pages, kv_lens[:0], table[:0], return_lse=True
+  )
+  assert out.shape == (0, 4, 64)
+  assert lse.shape == (0, 4)
+
+
+@pytest.mark.parametrize("kv_len", [49, 10**6, 2**31 - 1])
+@pytest.mark.parametrize(("implementation", "dtype"), RUNS[:1] + RUNS[3:4])
+def test_a_length_beyond_the_table_sees_all_of_it(
+  implementation, dtype, kv_len
+):
+  problem = cases.make(kv_lens=[48, 5], dtype=dtype)
+  problem.page_indices[0, 3] = problem.k_pages.shape[0]
+  expected = paged_jax.paged_attention(
+    *problem.decode_args(), implementation=implementation
+  )
+  problem.kv_lens[0] = kv_len
+  out = paged_jax.paged_attention(
+    *problem.decode_args(), implementation=implementation
+  )
+  np.testing.assert_array_equal(np.asarray(out), np.asarray(expected))
+
+
 def test_ragged_without_tokens_gives_an_empty_output():
   problem = cases.make(kv_lens=[5, 6], q_lens=[0, 0])
   out, lse = paged_jax.ragged_paged_attention(*problem.args(), return_lse=True)
@@ -347,6 +373,8 @@ def test_page_size_must_be_a_multiple_of_8():
 
 BAD_OPTIONS = {
   "scale": (dict(scale=float("nan")), "scale=nan"),
+  "huge scale": (dict(scale=1e300), "scale=1e"),
+  "sinks as a list": (dict(sinks=[0.0] * 4), "sinks must be an array"),
   "scale array": (dict(scale=np.ones(2)), "scale="),
   "window": (dict(sliding_window=0), "sliding_window=0"),
   "float window": (dict(sliding_window=4.0), "sliding_window=4.0"),

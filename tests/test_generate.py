@@ -310,9 +310,13 @@ def test_the_decode_loop_calls_the_kernel_on_the_pool_in_place():
   _assert_keeps_one_pool(compiled, pool)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
   ("prompts", "message"),
   [
+    (["2024"], r"prompts\[0\]='2024'"),
+    ([[1], [3.7]], r"prompts\[1\]=\[3.7\]"),
+    ([1, 2], r"prompts\[0\]=1"),
     ([], "prompts is empty"),
     ([[1], []], r"prompts\[1\] is empty"),
     ([[1, 96]], r"prompts\[0\] has token 96"),

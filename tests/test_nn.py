@@ -154,6 +154,12 @@ def test_a_decode_step_leaves_other_rows_alone():
   )
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_decode_step_takes_rows_and_not_counts():
+  with pytest.raises(ValueError, match=r"rows must be bool\[2\]"):
+    paged_cache.begin_decode(_cache(), jnp.array([3, 1]))
+
+
 def test_padding_tokens_of_a_step_have_no_slot():
   cache, step = paged_cache.begin_step(
     _cache(), jnp.array([3, 0], jnp.int32), 6

@@ -115,6 +115,14 @@ def test_a_row_that_cannot_be_that_long_is_refused_and_unchanged(num_new):
   _check_conservation(after)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_count_of_64_bits_does_not_wrap_around():
+  table = page_table.init(64, 8, 2, 4)
+  result = page_table.append(table, np.array([2**32 + 5, 5]))
+  assert result.ok.tolist() == [False, True]
+  assert result.table.kv_lens.tolist() == [0, 5]
+
+
 def test_a_refused_long_row_takes_no_page_from_the_next():
   table = page_table.init(4, 8, 2, 4)
   table, ok = _append(table, 33, 32)

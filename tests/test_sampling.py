@@ -111,6 +111,13 @@ def test_stop_tokens_are_each_rows_own():
   assert is_stop(0, 0, 0) == [False, False, True]
 
 
+def test_a_tiny_temperature_takes_the_most_likely_token():
+  for shift in (0, 40, -200):
+    tokens = _draw(SamplingParams(temperature=1e-37), 8, 30 * LOGITS + shift)
+    assert (tokens == 0).all()
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
@@ -122,6 +129,12 @@ def test_stop_tokens_are_each_rows_own():
     (dict(top_p=1.5), "top_p=1.5"),
     (dict(min_p=-1.0), "min_p=-1.0"),
     (dict(seed=-1), "seed=-1"),
+    (dict(seed=1.5), "seed=1.5"),
+    (dict(top_k=0.5), "top_k=0.5"),
+    (dict(max_new_tokens="4"), "max_new_tokens='4'"),
+    (dict(stop_token_ids=[5]), "stop_token_ids="),
+    (dict(stop_token_ids=(43.9,)), "stop_token_ids=43.9"),
+    (dict(stop_token_ids=(2**31,)), "stop_token_ids="),
     (dict(seed=2**32), "seed=4294967296"),
   ],
 )

@@ -76,13 +76,13 @@ class Batch:
       raise ValueError(
         f"{max_len=} must be at most the model's {model.config.max_len}."
       )
-    ids = tuple(tuple(map(operator.index, prompt)) for prompt in prompts)
+    ids = tuple(_token_ids(i, prompt) for i, prompt in enumerate(prompts))
     _check_prompts(ids, model.config.vocab_size, max_len)
     params = SamplingParams() if params is None else params
     if isinstance(params, SamplingParams):
       params = (params,) * len(ids)
     if len(params) != len(ids):
-      raise ValueError(f"{len(params)=} must be {len(prompts)=}.")
+      raise ValueError(f"{len(params)=} must be {len(ids)=}.")
     num_rows = bucket(len(ids))
     params = (*params, *(SamplingParams(),) * (num_rows - len(ids)))
     # The last token is never stored: nothing is sampled after it.
@@ -125,6 +125,15 @@ class Batch:
     tokens = np.zeros(bucket(-(-len(flat) // chunk)) * chunk, np.int32)
     tokens[: len(flat)] = flat
     return jnp.asarray(tokens), jnp.asarray(lens), chunk
+
+
+def _token_ids(i: int, prompt: Sequence[int]) -> tuple[int, ...]:
+  try:
+    return tuple(operator.index(token) for token in prompt)
+  except TypeError as error:
+    raise ValueError(
+      f"prompts[{i}]={prompt!r} must be a sequence of token ids."
+    ) from error
 
 
 def _check_prompts(prompts, vocab_size: int, max_len: int) -> None:

@@ -43,6 +43,14 @@ class SamplingParams:
   stop_token_ids: tuple[int, ...] = ()
 
   def __post_init__(self):
+    for name in ("max_new_tokens", "top_k", "seed"):
+      _check_integer(name, getattr(self, name))
+    if not isinstance(self.stop_token_ids, tuple):
+      raise ValueError(f"{self.stop_token_ids=} must be a tuple.")
+    for token in self.stop_token_ids:
+      _check_integer("stop_token_ids", token)
+      if not 0 <= token < 2**31:
+        raise ValueError(f"{self.stop_token_ids=} must be in [0, 2**31).")
     if self.max_new_tokens < 1:
       raise ValueError(f"{self.max_new_tokens=} must be at least 1.")
     if not 0 <= self.temperature < math.inf:
@@ -55,6 +63,11 @@ class SamplingParams:
       raise ValueError(f"{self.min_p=} must be in [0, 1].")
     if not 0 <= self.seed < 2**32:
       raise ValueError(f"{self.seed=} must be in [0, 2**32).")
+
+
+def _check_integer(name: str, value: object) -> None:
+  if isinstance(value, bool) or not isinstance(value, int | np.integer):
+    raise ValueError(f"{name}={value!r} must be an integer.")
 
 
 @jax.tree_util.register_dataclass
@@ -130,6 +143,8 @@ def is_stop(tokens: Int[Array, " num_seqs"], arrays: SamplingArrays) -> Array:
 def _keep(logits: Array, arrays: SamplingArrays) -> Array:
   """Returns tempered logits, -inf where top-k, top-p or min-p leaves out."""
   temperature = jnp.where(arrays.temperature > 0, arrays.temperature, 1.0)
+  # The top is then 0, however small the temperature, and stays finite.
+  logits = logits - jnp.max(logits, axis=-1, keepdims=True)
   logits = logits / temperature[:, None]
   wants_sort = (arrays.top_k < logits.shape[-1]) | (arrays.top_p < 1)
   # A sort of the vocabulary costs more than all the rest: only if asked for.
