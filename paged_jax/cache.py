@@ -85,9 +85,9 @@ def begin_step(
     step. Refused rows keep their state; their tokens are not written and
     attend to nothing.
   """
-  appended = page_table.append(cache.table, q_lens)
-  table = appended.table
-  takes_part = appended.ok & (q_lens > 0)
+  cache, ok = _append(cache, q_lens, num_tokens)
+  table = cache.table
+  takes_part = ok & (q_lens > 0)
   kv_lens = jnp.where(takes_part, table.kv_lens, 0)
 
   ends = jnp.cumsum(q_lens, dtype=jnp.int32)
@@ -100,8 +100,8 @@ def begin_step(
   positions = jnp.where(written, positions, 0)
   # Refused rows have no slot: of them only the old tokens are stored.
   slot_rows = jnp.where(written, seq_ids, table.num_seqs)
-  return dataclasses.replace(cache, table=table), Step(
-    ok=appended.ok,
+  return cache, Step(
+    ok=ok,
     seq_ids=seq_ids,
     positions=positions,
     slots=page_table.slots(table, slot_rows, positions),
@@ -124,12 +124,12 @@ def begin_decode(
     As `begin_step`; `step.ok` is False for rows that were left out.
   """
   num_seqs = cache.table.num_seqs
-  appended = page_table.append(cache.table, rows.astype(jnp.int32))
-  ok = appended.ok & rows
-  table = appended.table
+  cache, ok = _append(cache, rows.astype(jnp.int32), 1)
+  ok &= rows
+  table = cache.table
   row = jnp.arange(num_seqs, dtype=jnp.int32)
   positions = jnp.where(ok, table.kv_lens - 1, 0)
-  return dataclasses.replace(cache, table=table), Step(
+  return cache, Step(
     ok=ok,
     seq_ids=row,
     positions=positions,
@@ -144,3 +144,15 @@ def release(cache: PagedCache, rows: Bool[Array, " num_seqs"]) -> PagedCache:
   """Returns the cache with `rows` emptied; see `page_table.release`."""
   table = page_table.release(cache.table, rows)
   return dataclasses.replace(cache, table=table)
+
+
+def _append(
+  cache: PagedCache, num_new_tokens: Array, max_new_tokens: int
+) -> tuple[PagedCache, Array]:
+  """Reserves room, and carries out the copies that this asks for."""
+  appended = page_table.append(
+    cache.table, num_new_tokens, max_new_tokens=max_new_tokens
+  )
+  copies = appended.copies
+  pool = kv_pool.copy_pages(cache.pool, copies.src, copies.dst)
+  return PagedCache(table=appended.table, pool=pool), appended.ok
