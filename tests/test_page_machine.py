@@ -1,0 +1,397 @@
+"""Random programs of all transitions, beside the plain model.
+
+`PAGED_JAX_PROGRAMS=100000 pytest tests/test_page_machine.py` runs as many.
+"""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+  RuleBasedStateMachine,
+  initialize,
+  rule,
+  run_state_machine_as_test,
+)
+from page_model import PageModel
+
+from paged_jax import kv_pool, page_table
+
+PROGRAMS = int(os.environ.get("PAGED_JAX_PROGRAMS", "2000"))
+settings.register_profile(
+  "pages",
+  max_examples=PROGRAMS,
+  stateful_step_count=14,
+  deadline=None,
+  suppress_health_check=list(HealthCheck),
+)
+
+MOST_ROWS, MOST_NEW = 8, 24
+# Pools that a few rows fill: num_pages, page_size, num_seqs, width.
+SHAPES = (
+  dict(num_pages=1, page_size=8, num_seqs=2, width=2),
+  dict(num_pages=6, page_size=8, num_seqs=4, width=3),
+  dict(
+    num_pages=12,
+    page_size=8,
+    num_seqs=6,
+    width=4,
+    tenants=[0, 1, 0, 1, 0, 2],
+    quotas=[6, page_table.NO_QUOTA, 3],
+  ),
+  dict(num_pages=64, page_size=16, num_seqs=8, width=12),
+)
+
+
+@functools.partial(jax.jit, static_argnames="most", donate_argnums=(0, 1))
+def _append_and_write(table, pool, counts, tokens, order=None, most=None):
+  """One model step, with a token's number in place of its K and V."""
+  before = table.kv_lens
+  result = page_table.append(table, counts, order=order, max_new_tokens=most)
+  pool = kv_pool.copy_pages(pool, result.copies.src, result.copies.dst)
+  row, nth = jnp.indices(tokens.shape, dtype=jnp.int32)
+  position = before[row] + nth
+  fresh = result.ok[row] & (nth < counts[row])
+  slots = page_table.slots(
+    result.table,
+    jnp.where(fresh, row, table.num_seqs).reshape(-1),
+    position.reshape(-1),
+  )
+  for layer in range(2):
+    k = tokens.reshape(-1, 1, 1) + layer / 2
+    pool = kv_pool.write(pool, layer, k, -k, slots)
+  return result.table, pool, result.ok, result.copies
+
+
+@functools.partial(jax.jit, static_argnames="max_copies", donate_argnums=(0, 1))
+def _compact(table, pool, max_copies):
+  result = page_table.compact(table, max_copies)
+  pool = kv_pool.copy_pages(pool, result.copies.src, result.copies.dst)
+  return result.table, pool, result.copies
+
+
+@functools.partial(jax.jit, static_argnames="num_pages")
+def _resize(table, pool, num_pages):
+  result = page_table.resize(table, num_pages)
+  return result.table, kv_pool.resize(pool, num_pages), result.ok
+
+
+_jitted = {
+  name: jax.jit(getattr(page_table, name), donate_argnums=0)
+  for name in (
+    "adopt",
+    "assign",
+    "drop",
+    "fork",
+    "hold",
+    "permute",
+    "release",
+    "release_outside_window",
+    "truncate",
+  )
+}
+_is_valid = jax.jit(lambda table: page_table.check(table).valid)
+
+_seq = st.integers(-1, MOST_ROWS + 1)
+_page = st.integers(-1, 65)
+
+
+def _few(*elements):
+  return st.lists(st.tuples(*elements), min_size=3, max_size=3)
+
+
+def _each_row(elements):
+  return st.lists(elements, min_size=MOST_ROWS, max_size=MOST_ROWS)
+
+
+class Pages(RuleBasedStateMachine):
+  @initialize(shape=st.sampled_from(SHAPES))
+  def start(self, shape):
+    self.model = PageModel(**shape)
+    self.num_seqs, self.num_pages = shape["num_seqs"], shape["num_pages"]
+    self.table = page_table.init(
+      shape["num_pages"],
+      shape["page_size"],
+      shape["num_seqs"],
+      shape["width"],
+      tenants=shape.get("tenants"),
+      quotas=shape.get("quotas"),
+    )
+    self.pool = kv_pool.init(
+      shape["num_pages"], 2, 1, shape["page_size"], 1, jnp.float32
+    )
+    self.next_token = 1
+    self.cached = []  # (pages, tokens) that the prefix cache holds
+
+  def _token(self, counts):
+    """Numbers the tokens of this step."""
+    tokens = np.zeros((self.num_seqs, MOST_NEW), np.float32)
+    for seq, count in enumerate(counts):
+      for nth in range(min(max(count, 0), MOST_NEW)):
+        tokens[seq, nth] = self.next_token
+        self.next_token += 1
+    return tokens
+
+  def _append(self, counts, order=None, most=None):
+    counts = counts[: self.num_seqs]
+    tokens = self._token(counts)
+    ok, copies = self.model.plan_append(counts, order, most)
+    free = set(range(self.num_pages)) - self.model.used()
+    self.table, self.pool, served, done = _append_and_write(
+      self.table,
+      self.pool,
+      np.asarray(counts, np.int32),
+      tokens,
+      None if order is None else np.asarray(order, np.int32),
+      most=most,
+    )
+    assert np.asarray(served).tolist() == ok
+    src = [
+      row.pages[-1] if seq in copies else self.num_pages
+      for seq, row in enumerate(self.model.rows)
+    ]
+    assert np.asarray(done.src).tolist() == src
+    copied = np.asarray(done.dst) != self.num_pages
+    assert set(np.flatnonzero(copied)) == copies
+    by_row = [iter(row) for row in tokens.tolist()]
+    entries = np.asarray(self.table.page_indices).tolist()
+    taken = self.model.append(
+      counts, ok, copies, entries, lambda seq: next(by_row[seq])
+    )
+    assert len(set(taken)) == len(taken)
+    assert set(taken) <= free
+    self._agree()
+
+  @rule(
+    counts=_each_row(
+      st.sampled_from([0, 1, 3, 7, 8, 9, 16, MOST_NEW, -1, 2**31 - 1])
+    )
+  )
+  def append(self, counts):
+    self._append(counts)
+
+  @rule(
+    counts=_each_row(st.sampled_from([0, 1, 5, 8, 20])),
+    order=_each_row(_seq),
+  )
+  def append_in_order(self, counts, order):
+    self._append(counts, order[: self.num_seqs])
+
+  @rule(counts=_each_row(st.sampled_from([0, 1, 1, 1, 2])))
+  def decode(self, counts):
+    self._append(counts, most=1)
+
+  def _change(self, name, *args):
+    result = _jitted[name](self.table, *args)
+    self.table = result.table
+    return np.asarray(result.ok).tolist()
+
+  @rule(pairs=_few(_seq, _seq))
+  def fork(self, pairs):
+    src, dst = np.asarray(pairs, np.int32).T.clip(-1, self.num_seqs)
+    ok = self._change("fork", src, dst)
+    assert ok == self.model.fork(src.tolist(), dst.tolist())
+    self._agree()
+
+  @rule(src=_seq)
+  def fork_to_every_row(self, src):
+    src = min(max(src, 0), self.num_seqs - 1)
+    parents = np.full(self.num_seqs, src, np.int32)
+    assert self._change("permute", parents) == self.model.permute(parents)
+    self._agree()
+
+  @rule(parents=_each_row(_seq), valid=st.sampled_from([True] * 7 + [False]))
+  def permute(self, parents, valid):
+    parents = np.asarray(parents[: self.num_seqs], np.int32)
+    if valid:
+      parents = parents.clip(0, self.num_seqs)
+    ok = self._change("permute", parents)
+    assert ok == self.model.permute(parents.tolist())
+    self._agree()
+
+  @rule(pairs=_few(_seq, st.integers(-1, 40)))
+  def truncate(self, pairs):
+    seqs = [min(seq, self.num_seqs) for seq, _ in pairs]
+    lens = [len(row.tokens) for row in self.model.rows]
+    lengths = [
+      lens[min(max(seq, 0), self.num_seqs - 1)] - cut
+      for seq, (_, cut) in zip(seqs, pairs, strict=True)
+    ]
+    ok = self._change(
+      "truncate", np.asarray(seqs, np.int32), np.asarray(lengths, np.int32)
+    )
+    assert ok == self.model.truncate(seqs, lengths)
+    self._agree()
+
+  @rule(rows=_each_row(st.booleans()))
+  def release(self, rows):
+    rows = np.asarray(rows[: self.num_seqs])
+    self.table = _jitted["release"](self.table, rows)
+    self.model.release(np.flatnonzero(rows))
+    self._agree()
+
+  @rule(
+    window=st.sampled_from([1, 3, 8, 9, 20]),
+    sinks=st.sampled_from([0, 0, 1, 8, 9]),
+  )
+  def release_outside_window(self, window, sinks):
+    self.table = _jitted["release_outside_window"](
+      self.table, np.int32(window), np.int32(sinks)
+    )
+    self.model.release_outside_window(window, sinks)
+    self._agree()
+
+  @rule(seq=_seq)
+  def hold_a_row(self, seq):
+    row = self.model.rows[min(max(seq, 0), self.num_seqs - 1)]
+    pages = [page for page in row.pages if page is not None]
+    self._hold(pages)
+    if pages and len(pages) == len(row.pages):
+      self.cached.append((pages, list(row.tokens)))
+    self._agree()
+
+  @rule(pages=_few(_page))
+  def hold(self, pages):
+    self._hold([min(page, self.num_pages + 1) for (page,) in pages])
+    self._agree()
+
+  def _hold(self, pages):
+    padded = pages + [self.num_pages] * (self.model.width + 3 - len(pages))
+    ok = self._change("hold", np.asarray(padded, np.int32))
+    assert ok == self.model.hold(padded)
+
+  @rule(pages=_few(_page), whole=st.booleans())
+  def drop(self, pages, whole):
+    pages = [min(page, self.num_pages + 1) for (page,) in pages]
+    if whole and self.cached:
+      pages = self.cached[0][0]
+    padded = pages + [self.num_pages] * (self.model.width + 3 - len(pages))
+    ok = self._change("drop", np.asarray(padded, np.int32))
+    assert ok == self.model.drop(padded)
+    self.cached = [
+      (named, tokens)
+      for named, tokens in self.cached
+      if set(named) <= set(self.model.holds)
+    ]
+    self._agree()
+
+  @rule(
+    seqs=_few(_seq, st.integers(0, 40)),
+    fault=st.sampled_from([None] * 4 + ["more", "fewer", "twice", "free"]),
+  )
+  def adopt(self, seqs, fault):
+    known = self.cached[:3] + [
+      (row.pages, row.tokens)
+      for row in self.model.rows
+      if row.pages and None not in row.pages
+    ]
+    if not known:
+      known = [([], [])]
+    rows, pages, lens, read = [], [], [], []
+    for nth, (seq, cut) in enumerate(seqs):
+      named, tokens = known[(nth + cut) % len(known)]
+      length = max(len(tokens) - cut, 0)
+      named = list(named[: self.model.pages_for(length)])
+      if named and fault == "more":
+        length += len(named) * self.model.page_size
+      elif named and fault == "fewer":
+        length = 0
+      elif named and fault == "twice":
+        named[0] = named[-1]
+      elif named and fault == "free":
+        named[-1] = max(set(range(self.num_pages + 2)) - self.model.used())
+      rows.append(min(seq, self.num_seqs))
+      blank = [self.num_pages] * (self.model.width - len(named))
+      pages.append(named + blank)
+      lens.append(length)
+      read.append(tokens[:length])
+    ok = self._change(
+      "adopt", *(np.asarray(x, np.int32) for x in (rows, pages, lens))
+    )
+    assert ok == self.model.adopt(rows, pages, lens, read)
+    self._agree()
+
+  @rule(pairs=_few(_seq, st.integers(-1, 3)))
+  def assign(self, pairs):
+    seqs, tenants = np.asarray(pairs, np.int32).T.clip(-1, self.num_seqs)
+    ok = self._change("assign", seqs, tenants)
+    assert ok == self.model.assign(seqs.tolist(), tenants.tolist())
+    self._agree()
+
+  @rule(max_copies=st.sampled_from([None, 2]))
+  def compact(self, max_copies):
+    self.table, self.pool, copies = _compact(
+      self.table, self.pool, max_copies=max_copies
+    )
+    moves = self.model.compact(max_copies)
+    src, dst = np.asarray(copies.src), np.asarray(copies.dst)
+    moved = zip(src.tolist(), dst.tolist(), strict=True)
+    nowhere = (self.num_pages, self.num_pages)
+    assert [move for move in moved if move != nowhere] == moves
+    renamed = dict(moves)
+    self.cached = [
+      ([renamed.get(page, page) for page in pages], tokens)
+      for pages, tokens in self.cached
+    ]
+    self._agree()
+
+  @rule(change=st.sampled_from([3, -1]))
+  def resize_there_and_back(self, change):
+    other = self.num_pages + change
+    if not other:
+      return
+    table, pool, ok = _resize(self.table, self.pool, other)
+    assert bool(ok) == all(page < other for page in self.model.used())
+    assert bool(_is_valid(table))
+    if ok:
+      self.table, self.pool, ok = _resize(table, pool, self.num_pages)
+      assert bool(ok)
+    self._agree()
+
+  def _agree(self):
+    """Compares the table and all that can be read through it."""
+    model, table = self.model, self.table
+    assert bool(_is_valid(table))
+    num_pages, page_size = self.num_pages, model.page_size
+    lens = np.asarray(table.kv_lens).tolist()
+    assert lens == [len(row.tokens) for row in model.rows]
+    floors = np.asarray(table.min_lens).tolist()
+    assert floors == [row.floor for row in model.rows]
+    assert np.asarray(table.tenants).tolist() == [r.tenant for r in model.rows]
+    entries = np.full(table.page_indices.shape, num_pages)
+    counts, holds = np.zeros((2, num_pages), int)
+    for seq, row in enumerate(model.rows):
+      for column, page in enumerate(row.pages):
+        if page is not None:
+          entries[seq, column] = page
+          counts[page] += 1
+    for page, times in model.holds.items():
+      holds[page] = times
+    assert np.array_equal(table.page_indices, entries)
+    assert np.array_equal(table.holds, holds)
+    assert np.array_equal(table.ref_counts, counts + holds)
+    num_free = int(table.num_free)
+    free = np.asarray(table.free_pages)[:num_free].tolist()
+    assert sorted(free) == np.flatnonzero(counts + holds == 0).tolist()
+
+    k, v = np.asarray(self.pool.k), np.asarray(self.pool.v)
+    read = [(row.pages, row.tokens) for row in model.rows] + self.cached
+    for pages, tokens in read:
+      position = np.arange(len(tokens))
+      page = np.asarray([num_pages if p is None else p for p in pages], int)
+      page = page[position // page_size]
+      kept = page < num_pages
+      page, offset = page[kept], position[kept] % page_size
+      expected = np.asarray(tokens, np.float32)[kept]
+      for layer in range(2):
+        here = (page, layer, 0, offset, 0)
+        assert np.array_equal(k[here], expected + layer / 2)
+        assert np.array_equal(v[here], -expected - layer / 2)
+
+
+def test_random_programs_agree_with_the_model():
+  run_state_machine_as_test(Pages, settings=settings.get_profile("pages"))
