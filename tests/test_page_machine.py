@@ -30,11 +30,11 @@ settings.register_profile(
   suppress_health_check=list(HealthCheck),
 )
 
-MOST_ROWS, MOST_NEW = 8, 24
+MOST_ROWS, MOST_NEW = 8, 72
 # Pools that a few rows fill: num_pages, page_size, num_seqs, width.
 SHAPES = (
   dict(num_pages=1, page_size=8, num_seqs=2, width=2),
-  dict(num_pages=6, page_size=8, num_seqs=4, width=3),
+  dict(num_pages=4, page_size=8, num_seqs=5, width=3),
   dict(
     num_pages=12,
     page_size=8,
@@ -43,7 +43,7 @@ SHAPES = (
     tenants=[0, 1, 0, 1, 0, 2],
     quotas=[6, page_table.NO_QUOTA, 3],
   ),
-  dict(num_pages=64, page_size=16, num_seqs=8, width=12),
+  dict(num_pages=64, page_size=8, num_seqs=8, width=12),
 )
 
 
@@ -109,8 +109,11 @@ def _each_row(elements):
 
 
 class Pages(RuleBasedStateMachine):
-  @initialize(shape=st.sampled_from(SHAPES))
-  def start(self, shape):
+  @initialize(
+    shape=st.sampled_from(SHAPES),
+    prompts=_each_row(st.sampled_from([20, 0, 12, 20, MOST_NEW])),
+  )
+  def start(self, shape, prompts):
     self.model = PageModel(**shape)
     self.num_seqs, self.num_pages = shape["num_seqs"], shape["num_pages"]
     self.table = page_table.init(
@@ -126,6 +129,7 @@ class Pages(RuleBasedStateMachine):
     )
     self.next_token = 1
     self.cached = []  # (pages, tokens) that the prefix cache holds
+    self._append(prompts)
 
   def _token(self, counts):
     """Numbers the tokens of this step."""
@@ -168,7 +172,7 @@ class Pages(RuleBasedStateMachine):
 
   @rule(
     counts=_each_row(
-      st.sampled_from([0, 1, 3, 7, 8, 9, 16, MOST_NEW, -1, 2**31 - 1])
+      st.sampled_from([0, 1, 3, 7, 8, 9, 20, MOST_NEW, -1, 2**31 - 1])
     )
   )
   def append(self, counts):
@@ -181,9 +185,28 @@ class Pages(RuleBasedStateMachine):
   def append_in_order(self, counts, order):
     self._append(counts, order[: self.num_seqs])
 
-  @rule(counts=_each_row(st.sampled_from([0, 1, 1, 1, 2])))
+  @rule(counts=_each_row(st.sampled_from([0, 1, 1, 1, 1, 2])))
   def decode(self, counts):
     self._append(counts, most=1)
+
+  @rule(count=st.sampled_from([1, 1, 3, 9]), out=_seq)
+  def grow_all_but_one(self, count, out):
+    self._append([count * (seq != out) for seq in range(self.num_seqs)])
+
+  @rule(src=_seq, out=_seq, order=_each_row(_seq))
+  def fork_and_diverge(self, src, out, order):
+    src = min(max(src, 0), self.num_seqs - 1)
+    empty = [s for s, row in enumerate(self.model.rows) if not row.tokens]
+    forks = [(src, dst) for dst in empty[:3]]
+    self._fork((forks + [(0, MOST_ROWS)] * 3)[:3])
+    shared = self.model.rows[src].pages
+    self._append(
+      [
+        int(bool(shared) and seq != out and row.pages == shared)
+        for seq, row in enumerate(self.model.rows)
+      ],
+      order[: self.num_seqs],
+    )
 
   def _change(self, name, *args):
     result = _jitted[name](self.table, *args)
@@ -192,19 +215,18 @@ class Pages(RuleBasedStateMachine):
 
   @rule(pairs=_few(_seq, _seq))
   def fork(self, pairs):
+    self._fork(pairs)
+
+  def _fork(self, pairs):
     src, dst = np.asarray(pairs, np.int32).T.clip(-1, self.num_seqs)
     ok = self._change("fork", src, dst)
     assert ok == self.model.fork(src.tolist(), dst.tolist())
     self._agree()
 
-  @rule(src=_seq)
-  def fork_to_every_row(self, src):
-    src = min(max(src, 0), self.num_seqs - 1)
-    parents = np.full(self.num_seqs, src, np.int32)
-    assert self._change("permute", parents) == self.model.permute(parents)
-    self._agree()
-
-  @rule(parents=_each_row(_seq), valid=st.sampled_from([True] * 7 + [False]))
+  @rule(
+    parents=_each_row(st.sampled_from([0, 0, 1, 1, 2, 3, 5, 8, 9])),
+    valid=st.sampled_from([True] * 7 + [False]),
+  )
   def permute(self, parents, valid):
     parents = np.asarray(parents[: self.num_seqs], np.int32)
     if valid:
@@ -227,7 +249,7 @@ class Pages(RuleBasedStateMachine):
     assert ok == self.model.truncate(seqs, lengths)
     self._agree()
 
-  @rule(rows=_each_row(st.booleans()))
+  @rule(rows=_each_row(st.sampled_from([False] * 4 + [True])))
   def release(self, rows):
     rows = np.asarray(rows[: self.num_seqs])
     self.table = _jitted["release"](self.table, rows)

@@ -59,11 +59,11 @@ def stats(table: PageTable, page_bytes: int = 0) -> Stats:
     pages_held=_count(table.holds > 0),
     live_seqs=live,
     waste_tokens=waste,
-    waste_percent=100 * _ratio(waste, num_named * page_size, 0),
-    utilisation=_ratio(used, jnp.asarray(table.num_pages), 0),
-    sharing=_ratio(_count(mapped(table)), num_named, 1),
+    waste_percent=100 * _ratio(waste, num_named * page_size, 0.0),
+    utilisation=_ratio(used, jnp.asarray(table.num_pages), 0.0),
+    sharing=_ratio(_count(mapped(table)), num_named, 1.0),
     pages_saved=saved,
-    bytes_saved=saved.astype(jnp.float32) * page_bytes,
+    bytes_saved=saved.astype(jnp.float32) * float(page_bytes),
     tenant_pages=tenant_pages(table),
   )
 
