@@ -82,12 +82,7 @@ def append(
   limit = table.max_len if max_new_tokens is None else max_new_tokens
   if limit < 1:
     raise ValueError(f"{max_new_tokens=} must be at least 1.")
-  # Two's complement would let a huge request wrap around to a small length.
-  new_lens = table.kv_lens + jnp.minimum(num_new, table.max_len + 1)
-  valid = (num_new >= 0) & (num_new <= limit) & (new_lens <= table.max_len)
-  pages_before = pages_for(table.kv_lens, page_size)
-  need = jnp.where(valid, pages_for(new_lens, page_size) - pages_before, 0)
-
+  valid, new_lens, need = _wanted(table, num_new, limit)
   ahead = _ahead(num_seqs, order)
   valid &= _quota.allows(table, table.tenants, need, ahead)
   need = jnp.where(valid, need, 0)
@@ -97,7 +92,7 @@ def append(
   # A copy takes the place of the last page, in front of the new ones.
   taken = jnp.where(ok, need + copies.astype(jnp.int32), 0)
   most = 1 + -(-(limit - 1) // page_size)
-  first = pages_before - copies.astype(jnp.int32)
+  first = pages_for(table.kv_lens, page_size) - copies.astype(jnp.int32)
   table, pages = _pop(
     table, taken, first, ahead, min(most, table.pages_per_seq)
   )
@@ -111,6 +106,18 @@ def append(
     ok=ok,
     copies=PageCopies(src=src, dst=dst),
   )
+
+
+def _wanted(
+  table: PageTable, num_new: Array, limit: int
+) -> tuple[Array, Array, Array]:
+  """Returns which rows ask for what they can have, new lengths, new pages."""
+  # Two's complement would let a huge request wrap around to a small length.
+  new_lens = table.kv_lens + jnp.minimum(num_new, table.max_len + 1)
+  valid = (num_new >= 0) & (num_new <= limit) & (new_lens <= table.max_len)
+  need = pages_for(new_lens, table.page_size)
+  need -= pages_for(table.kv_lens, table.page_size)
+  return valid, new_lens, jnp.where(valid, need, 0)
 
 
 def _ahead(num_seqs: int, order: Array | None) -> Array:

@@ -96,24 +96,7 @@ def init(
   Raises:
     ValueError: If an argument is out of its range.
   """
-  sizes = dict(
-    num_pages=num_pages, num_seqs=num_seqs, pages_per_seq=pages_per_seq
-  )
-  for name, value in sizes.items():
-    if value < 1:
-      raise ValueError(f"{name}={value} must be at least 1.")
-  if page_size < 1 or page_size % 8:
-    raise ValueError(f"{page_size=} must be a positive multiple of 8.")
-  if pages_per_seq * page_size >= 2**30:
-    raise ValueError(
-      f"{pages_per_seq=} pages of {page_size=} tokens pass the limit of "
-      "2**30 - 1 tokens a sequence."
-    )
-  if num_seqs * pages_per_seq >= 2**31:
-    raise ValueError(
-      f"{num_seqs=} rows of {pages_per_seq=} pass the limit of 2**31 - 1 "
-      "entries."
-    )
+  _check_sizes(num_pages, page_size, num_seqs, pages_per_seq)
   owners, limits = _tenancy(num_seqs, tenants, quotas)
   return PageTable(
     page_indices=jnp.full((num_seqs, pages_per_seq), num_pages, jnp.int32),
@@ -183,6 +166,29 @@ def first_to_name(rows: Array, asks: Array) -> Array:
   earlier = entry[:, None] > entry[None]
   same = (rows[:, None] == rows[None]) & asks[None]
   return ~jnp.any(earlier & same, axis=1)
+
+
+def _check_sizes(
+  num_pages: int, page_size: int, num_seqs: int, pages_per_seq: int
+) -> None:
+  sizes = dict(
+    num_pages=num_pages, num_seqs=num_seqs, pages_per_seq=pages_per_seq
+  )
+  for name, value in sizes.items():
+    if value < 1:
+      raise ValueError(f"{name}={value} must be at least 1.")
+  if page_size < 1 or page_size % 8:
+    raise ValueError(f"{page_size=} must be a positive multiple of 8.")
+  if pages_per_seq * page_size >= 2**30:
+    raise ValueError(
+      f"{pages_per_seq=} pages of {page_size=} tokens pass the limit of "
+      "2**30 - 1 tokens a sequence."
+    )
+  if num_seqs * pages_per_seq >= 2**31:
+    raise ValueError(
+      f"{num_seqs=} rows of {pages_per_seq=} pass the limit of 2**31 - 1 "
+      "entries."
+    )
 
 
 def _tenancy(
