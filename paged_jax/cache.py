@@ -87,10 +87,10 @@ def begin_step(
   Raises:
     ValueError: As `page_table.append`.
   """
-  appended = page_table.append(cache.table, q_lens)
+  cache, ok = _append(cache, q_lens, num_tokens)
   q_lens = jnp.maximum(jnp.asarray(q_lens, jnp.int32), 0)
-  table = appended.table
-  takes_part = appended.ok & (q_lens > 0)
+  table = cache.table
+  takes_part = ok & (q_lens > 0)
   kv_lens = jnp.where(takes_part, table.kv_lens, 0)
 
   ends = jnp.cumsum(q_lens, dtype=jnp.int32)
@@ -103,7 +103,7 @@ def begin_step(
   positions = jnp.where(written, positions, 0)
   # Refused rows have no slot: of them only the old tokens are stored.
   slot_rows = jnp.where(written, seq_ids, table.num_seqs)
-  return dataclasses.replace(cache, table=table), Step(
+  return cache, Step(
     ok=takes_part,
     positions=positions,
     slots=page_table.slots(table, slot_rows, positions),
@@ -130,12 +130,12 @@ def begin_decode(
   """
   num_seqs = cache.table.num_seqs
   page_table.check_rows(cache.table, rows)
-  appended = page_table.append(cache.table, rows.astype(jnp.int32))
-  ok = appended.ok & rows
-  table = appended.table
+  cache, ok = _append(cache, rows.astype(jnp.int32), 1)
+  ok &= rows
+  table = cache.table
   row = jnp.arange(num_seqs, dtype=jnp.int32)
   positions = jnp.where(ok, table.kv_lens - 1, 0)
-  return dataclasses.replace(cache, table=table), Step(
+  return cache, Step(
     ok=ok,
     positions=positions,
     slots=page_table.slots(table, jnp.where(ok, row, num_seqs), positions),
@@ -149,3 +149,15 @@ def release(cache: PagedCache, rows: Bool[Array, " num_seqs"]) -> PagedCache:
   """Returns the cache with `rows` emptied; see `page_table.release`."""
   table = page_table.release(cache.table, rows)
   return dataclasses.replace(cache, table=table)
+
+
+def _append(
+  cache: PagedCache, num_new_tokens: Array, max_new_tokens: int
+) -> tuple[PagedCache, Array]:
+  """Reserves room, and carries out the copies that this asks for."""
+  appended = page_table.append(
+    cache.table, num_new_tokens, max_new_tokens=max_new_tokens
+  )
+  copies = appended.copies
+  pool = kv_pool.copy_pages(cache.pool, copies.src, copies.dst)
+  return PagedCache(table=appended.table, pool=pool), appended.ok

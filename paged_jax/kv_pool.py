@@ -14,6 +14,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -64,20 +65,7 @@ def init(
       2**31 token rows or more (the width of a scatter index).
   """
   shape = (num_pages, num_layers, num_kv_heads, page_size, head_dim)
-  names = ("num_pages", "num_layers", "num_kv_heads", "page_size", "head_dim")
-  for name, value in zip(names, shape, strict=True):
-    if value < 1:
-      raise ValueError(f"{name}={value} must be at least 1.")
-  if page_size % 8:
-    raise ValueError(f"{page_size=} must be a multiple of 8.")
-  if jnp.dtype(dtype) not in DTYPES:
-    raise ValueError(f"{dtype=} must be bfloat16, float16 or float32.")
-  num_rows = num_pages * num_layers * num_kv_heads * page_size
-  if num_rows >= 2**31:
-    raise ValueError(
-      f"{shape=} has {num_rows} rows of head_dim elements; the limit is "
-      "2**31 - 1."
-    )
+  _check_sizes(shape, dtype)
   return KVPool(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
 
@@ -167,6 +155,107 @@ def layer_pages(
     pool.v.reshape(flat),
     page_indices * num_layers + layer,
   )
+
+
+def copy_pages(
+  pool: KVPool,
+  src: Int[Array, " num_copies"],
+  dst: Int[Array, " num_copies"],
+) -> KVPool:
+  """Returns the pool with pages copied, in all layers.
+
+  In place when the pool is donated or carried by a loop. One copy at a time,
+  and only those that there are: most steps have none, and gathering a page for
+  every row, of all layers, would take more memory than the step itself.
+
+  Args:
+    pool: The pool; donate it, and do not read the old one after the copy.
+    src: i32[num_copies], pages to copy.
+    dst: i32[num_copies], where to; `num_pages` for nothing. The others must
+      differ from one another, and none of them be a source.
+
+  Raises:
+    ValueError: If `src` and `dst` are not vectors of the same length.
+  """
+  if src.ndim != 1 or src.shape != dst.shape:
+    raise ValueError(f"{src.shape=} and {dst.shape=} must be one length.")
+  wanted = (dst >= 0) & (dst < pool.num_pages)
+  first = jnp.argsort(~wanted, stable=True)
+  src, dst = src[first], dst[first]
+
+  def copy(i: Array, pool: KVPool) -> KVPool:
+    put = lambda pages: lax.dynamic_update_index_in_dim(
+      pages, lax.dynamic_index_in_dim(pages, src[i]), dst[i], 0
+    )
+    return KVPool(k=put(pool.k), v=put(pool.v))
+
+  num_copies = jnp.sum(wanted, dtype=jnp.int32)
+  return lax.fori_loop(0, num_copies, copy, pool)
+
+
+def zero_pages(pool: KVPool, pages: Int[Array, " num_zeroed"]) -> KVPool:
+  """Returns the pool with some pages zeroed, in all layers.
+
+  No op reads what a free page holds. This is for those who do not want it to
+  stay in memory; see `page_table.freed_pages`.
+
+  Args:
+    pool: The pool; donate it.
+    pages: i32[num_zeroed], pages; `num_pages` for nothing.
+
+  Raises:
+    ValueError: If `pages` is not a vector.
+  """
+  if pages.ndim != 1:
+    raise ValueError(f"{pages.shape=} must be one length.")
+  pages = _nowhere_if_outside(pages, pool.num_pages)
+  return KVPool(
+    k=pool.k.at[pages].set(0, mode="drop"),
+    v=pool.v.at[pages].set(0, mode="drop"),
+  )
+
+
+def resize(pool: KVPool, num_pages: int) -> KVPool:
+  """Returns a pool of another number of pages; see `page_table.resize`.
+
+  Args:
+    pool: The pool. The new one is a copy: for a while, both take memory.
+    num_pages: Pages to have, at least 1. Pages from there on are lost; new
+      ones are zeros.
+
+  Raises:
+    ValueError: If `num_pages` is out of its range (as in `init`).
+  """
+  tile = pool.k.shape[1:]
+  _check_sizes((num_pages, *tile), pool.k.dtype)
+  kept = min(pool.num_pages, num_pages)
+  grown = ((0, num_pages - kept), *[(0, 0)] * len(tile))
+  return KVPool(
+    k=jnp.pad(pool.k[:kept], grown), v=jnp.pad(pool.v[:kept], grown)
+  )
+
+
+def _check_sizes(shape: tuple[int, ...], dtype: DTypeLike) -> None:
+  num_pages, num_layers, num_kv_heads, page_size, head_dim = shape
+  names = ("num_pages", "num_layers", "num_kv_heads", "page_size", "head_dim")
+  for name, value in zip(names, shape, strict=True):
+    if value < 1:
+      raise ValueError(f"{name}={value} must be at least 1.")
+  if page_size % 8:
+    raise ValueError(f"{page_size=} must be a multiple of 8.")
+  if jnp.dtype(dtype) not in DTYPES:
+    raise ValueError(f"{dtype=} must be bfloat16, float16 or float32.")
+  num_rows = num_pages * num_layers * num_kv_heads * page_size
+  if num_rows >= 2**31:
+    raise ValueError(
+      f"{shape=} has {num_rows} rows of head_dim elements; the limit is "
+      "2**31 - 1."
+    )
+
+
+def _nowhere_if_outside(pages: Array, num_pages: int) -> Array:
+  """Returns `pages`, `num_pages` for all that are none: -1 would wrap."""
+  return jnp.where((pages >= 0) & (pages < num_pages), pages, num_pages)
 
 
 def _check_layer(pool: KVPool, layer: int) -> None:

@@ -79,6 +79,51 @@ def test_a_donated_pool_is_written_in_place():
   assert memory.temp_size_in_bytes < pool_bytes / 100
 
 
+def _numbered():
+  """A pool in which no two values are the same."""
+  shape = tuple(SHAPE.values())
+  k = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
+  return kv_pool.KVPool(k=k, v=-k)
+
+
+def test_copies_carry_all_layers_and_drop_what_is_no_page():
+  pool = _numbered()
+  src = jnp.array([0, 1, 3, 2], jnp.int32)
+  for dst, expected in (
+    ([2, 3, 3, 3], [0, 1, 0]),
+    ([3, -1, 2**31 - 1, -(2**31)], [0, 1, 2]),
+    ([1, 2, 3, 3], [0, 0, 1]),  # all are read before any is written
+  ):
+    copied = kv_pool.copy_pages(pool, src, jnp.asarray(dst, jnp.int32))
+    for before, after in ((pool.k, copied.k), (pool.v, copied.v)):
+      np.testing.assert_array_equal(
+        np.asarray(after), np.asarray(before)[expected]
+      )
+
+
+def test_zeroed_pages_are_zero_and_the_others_are_not():
+  pool = _numbered()
+  zeroed = kv_pool.zero_pages(pool, jnp.array([1, 3, -1, 1], jnp.int32))
+  assert not zeroed.k[1].any()
+  assert not zeroed.v[1].any()
+  for page in (0, 2):
+    np.testing.assert_array_equal(
+      np.asarray(zeroed.k[page]), np.asarray(pool.k[page])
+    )
+
+
+def test_donated_pools_are_copied_and_zeroed_in_place():
+  pool = jax.eval_shape(lambda: kv_pool.init(**(SHAPE | dict(num_pages=4096))))
+  pages = jax.ShapeDtypeStruct((4,), jnp.int32)
+  copy = jax.jit(kv_pool.copy_pages, donate_argnums=0).lower(pool, pages, pages)
+  zero = jax.jit(kv_pool.zero_pages, donate_argnums=0).lower(pool, pages)
+  page_bytes = kv_pool.page_bytes(2, 2, 8, 16, jnp.bfloat16)
+  for lowered in (copy, zero):
+    memory = lowered.compile().memory_analysis()
+    assert memory.alias_size_in_bytes == 4096 * page_bytes
+    assert memory.temp_size_in_bytes < 16 * page_bytes
+
+
 def test_page_bytes_is_what_a_page_takes():
   pool = kv_pool.init(**SHAPE, dtype=jnp.bfloat16)
   total = pool.k.nbytes + pool.v.nbytes
@@ -112,3 +157,13 @@ def test_tokens_that_do_not_fit_the_pool_are_named():
     kv_pool.write(pool, 0, good[:, :1], good, slots)
   with pytest.raises(ValueError, match="v.shape"):
     kv_pool.write(pool, 0, good, good[:1], slots)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_pages_that_are_not_vectors_are_named():
+  pool = kv_pool.init(**SHAPE)
+  pages = jnp.zeros(2, jnp.int32)
+  with pytest.raises(ValueError, match="src.shape"):
+    kv_pool.copy_pages(pool, pages, pages[:1])
+  with pytest.raises(ValueError, match="pages.shape"):
+    kv_pool.zero_pages(pool, pages[None])

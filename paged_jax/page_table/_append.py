@@ -1,0 +1,226 @@
+"""How rows grow: pages for new tokens, and copies of pages that are shared."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from paged_jax.page_table import _quota
+from paged_jax.page_table._check import checked
+from paged_jax.page_table._state import PageTable, integers, pages_for
+from paged_jax.pytree import Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PageCopies:
+  """Pages to copy before the next write; see `kv_pool.copy_pages`."""
+
+  src: Leaf  # i32[num_copies], num_pages where there is none
+  dst: Leaf  # i32[num_copies], num_pages where there is none
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Appended:
+  """Result of `append`: the next table, who was served, what to copy."""
+
+  table: PageTable
+  ok: Leaf  # bool[num_seqs]
+  copies: PageCopies  # at most one for each row
+
+
+@checked
+def append(
+  table: PageTable,
+  num_new_tokens: Int[Array, " num_seqs"],
+  *,
+  order: Int[Array, " num_seqs"] | None = None,
+  max_new_tokens: int | None = None,
+) -> Appended:
+  """Reserves room for new tokens in every row at once.
+
+  Lengths advance at once, for served rows only. The caller then carries out
+  the copies (`kv_pool.copy_pages`) and writes K and V at the slots of the new
+  tokens (see `slots`). A refused row is left bit for bit as it was.
+
+  A row that writes into a last page of which it is not the only owner needs a
+  page for its copy. If nothing but rows of this call names the page, and all
+  of them write it and are served, the first of them keeps the page.
+
+  Who is served, in this order:
+
+  1. Rows that ask for a negative number, for more than `max_new_tokens`, or
+     for more than the width of the table, are refused.
+  2. Quotas: the other rows of a tenant are served in order until the first
+     whose new pages pass the quota; it and every later row of that tenant
+     that needs new pages are refused. Copies do not count.
+  3. Pages: what is left is served in order until the first that does not fit
+     in the free pages; it and every later row that needs a page, for new
+     tokens or for a copy, are refused. A row that needs none only because all
+     others that share its last page move away is refused if one of them is.
+
+  Args:
+    table: The current table.
+    num_new_tokens: i32[num_seqs], tokens to add to each row, at least 0.
+    order: i32[num_seqs], the rows in the order in which they are served. Rows
+      that it does not name come last. Row order if left out.
+    max_new_tokens: Most tokens that a row may ask for, at least 1, if it is
+      known; a small bound makes the step cheaper.
+
+  Returns:
+    The next table; `ok` bool[num_seqs], False for refused rows; the copies. A
+    row that asks for no token is always `ok`.
+
+  Raises:
+    ValueError: If an argument has another shape or is not an integer, or if
+      `max_new_tokens` is below 1.
+  """
+  num_seqs, page_size = table.num_seqs, table.page_size
+  num_new = integers(num_new_tokens, (num_seqs,), "num_new_tokens")
+  limit = table.max_len if max_new_tokens is None else max_new_tokens
+  if limit < 1:
+    raise ValueError(f"{max_new_tokens=} must be at least 1.")
+  valid, new_lens, need = _wanted(table, num_new, limit)
+  ahead = _ahead(num_seqs, order)
+  valid &= _quota.allows(table, table.tenants, need, ahead)
+  need = jnp.where(valid, need, 0)
+  writes = valid & (num_new > 0) & (table.kv_lens % page_size != 0)
+  ok, copies, src = _serve(table, valid, need, writes, ahead)
+
+  # A copy takes the place of the last page, in front of the new ones.
+  taken = jnp.where(ok, need + copies.astype(jnp.int32), 0)
+  most = 1 + -(-(limit - 1) // page_size)
+  first = pages_for(table.kv_lens, page_size) - copies.astype(jnp.int32)
+  table, pages = _pop(
+    table, taken, first, ahead, min(most, table.pages_per_seq)
+  )
+  dst = jnp.where(copies, pages[:, 0], table.num_pages)
+  # A page that is copied always stays with somebody: its count remains
+  # positive.
+  counts = table.ref_counts.at[src].add(-1, mode="drop")
+  new_lens = jnp.where(ok, new_lens, table.kv_lens)
+  return Appended(
+    table=dataclasses.replace(table, kv_lens=new_lens, ref_counts=counts),
+    ok=ok,
+    copies=PageCopies(src=src, dst=dst),
+  )
+
+
+def _wanted(
+  table: PageTable, num_new: Array, limit: int
+) -> tuple[Array, Array, Array]:
+  """Returns which rows ask for what they can have, new lengths, new pages."""
+  # Two's complement would let a huge request wrap around to a small length.
+  new_lens = table.kv_lens + jnp.minimum(num_new, table.max_len + 1)
+  valid = (num_new >= 0) & (num_new <= limit) & (new_lens <= table.max_len)
+  need = pages_for(new_lens, table.page_size)
+  need -= pages_for(table.kv_lens, table.page_size)
+  return valid, new_lens, jnp.where(valid, need, 0)
+
+
+def _ahead(num_seqs: int, order: Array | None) -> Array:
+  """Returns bool[num_seqs, num_seqs]: at `[i, j]`, row j is before row i.
+
+  Sums over the rows ahead are then one small product each, where a running
+  sum would be a chain of kernels on a GPU.
+  """
+  row = jnp.arange(num_seqs, dtype=jnp.int32)
+  earlier = row[:, None] > row[None]
+  if order is None:
+    return earlier
+  order = integers(order, (num_seqs,), "order")
+  named = jnp.where((order >= 0) & (order < num_seqs), order, num_seqs)
+  place = jnp.full_like(row, num_seqs).at[named].min(row, mode="drop")
+  # Whatever `order` holds, this is an order: no two rows get the same page.
+  return (place[:, None] > place[None]) | (
+    (place[:, None] == place[None]) & earlier
+  )
+
+
+def _sum_ahead(ahead: Array, values: Array) -> Array:
+  return jnp.sum(jnp.where(ahead, values[None], 0), axis=1, dtype=jnp.int32)
+
+
+def _serve(
+  table: PageTable,
+  valid: Bool[Array, " num_seqs"],
+  need: Int[Array, " num_seqs"],
+  writes: Bool[Array, " num_seqs"],
+  ahead: Bool[Array, "num_seqs num_seqs"],
+) -> tuple[Array, Array, Array]:
+  """Decides which rows are served, and which of them copy their last page.
+
+  Only a last page that is not full can be both shared and written. The rows
+  of the call that write one page are a group. A group that nobody else shares
+  the page with needs one copy less than it has rows; who keeps the page does
+  not change how many pages are needed, so the cut can be made before that is
+  known.
+
+  Args:
+    table: The table.
+    valid: bool[num_seqs], rows that may be served.
+    need: i32[num_seqs], new pages of each row.
+    writes: bool[num_seqs], rows that write into a page that they have.
+    ahead: bool[num_seqs, num_seqs], as `_ahead`.
+
+  Returns:
+    bool[num_seqs] served; bool[num_seqs] copies; i32[num_seqs], the pages to
+    copy, `num_pages` for none.
+  """
+  row = jnp.arange(table.num_seqs, dtype=jnp.int32)
+  column = jnp.maximum(pages_for(table.kv_lens, table.page_size) - 1, 0)
+  page = table.page_indices[row, column]
+  group = (page[:, None] == page[None]) & writes[:, None] & writes[None]
+  num_writers = jnp.sum(group, axis=1, dtype=jnp.int32)
+  owners = table.ref_counts.at[page].get(mode="clip")
+  alone = writes & (num_writers == owners)
+
+  # For the cut, the last of a group is the one that keeps the page.
+  spared = alone & ~jnp.any(group & ahead.T, axis=1)
+  want = need + (writes & ~spared).astype(jnp.int32)
+  total = want + _sum_ahead(ahead, want)
+  fits = valid & ((want == 0) | (total <= table.num_free))
+  whole = ~jnp.any(group & ~fits[None], axis=1)
+  ok = fits & (~spared | whole)
+
+  # For the result, it is the first.
+  keeps = alone & whole & ~jnp.any(group & ahead, axis=1)
+  copies = ok & writes & ~keeps
+  return ok, copies, jnp.where(copies, page, table.num_pages)
+
+
+def _pop(
+  table: PageTable,
+  taken: Int[Array, " num_seqs"],
+  first: Int[Array, " num_seqs"],
+  ahead: Bool[Array, "num_seqs num_seqs"],
+  most: int,
+) -> tuple[PageTable, Int[Array, "num_seqs most"]]:
+  """Takes pages off the stack and puts them into the rows.
+
+  Args:
+    table: The table.
+    taken: i32[num_seqs], pages that each row gets; there are enough.
+    first: i32[num_seqs], column of the first of them.
+    ahead: bool[num_seqs, num_seqs], as `_ahead`.
+    most: Bound on `taken`.
+
+  Returns:
+    The next table, and i32[num_seqs, most], the pages that each row got.
+  """
+  row = jnp.arange(table.num_seqs, dtype=jnp.int32)
+  rank = jnp.arange(most, dtype=jnp.int32)
+  depth = table.num_free - 1 - _sum_ahead(ahead, taken)
+  is_taken = rank[None] < taken[:, None]
+  pages = table.free_pages.at[depth[:, None] - rank[None]].get(mode="clip")
+  pages = jnp.where(is_taken, pages, table.num_pages)
+  column = first[:, None] + rank[None]
+  column = jnp.where(is_taken, column, table.pages_per_seq)
+  entries = table.page_indices.at[row[:, None], column].set(pages, mode="drop")
+  counts = table.ref_counts.at[pages].set(1, mode="drop")
+  num_free = table.num_free - jnp.sum(taken, dtype=jnp.int32)
+  return dataclasses.replace(
+    table, page_indices=entries, ref_counts=counts, num_free=num_free
+  ), pages

@@ -1,0 +1,261 @@
+"""How rows come to share pages: forks, reorders, and a prefix cache's holds."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from paged_jax.page_table import _quota
+from paged_jax.page_table._check import checked
+from paged_jax.page_table._stack import count_in, give_back
+from paged_jax.page_table._state import (
+  Changed,
+  PageTable,
+  first_to_name,
+  integers,
+  pages_for,
+)
+
+
+@checked
+def fork(
+  table: PageTable,
+  src: Int[Array, "*num_forks"] | int,
+  dst: Int[Array, "*num_forks"] | int,
+) -> Changed:
+  """Makes empty rows copies of others, without copying a page.
+
+  The rows share all their pages, the last one included, even when it is not
+  full: the first to write there gets a copy of it from `append`. A row that is
+  forked from and forked onto in one call counts as what it was before. A fork
+  of an empty row is `ok`, and its dst stays empty.
+
+  Args:
+    table: The current table.
+    src: i32[num_forks] or i32[], rows; `num_seqs` for nothing.
+    dst: The same shape, rows to fill; `num_seqs` for nothing. They keep their
+      tenants.
+
+  Returns:
+    The next table, and `ok` of the shape of `src`: False if a row is out of
+    range, if dst is not empty (so a live row cannot be forked onto itself) or
+    is named earlier in the call, or if a quota does not allow it. Quotas serve
+    forks as they come: after one that does not fit, no later one of that
+    tenant that needs pages is served. A refused dst is left as it was.
+
+  Raises:
+    ValueError: If an argument has another shape or is not an integer.
+  """
+  shape = jnp.shape(src)
+  src = integers(src, shape, "src").reshape(-1)
+  dst = integers(dst, shape, "dst").reshape(-1)
+  nobody = table.num_seqs
+  asks = (src != nobody) & (dst != nobody)
+  done = asks & (src >= 0) & (src < nobody) & first_to_name(dst, asks)
+  done &= _is_empty(table, dst)
+
+  entries = table.page_indices.at[src].get(mode="clip")
+  need = jnp.sum(entries < table.num_pages, axis=1, dtype=jnp.int32)
+  need = jnp.where(done, need, 0)
+  owner = table.tenants.at[dst].get(mode="clip")
+  done &= _quota.allows_in_turn(table, owner, need)
+
+  lens = table.kv_lens.at[src].get(mode="clip")
+  floor = table.min_lens.at[src].get(mode="clip")
+  table = _start(table, done, dst, entries, lens, floor)
+  return Changed(table=table, ok=(done | ~asks).reshape(shape))
+
+
+@checked
+def permute(table: PageTable, parents: Int[Array, " num_seqs"]) -> Changed:
+  """Makes each row a fork of an old row, all at once: a beam reorder.
+
+  No page is moved. A row that is nobody's parent gives back what it alone had.
+  Rows keep their tenants.
+
+  Args:
+    table: The current table.
+    parents: i32[num_seqs], the old row that each row becomes; `num_seqs` for
+      an empty row.
+
+  Returns:
+    The next table, and `ok` bool[]: False, and nothing is changed, if a parent
+    is out of range, or if a tenant would use more pages than before and more
+    than its quota.
+
+  Raises:
+    ValueError: If `parents` has another shape or is not an integer.
+  """
+  num_seqs = table.num_seqs
+  parents = integers(parents, (num_seqs,), "parents")
+  ok = jnp.all((parents >= 0) & (parents <= num_seqs))
+  if table.num_tenants:
+    uses = _quota.tenant_pages(table)
+    would_use = _quota.tenant_pages(_reordered(table, parents))
+    ok &= jnp.all((would_use <= uses) | (would_use <= table.quotas))
+  itself = jnp.arange(num_seqs, dtype=jnp.int32)
+  after = _reordered(table, jnp.where(ok, parents, itself))
+  # Counted in before anything is given back: a page that only changes hands
+  # never becomes free.
+  counts = count_in(table, after.page_indices)
+  after = give_back(
+    dataclasses.replace(after, ref_counts=counts),
+    table.page_indices.reshape(-1),
+  )
+  return Changed(table=after, ok=ok)
+
+
+@checked
+def adopt(
+  table: PageTable,
+  seq: Int[Array, "*k"] | int,
+  pages: Int[Array, "*k pages_per_seq"],
+  kv_len: Int[Array, "*k"] | int,
+) -> Changed:
+  """Starts empty rows with pages that are in use: a hit of a prefix cache.
+
+  Args:
+    table: The current table.
+    seq: i32[k] or i32[], rows; `num_seqs` for nothing.
+    pages: i32[k, pages_per_seq] or i32[pages_per_seq], the pages that hold the
+      first `kv_len` tokens, in order, then `num_pages`.
+    kv_len: The shape of `seq`, tokens that the pages hold.
+
+  Returns:
+    The next table, and `ok` of the shape of `seq`: False if the row is out of
+    range, not empty or named earlier in the call; if `pages` are not as many
+    as `kv_len` tokens need, or one of them is free, out of range or named
+    twice; or if a quota does not allow it (as in `fork`). A refused row is
+    left as it was.
+
+  Raises:
+    ValueError: If an argument has another shape or is not an integer.
+  """
+  shape, width = jnp.shape(seq), table.pages_per_seq
+  row = integers(seq, shape, "seq").reshape(-1)
+  entries = integers(pages, (*shape, width), "pages").reshape(-1, width)
+  lens = integers(kv_len, shape, "kv_len").reshape(-1)
+  asks = row != table.num_seqs
+  done = asks & _is_empty(table, row) & first_to_name(row, asks)
+  done &= (lens >= 0) & (lens <= table.max_len)
+
+  column = jnp.arange(width, dtype=jnp.int32)
+  need = jnp.where(done, pages_for(lens, table.page_size), 0)
+  is_used = column[None] < need[:, None]
+  fits = jnp.where(
+    is_used, _is_used(table, entries), entries == table.num_pages
+  )
+  in_order = jnp.sort(entries, axis=1)
+  twice = in_order[:, 1:] == in_order[:, :-1]
+  twice &= in_order[:, 1:] < table.num_pages
+  done &= jnp.all(fits, axis=1) & ~jnp.any(twice, axis=1)
+  need = jnp.where(done, need, 0)
+  owner = table.tenants.at[row].get(mode="clip")
+  done &= _quota.allows_in_turn(table, owner, need)
+  table = _start(table, done, row, entries, lens, jnp.zeros_like(lens))
+  return Changed(table=table, ok=(done | ~asks).reshape(shape))
+
+
+@checked
+def hold(table: PageTable, pages: Int[Array, " k"]) -> Changed:
+  """Keeps pages for a prefix cache after their rows have ended.
+
+  Holds count: a page that is held twice has to be dropped twice.
+
+  Args:
+    table: The current table.
+    pages: i32[k], pages in use; `num_pages` for nothing.
+
+  Returns:
+    The next table, and `ok` bool[k]: False for pages that are free or out of
+    range, of which nothing is changed.
+
+  Raises:
+    ValueError: If `pages` is not a vector of integers.
+  """
+  pages = integers(pages, (jnp.size(pages),), "pages")
+  asks = pages != table.num_pages
+  done = _is_used(table, pages)
+  held = jnp.where(done, pages, table.num_pages)
+  table = dataclasses.replace(
+    table,
+    ref_counts=count_in(table, held),
+    holds=table.holds.at[held].add(1, mode="drop"),
+  )
+  return Changed(table=table, ok=done | ~asks)
+
+
+@checked
+def drop(table: PageTable, pages: Int[Array, " k"]) -> Changed:
+  """Lets go of pages that `hold` kept; those nobody names become free.
+
+  Args:
+    table: The current table.
+    pages: i32[k], pages that are held; `num_pages` for nothing.
+
+  Returns:
+    The next table, and `ok` bool[k]: False for pages that are out of range or
+    held less often than they were dropped up to here.
+
+  Raises:
+    ValueError: If `pages` is not a vector of integers.
+  """
+  pages = integers(pages, (jnp.size(pages),), "pages")
+  asks = pages != table.num_pages
+  exists = (pages >= 0) & (pages < table.num_pages)
+  entry = jnp.arange(pages.shape[0], dtype=jnp.int32)
+  earlier = entry[:, None] > entry[None]
+  same = pages[:, None] == pages[None]
+  num_before = jnp.sum(same & earlier, axis=1, dtype=jnp.int32)
+  done = exists & (num_before < table.holds.at[pages].get(mode="clip"))
+  dropped = jnp.where(done, pages, table.num_pages)
+  table = give_back(table, dropped)
+  holds = table.holds.at[dropped].add(-1, mode="drop")
+  table = dataclasses.replace(table, holds=holds)
+  return Changed(table=table, ok=done | ~asks)
+
+
+def _is_empty(table: PageTable, rows: Array) -> Array:
+  """Returns whether rows exist and are empty."""
+  exists = (rows >= 0) & (rows < table.num_seqs)
+  return exists & (table.kv_lens.at[rows].get(mode="clip") == 0)
+
+
+def _is_used(table: PageTable, pages: Array) -> Array:
+  """Returns whether pages exist and are not free."""
+  exists = (pages >= 0) & (pages < table.num_pages)
+  return exists & (table.ref_counts.at[pages].get(mode="clip") > 0)
+
+
+def _start(
+  table: PageTable,
+  done: Array,
+  rows: Array,
+  entries: Array,
+  lens: Array,
+  floor: Array,
+) -> PageTable:
+  """Puts pages in use into empty rows, where `done`, and counts them."""
+  where = jnp.where(done, rows, table.num_seqs)
+  named = jnp.where(done[:, None], entries, table.num_pages)
+  return dataclasses.replace(
+    table,
+    page_indices=table.page_indices.at[where].set(named, mode="drop"),
+    kv_lens=table.kv_lens.at[where].set(lens, mode="drop"),
+    min_lens=table.min_lens.at[where].set(floor, mode="drop"),
+    ref_counts=count_in(table, named),
+  )
+
+
+def _reordered(table: PageTable, parents: Array) -> PageTable:
+  """Returns the rows of old rows, with the counts as they were."""
+  fill = dict(mode="fill", fill_value=0)
+  entries = table.page_indices.at[parents].get(
+    mode="fill", fill_value=table.num_pages
+  )
+  return dataclasses.replace(
+    table,
+    page_indices=entries,
+    kv_lens=table.kv_lens.at[parents].get(**fill),
+    min_lens=table.min_lens.at[parents].get(**fill),
+  )

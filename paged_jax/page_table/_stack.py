@@ -1,0 +1,47 @@
+"""How pages go back to the stack of free pages."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from paged_jax.page_table._state import PageTable
+
+
+def give_back(
+  table: PageTable, leaving: Int[Array, " num_entries"]
+) -> PageTable:
+  """Lowers the count of pages by one for each entry that names them.
+
+  Pages whose count reaches 0 are pushed on the stack, once. The cost grows
+  with the number of entries, not with that of pages.
+
+  Args:
+    table: The table; the caller takes the entries out of its rows or holds.
+    leaving: i32[num_entries], pages; `num_pages` for nothing.
+  """
+  num_entries = leaving.shape[0]
+  nothing = table.num_pages
+  counts = table.ref_counts.at[leaving].add(-1, mode="drop")
+  left = counts.at[leaving].get(mode="fill", fill_value=1)
+  emptied = jnp.where(left == 0, leaving, nothing)
+  # Several entries may have emptied one page: the first of them pushes it. To
+  # find it, each bids for the page with a number that is no count.
+  bid = jnp.arange(-num_entries, 0, dtype=jnp.int32)
+  counts = counts.at[emptied].min(bid, mode="drop")
+  pushes = counts.at[emptied].get(mode="fill", fill_value=0) == bid
+  counts = counts.at[emptied].set(0, mode="drop")
+
+  rank = jnp.cumsum(pushes, dtype=jnp.int32)
+  place = jnp.where(pushes, table.num_free + rank - 1, nothing)
+  return dataclasses.replace(
+    table,
+    ref_counts=counts,
+    free_pages=table.free_pages.at[place].set(leaving, mode="drop"),
+    num_free=table.num_free + jnp.sum(pushes, dtype=jnp.int32),
+  )
+
+
+def count_in(table: PageTable, pages: Array) -> Array:
+  """Returns the reference counts, raised by one for each entry of `pages`."""
+  return table.ref_counts.at[pages.reshape(-1)].add(1, mode="drop")

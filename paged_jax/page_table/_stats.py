@@ -1,0 +1,78 @@
+"""How well the pages are used."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from paged_jax.page_table._quota import tenant_pages
+from paged_jax.page_table._state import PageTable, mapped
+from paged_jax.pytree import Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stats:
+  """Figures of a page table; every field is an array without axes but one."""
+
+  pages_used: Leaf  # i32
+  pages_free: Leaf  # i32
+  pages_shared: Leaf  # i32, named by more than one row
+  pages_held: Leaf  # i32, held by a prefix cache
+  live_seqs: Leaf  # i32, rows that are not empty
+  # Slots without a token in pages that rows name. A page that rows fill to
+  # different lengths counts with the longest.
+  waste_tokens: Leaf  # i32
+  waste_percent: Leaf  # f32, of all slots in pages that rows name
+  utilisation: Leaf  # f32, share of pages that are used
+  sharing: Leaf  # f32, entries of rows per page that rows name; 1 if none
+  # What a buffer of max_len for each live row would take, less what is used.
+  pages_saved: Leaf  # i32
+  bytes_saved: Leaf  # f32
+  tenant_pages: Leaf  # i32[num_tenants]
+
+
+def stats(table: PageTable, page_bytes: int = 0) -> Stats:
+  """Returns figures of the table; usable inside jit.
+
+  Args:
+    table: The table.
+    page_bytes: Bytes of a page (see `kv_pool.page_bytes`), for `bytes_saved`.
+  """
+  page_size = table.page_size
+  column = jnp.arange(table.pages_per_seq, dtype=jnp.int32)
+  fill = table.kv_lens[:, None] - column[None] * page_size
+  fill = jnp.clip(fill, 0, page_size)
+  nothing = jnp.zeros_like(table.ref_counts)
+  entries = table.page_indices
+  filled = nothing.at[entries].max(fill, mode="drop")
+  named = table.ref_counts - table.holds
+  num_named = _count(named > 0)
+  waste = num_named * page_size - jnp.sum(filled, dtype=jnp.int32)
+  used = table.num_pages - table.num_free
+  live = _count(table.kv_lens > 0)
+  saved = live * table.pages_per_seq - used
+  return Stats(
+    pages_used=used,
+    pages_free=table.num_free,
+    pages_shared=_count(named > 1),
+    pages_held=_count(table.holds > 0),
+    live_seqs=live,
+    waste_tokens=waste,
+    waste_percent=100 * _ratio(waste, num_named * page_size, 0.0),
+    utilisation=_ratio(used, jnp.asarray(table.num_pages), 0.0),
+    sharing=_ratio(_count(mapped(table)), num_named, 1.0),
+    pages_saved=saved,
+    bytes_saved=saved.astype(jnp.float32) * float(page_bytes),
+    tenant_pages=tenant_pages(table),
+  )
+
+
+def _count(marked: jax.Array) -> jax.Array:
+  return jnp.sum(marked, dtype=jnp.int32)
+
+
+def _ratio(part: jax.Array, whole: jax.Array, otherwise: float) -> jax.Array:
+  """Returns `part / whole` as f32, `otherwise` where `whole` is 0."""
+  divisor = jnp.maximum(whole, 1).astype(jnp.float32)
+  return jnp.where(whole > 0, part.astype(jnp.float32) / divisor, otherwise)

@@ -1,0 +1,77 @@
+"""Page tables in few words, for the tests of their transitions."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paged_jax import page_table
+
+
+@functools.cache
+def jitted(name):
+  """The transition, compiled once for all tests."""
+  return jax.jit(getattr(page_table, name))
+
+
+def i32(*values):
+  return jnp.asarray(values, jnp.int32)
+
+
+def append(table, *num_new_tokens, order=None):
+  """Returns the next table, `ok`, and the copies that are any."""
+  order = None if order is None else i32(*order)
+  result = jitted("append")(table, i32(*num_new_tokens), order=order)
+  copies = zip(
+    result.copies.src.tolist(), result.copies.dst.tolist(), strict=True
+  )
+  nothing = (table.num_pages, table.num_pages)
+  return (
+    result.table,
+    result.ok.tolist(),
+    [copy for copy in copies if copy != nothing],
+  )
+
+
+def change(name, table, *args):
+  """Returns the next table and `ok` of another transition."""
+  args = [jnp.asarray(arg, jnp.int32) for arg in args]
+  result = jitted(name)(table, *args)
+  return result.table, result.ok.tolist()
+
+
+def release(table, *rows):
+  mask = np.zeros(table.num_seqs, bool)
+  mask[list(rows)] = True
+  return jitted("release")(table, jnp.asarray(mask))
+
+
+def pages(table, row):
+  """The pages that a row names, checking that nothing follows them."""
+  entries = np.asarray(table.page_indices[row])
+  used = -(-int(table.kv_lens[row]) // table.page_size)
+  assert (entries[used:] == table.num_pages).all()
+  return entries[:used].tolist()
+
+
+def counts(table, row):
+  """The reference counts of the pages that a row names."""
+  return [int(table.ref_counts[page]) for page in pages(table, row)]
+
+
+def assert_valid(table):
+  invariants = jax.tree.map(bool, jitted("check")(table))
+  assert invariants.valid, invariants
+
+
+def assert_same(a, b):
+  """Checks that two tables are equal, bit for bit, unused entries included."""
+  chex.assert_trees_all_equal(a, b)
+
+
+def assert_row_unchanged(before, after, row):
+  for field in ("page_indices", "kv_lens", "min_lens", "tenants"):
+    old, new = getattr(before, field)[row], getattr(after, field)[row]
+    np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
