@@ -54,6 +54,13 @@ def own_cache(cache_dir, monkeypatch):
   compilation_cache.reset_cache()
 
 
+@pytest.fixture(autouse=True)
+def usual_promotion():
+  """On a GPU the command takes bfloat16, which Flax promotes in its norms."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
 @pytest.fixture
 def command(model, capsys):
   """Runs `paged-jax generate` and returns its stdout."""
