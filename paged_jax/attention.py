@@ -20,6 +20,12 @@ from paged_jax import attention_xla, devices, kv_pool
 from pallas_kernels import paged_decode
 
 IMPLEMENTATIONS = ("mosaic_gpu", "xla")
+_STATIC_OPTIONS = (
+  "scale",
+  "sliding_window",
+  "num_sink_tokens",
+  "logits_soft_cap",
+)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -181,13 +187,7 @@ def ragged_paged_attention(
 # Jitted, so that the unrolled layers of a model lower one kernel, not many.
 @functools.partial(
   jax.jit,
-  static_argnames=(
-    "scale",
-    "sliding_window",
-    "num_sink_tokens",
-    "logits_soft_cap",
-    "implementation",
-  ),
+  static_argnames=(*_STATIC_OPTIONS, "implementation"),
 )
 def _paged_attention(*args, implementation: str, **options):
   xla = functools.partial(attention_xla.paged_attention, **options)
@@ -205,12 +205,7 @@ def _paged_attention(*args, implementation: str, **options):
 
 _ragged_paged_attention = jax.jit(
   attention_xla.ragged_paged_attention,
-  static_argnames=(
-    "scale",
-    "sliding_window",
-    "num_sink_tokens",
-    "logits_soft_cap",
-  ),
+  static_argnames=_STATIC_OPTIONS,
 )
 
 

@@ -75,3 +75,18 @@ def assert_row_unchanged(before, after, row):
   for field in ("page_indices", "kv_lens", "min_lens", "tenants"):
     old, new = getattr(before, field)[row], getattr(after, field)[row]
     np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
+
+
+def new_table(num_pages=8, **options):
+  """Four rows of at most three pages of 8 tokens."""
+  return page_table.init(num_pages, 8, 4, 3, **options)
+
+
+def family(num_rows, num_tokens=12, num_pages=8):
+  """Rows forked from row 0."""
+  table, ok, _ = append(new_table(num_pages), num_tokens, 0, 0, 0)
+  assert ok[0]
+  children = range(1, num_rows)
+  table, ok = change("fork", table, [0] * (num_rows - 1), list(children))
+  assert all(ok)
+  return table

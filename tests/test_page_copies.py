@@ -6,29 +6,17 @@ from pages import (
   assert_valid,
   change,
   counts,
+  family,
   i32,
+  new_table,
   pages,
 )
 
 from paged_jax import page_table
 
 
-def _table(num_pages=8, **options):
-  return page_table.init(num_pages, 8, 4, 3, **options)
-
-
-def _family(num_rows, num_tokens=12, num_pages=8):
-  """Rows forked from row 0."""
-  table, ok, _ = append(_table(num_pages), num_tokens, 0, 0, 0)
-  assert ok[0]
-  children = range(1, num_rows)
-  table, ok = change("fork", table, [0] * (num_rows - 1), list(children))
-  assert all(ok)
-  return table
-
-
 def test_the_first_writer_keeps_the_page_and_the_others_copy():
-  before = _family(3)
+  before = family(3)
   table, ok, copies = append(before, 1, 1, 1, 0)
   assert ok == [True] * 4
   shared, last = pages(before, 0)
@@ -40,7 +28,7 @@ def test_the_first_writer_keeps_the_page_and_the_others_copy():
 
 
 def test_the_first_in_order_keeps_the_page():
-  before = _family(3)
+  before = family(3)
   table, _, copies = append(before, 1, 1, 1, 0, order=[2, 1, 0, 3])
   assert pages(table, 2) == pages(before, 2)
   assert len(copies) == 2
@@ -48,7 +36,7 @@ def test_the_first_in_order_keeps_the_page():
 
 
 def test_all_writers_copy_while_somebody_else_names_the_page():
-  before = _family(3)
+  before = family(3)
   table, ok, copies = append(before, 0, 1, 1, 0)
   assert ok == [True] * 4
   assert len(copies) == 2
@@ -61,7 +49,7 @@ def test_all_writers_copy_while_somebody_else_names_the_page():
 
 
 def test_a_held_page_is_never_written():
-  before, ok = change("hold", _family(1), pages(_family(1), 0))
+  before, ok = change("hold", family(1), pages(family(1), 0))
   assert ok == [True, True]
   table, _, copies = append(before, 1, 0, 0, 0)
   assert [src for src, _ in copies] == pages(before, 0)[1:]
@@ -70,7 +58,7 @@ def test_a_held_page_is_never_written():
 
 
 def test_a_full_last_page_needs_no_copy():
-  table, ok, copies = append(_family(3, num_tokens=16), 1, 1, 1, 0)
+  table, ok, copies = append(family(3, num_tokens=16), 1, 1, 1, 0)
   assert ok == [True] * 4
   assert copies == []
   assert counts(table, 1) == [3, 3, 1]
@@ -78,7 +66,7 @@ def test_a_full_last_page_needs_no_copy():
 
 
 def test_a_pool_short_by_one_refuses_the_row_whose_copy_does_not_fit():
-  before = _family(3, num_pages=3)  # one free page, two copies to make
+  before = family(3, num_pages=3)  # one free page, two copies to make
   table, ok, copies = append(before, 1, 1, 1, 0)
   # Row 0 moves away; row 1 finds no page; row 2 is not alone then.
   assert ok == [True, False, False, True]
@@ -90,12 +78,12 @@ def test_a_pool_short_by_one_refuses_the_row_whose_copy_does_not_fit():
 
 
 def test_a_copy_and_new_pages_come_together_or_not_at_all():
-  before = _family(2, num_pages=3)
+  before = family(2, num_pages=3)
   refused, ok, copies = append(before, 0, 5, 0, 0)  # a copy and a page
   assert ok == [True, False, True, True]
   assert copies == []
   assert_same(refused, before)
-  table, ok, copies = append(_family(2, num_pages=4), 0, 5, 0, 0)
+  table, ok, copies = append(family(2, num_pages=4), 0, 5, 0, 0)
   assert ok == [True] * 4
   assert copies == [(pages(table, 0)[1], pages(table, 1)[1])]
   assert len(pages(table, 1)) == 3
@@ -105,7 +93,7 @@ def test_a_copy_and_new_pages_come_together_or_not_at_all():
 def test_the_last_writer_is_refused_when_its_page_does_not_become_its_own():
   # Row 0 asks for three pages of one, so row 1 does not get its copy; row 2
   # would need none if row 1 moved away.
-  table = _table(num_pages=3)
+  table = new_table(num_pages=3)
   table, _, _ = append(table, 0, 12, 0, 0)
   table, _ = change("fork", table, 1, 2)
   after, ok, copies = append(table, 24, 1, 1, 0)
@@ -115,7 +103,7 @@ def test_the_last_writer_is_refused_when_its_page_does_not_become_its_own():
 
 
 def test_order_decides_who_is_served():
-  table = _table(num_pages=2)
+  table = new_table(num_pages=2)
   _, ok, _ = append(table, 8, 8, 8, 0)
   assert ok == [True, True, False, True]
   after, ok, _ = append(table, 8, 8, 8, 0, order=[2, 0, 1, 3])
@@ -127,13 +115,13 @@ def test_order_decides_who_is_served():
   "order", [[1, 1, 1, 1], [9, -1, -4, 4], [2**31 - 1, 1, -(2**31), 0]]
 )
 def test_an_order_that_is_none_never_hands_out_a_page_twice(order):
-  table, ok, _ = append(_table(num_pages=4), 8, 8, 8, 8, order=order)
+  table, ok, _ = append(new_table(num_pages=4), 8, 8, 8, 8, order=order)
   assert ok == [True] * 4
   assert_valid(table)
 
 
 def test_a_bound_on_new_tokens_refuses_more_and_changes_nothing_else():
-  table = _family(3)
+  table = family(3)
   num_new = i32(1, 1, 0, 5)
   bounded = page_table.append(table, num_new, max_new_tokens=1)
   assert bounded.ok.tolist() == [True, True, True, False]

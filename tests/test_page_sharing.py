@@ -6,7 +6,9 @@ from pages import (
   assert_valid,
   change,
   counts,
+  family,
   i32,
+  new_table,
   pages,
   release,
 )
@@ -16,22 +18,8 @@ from paged_jax import page_table
 NOBODY = 4
 
 
-def _table(num_pages=8, **options):
-  return page_table.init(num_pages, 8, 4, 3, **options)
-
-
-def _family(num_rows, num_tokens=12, num_pages=8):
-  """Rows forked from row 0."""
-  table, ok, _ = append(_table(num_pages), num_tokens, 0, 0, 0)
-  assert ok[0]
-  children = range(1, num_rows)
-  table, ok = change("fork", table, [0] * (num_rows - 1), list(children))
-  assert all(ok)
-  return table
-
-
 def test_a_fork_shares_every_page_and_takes_none():
-  table = _family(3)
+  table = family(3)
   assert pages(table, 0) == pages(table, 1) == pages(table, 2)
   assert counts(table, 0) == [3, 3]
   assert int(table.num_free) == 6
@@ -54,14 +42,14 @@ def test_a_fork_shares_every_page_and_takes_none():
   ],
 )
 def test_forks_that_change_nothing(src, dst, expected):
-  table, _, _ = append(_table(), 9, 3, 0, 0)
+  table, _, _ = append(new_table(), 9, 3, 0, 0)
   after, ok = change("fork", table, src, dst)
   assert ok is expected
   assert_same(after, table)
 
 
 def test_a_row_named_twice_is_filled_by_the_first_fork():
-  before, _, _ = append(_table(), 9, 3, 0, 0)
+  before, _, _ = append(new_table(), 9, 3, 0, 0)
   table, ok = change("fork", before, [1, 0, 1], [2, 2, 3])
   assert ok == [True, False, True]
   assert pages(table, 2) == pages(table, 3) == pages(before, 1)
@@ -69,7 +57,7 @@ def test_a_row_named_twice_is_filled_by_the_first_fork():
 
 
 def test_a_fork_of_a_row_filled_in_the_same_call_finds_it_empty():
-  before, _, _ = append(_table(), 9, 3, 0, 0)
+  before, _, _ = append(new_table(), 9, 3, 0, 0)
   table, ok = change("fork", before, [0, 2], [2, 3])
   assert ok == [True, True]
   assert table.kv_lens.tolist() == [9, 3, 9, 0]
@@ -77,7 +65,7 @@ def test_a_fork_of_a_row_filled_in_the_same_call_finds_it_empty():
 
 
 def test_a_permutation_reorders_beams_without_moving_a_page():
-  before, _, _ = append(_table(), 9, 3, 24, 0)
+  before, _, _ = append(new_table(), 9, 3, 24, 0)
   table, ok = change("permute", before, [2, 2, NOBODY, 0])
   assert ok is True
   assert pages(table, 0) == pages(table, 1) == pages(before, 2)
@@ -89,14 +77,14 @@ def test_a_permutation_reorders_beams_without_moving_a_page():
 
 @pytest.mark.parametrize("parents", [[0, 1, 2, 3], [0, 1, 2, 5], [0, -1, 2, 3]])
 def test_the_identity_and_bad_parents_change_nothing(parents):
-  table, _, _ = append(_table(), 9, 3, 24, 0)
+  table, _, _ = append(new_table(), 9, 3, 24, 0)
   after, ok = change("permute", table, parents)
   assert ok is (parents == [0, 1, 2, 3])
   assert_same(after, table)
 
 
 def test_held_pages_outlive_their_row_until_they_are_dropped():
-  table, _, _ = append(_table(), 16, 0, 0, 0)
+  table, _, _ = append(new_table(), 16, 0, 0, 0)
   held = pages(table, 0)
   table, ok = change("hold", table, [*held, held[0]])
   assert ok == [True] * 3
@@ -115,7 +103,7 @@ def test_held_pages_outlive_their_row_until_they_are_dropped():
 
 
 def test_holding_a_free_page_and_dropping_one_without_holds_is_refused():
-  table, _, _ = append(_table(), 8, 0, 0, 0)
+  table, _, _ = append(new_table(), 8, 0, 0, 0)
   (used,) = pages(table, 0)
   free = (used + 1) % 8
   after, ok = change("hold", table, [free, -1, 9, 8])
@@ -127,7 +115,7 @@ def test_holding_a_free_page_and_dropping_one_without_holds_is_refused():
 
 
 def test_a_hold_dropped_twice_in_one_call_goes_once():
-  table, _, _ = append(_table(), 8, 0, 0, 0)
+  table, _, _ = append(new_table(), 8, 0, 0, 0)
   (used,) = pages(table, 0)
   table, _ = change("hold", table, [used])
   table, ok = change("drop", table, [used, used])
@@ -137,7 +125,7 @@ def test_a_hold_dropped_twice_in_one_call_goes_once():
 
 
 def test_adopt_refuses_what_is_not_a_prefix_in_use():
-  table, _, _ = append(_table(), 16, 0, 0, 0)
+  table, _, _ = append(new_table(), 16, 0, 0, 0)
   a, b = pages(table, 0)
   free = next(page for page in range(8) if page not in (a, b))
   for seq, entries, kv_len in (
@@ -160,7 +148,7 @@ def test_adopt_refuses_what_is_not_a_prefix_in_use():
 
 
 def test_rows_adopt_in_one_call_and_write_to_copies_only():
-  before, _, _ = append(_table(), 16, 0, 0, 0)
+  before, _, _ = append(new_table(), 16, 0, 0, 0)
   a, b = pages(before, 0)
   table, ok = change(
     "adopt", before, [1, 3, 1], [[a, b, 8], [a, 8, 8], [a, 8, 8]], [12, 8, 8]
@@ -175,7 +163,7 @@ def test_rows_adopt_in_one_call_and_write_to_copies_only():
 
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_wrong_arguments_are_named():
-  table = _table()
+  table = new_table()
   with pytest.raises(ValueError, match="order"):
     page_table.append(table, i32(0, 0, 0, 0), order=i32(0, 1))
   with pytest.raises(ValueError, match="max_new_tokens=0"):
