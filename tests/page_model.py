@@ -187,19 +187,26 @@ class PageModel:
     wants = [before[src] if self.exists(src) else None for src in srcs]
     return self._start(dsts, wants, srcs)
 
-  def adopt(self, seqs, pages, lengths, tokens):
-    used, wants = self.used(), []
-    for entries, length, held in zip(pages, lengths, tokens, strict=True):
-      num = self.pages_for(max(length, 0))
-      named = list(entries[:num])
-      good = (
-        0 <= length <= self.width * self.page_size
-        and set(named) <= used
-        and len(set(named)) == num
-        and all(page == self.num_pages for page in entries[num:])
-      )
-      wants.append(Row(0, named, held) if good else None)
+  def adopt(self, seqs, pages, lengths, floors, tokens):
+    requests = zip(pages, lengths, floors, tokens, strict=True)
+    wants = [self._wanted(*request) for request in requests]
     return self._start(seqs, wants, [0] * len(seqs))
+
+  def _wanted(self, entries, length, floor, tokens):
+    """Returns the row that a cache hit describes; None if it cannot be."""
+    num = self.pages_for(max(length, 0))
+    row = [None if p == self.num_pages else p for p in entries[:num]]
+    named = [page for page in row if page is not None]
+    holes = [column for column, page in enumerate(row) if page is None]
+    good = (
+      0 <= length <= self.width * self.page_size
+      and 0 <= floor <= length
+      and set(named) <= self.used()
+      and len(set(named)) == len(named)
+      and all(page == self.num_pages for page in entries[num:])
+      and all((hole + 1) * self.page_size < floor for hole in holes)
+    )
+    return Row(0, row, tokens, floor if holes else 0) if good else None
 
   def _start(self, dsts, wants, srcs):
     """Empty rows become what they want; None is refused."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import (
   RuleBasedStateMachine,
   initialize,
+  invariant,
   rule,
   run_state_machine_as_test,
 )
@@ -28,6 +29,8 @@ settings.register_profile(
 )
 
 MOST_ROWS = 8
+# Pages that stay free before a step, in turn.
+LEAVE = (0, 0, 1, 0, 0, 2, 0)
 # Pools that a few rows fill: num_pages, page_size, num_seqs, width.
 SHAPES = (
   dict(num_pages=1, page_size=8, num_seqs=2, width=2),
@@ -64,6 +67,24 @@ class Pages(PagesAndModel, RuleBasedStateMachine):
   def start(self, shape, prompts):
     self._start(shape)
     self._append(prompts)
+    self.num_steps = 0
+
+  @invariant()
+  def the_pool_is_nearly_full(self):
+    """Rows take what the last step left, but for a page or two at times."""
+    left = self.model.num_free() - LEAVE[self.num_steps % len(LEAVE)]
+    self.num_steps += 1
+    counts, page_size = [], self.model.page_size
+    for row in self.model.rows:
+      pages = max(0, min(left, self.model.width - len(row.pages)))
+      pages = min(pages, MOST_NEW // page_size - 1)
+      # From anywhere in the last page to anywhere in the new one.
+      some = self.num_steps * 5 % page_size
+      room = len(row.pages) * page_size - len(row.tokens)
+      counts.append(room + pages * page_size - some if pages else 0)
+      left -= pages
+    if any(counts):
+      self._append(counts)
 
   @rule(
     counts=_each_row(
@@ -182,21 +203,23 @@ class Pages(PagesAndModel, RuleBasedStateMachine):
 
   @rule(
     seqs=_few(_seq, st.integers(0, 40)),
-    fault=st.sampled_from([None] * 4 + ["more", "fewer", "twice", "free"]),
+    fault=st.sampled_from(
+      [None] * 5 + ["more", "fewer", "twice", "free", "low"]
+    ),
   )
   def adopt(self, seqs, fault):
-    known = self.cached[:3] + [
-      (row.pages, row.tokens)
-      for row in self.model.rows
-      if row.pages and None not in row.pages
+    known = [(*hit, 0) for hit in self.cached[:3]] + [
+      (row.pages, row.tokens, row.floor) for row in self.model.rows if row.pages
     ]
     if not known:
-      known = [([], [])]
-    rows, pages, lens, read = [], [], [], []
+      known = [([], [], 0)]
+    rows, pages, lens, floors, read = [], [], [], [], []
     for nth, (seq, cut) in enumerate(seqs):
-      named, tokens = known[(nth + cut) % len(known)]
+      named, tokens, floor = known[(nth + cut) % len(known)]
       length = max(len(tokens) - cut, 0)
-      named = list(named[: self.model.pages_for(length)])
+      nothing = self.num_pages
+      named = [nothing if page is None else page for page in named]
+      named = named[: self.model.pages_for(length)]
       if named and fault == "more":
         length += len(named) * self.model.page_size
       elif named and fault == "fewer":
@@ -209,11 +232,11 @@ class Pages(PagesAndModel, RuleBasedStateMachine):
       blank = [self.num_pages] * (self.model.width - len(named))
       pages.append(named + blank)
       lens.append(length)
+      floors.append(floor - (fault == "low"))
       read.append(tokens[:length])
-    ok = self._change(
-      "adopt", *(np.asarray(x, np.int32) for x in (rows, pages, lens))
-    )
-    assert ok == self.model.adopt(rows, pages, lens, read)
+    request = rows, pages, lens, floors
+    ok = self._change("adopt", *(np.asarray(x, np.int32) for x in request))
+    assert ok == self.model.adopt(*request, read)
     self._agree()
 
   @rule(pairs=_few(_seq, st.integers(-1, 3)))

@@ -174,6 +174,25 @@ def test_window_release_of_window_16_with_pages_of_8(computed, freed):
   assert_valid(table)
 
 
+def test_window_hit_needs_the_last_window_only():
+  table, _, _ = append(page_table.init(8, 8, 2, 11), 64, 0)
+  cached = pages(table, 0)[6:]
+  table, _ = change("hold", table, cached)
+  table = release(table, 0)
+  row = [8] * 6 + cached + [8] * 3
+  table, ok = change("adopt", table, 1, row, 64, 6 * 8 + 16)
+  assert ok
+  assert table.page_indices[1].tolist() == row
+  assert table.ref_counts[np.asarray(cached)].tolist() == [2, 2]
+  assert_valid(table)
+  _, ok = change("truncate", table, 1, 63)
+  assert not ok
+  table, ok, copies = append(table, 0, 1)
+  assert ok == [True, True]
+  assert copies == []
+  assert_valid(table)
+
+
 def test_a_prompt_that_can_never_fit_is_refused_on_an_empty_pool():
   table = page_table.init(4, 16, 1, 64)
   after, ok, _ = append(table, 256)

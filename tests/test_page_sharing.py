@@ -128,7 +128,7 @@ def test_adopt_refuses_what_is_not_a_prefix_in_use():
   table, _, _ = append(new_table(), 16, 0, 0, 0)
   a, b = pages(table, 0)
   free = next(page for page in range(8) if page not in (a, b))
-  for seq, entries, kv_len in (
+  for request in (
     (0, [a, b, 8], 16),  # a live row
     (5, [a, b, 8], 16),
     (-1, [a, b, 8], 16),
@@ -141,9 +141,14 @@ def test_adopt_refuses_what_is_not_a_prefix_in_use():
     (1, [a, 9, 8], 16),
     (1, [a, b, 8], -1),
     (1, [a, b, 8], 2**31 - 1),
+    (1, [8, b, 8], 16),
+    (1, [8, b, 8], 16, 8),  # a hole that ends where it may not be any more
+    (1, [a, 8, 8], 16, 16),
+    (1, [a, b, 8], 16, 17),
+    (1, [a, b, 8], 16, -1),
   ):
-    after, ok = change("adopt", table, seq, entries, kv_len)
-    assert ok is False, (seq, entries, kv_len)
+    after, ok = change("adopt", table, *request)
+    assert ok is False, request
     assert_same(after, table)
 
 
@@ -176,6 +181,8 @@ def test_wrong_arguments_are_named():
     page_table.permute(table, i32(0, 1))
   with pytest.raises(ValueError, match="pages"):
     page_table.adopt(table, 0, i32(0, 1), 8)
+  with pytest.raises(ValueError, match="min_len"):
+    page_table.adopt(table, 0, i32(0, 1, 8), 8, i32(0, 1))
   with pytest.raises(ValueError, match="pages"):
     page_table.hold(table, i32(0, 1).reshape(1, 2))
   with pytest.raises(ValueError, match="pages"):

@@ -111,8 +111,13 @@ def adopt(
   seq: Int[Array, "*k"] | int,
   pages: Int[Array, "*k pages_per_seq"],
   kv_len: Int[Array, "*k"] | int,
+  min_len: Int[Array, "*k"] | int = 0,
 ) -> Changed:
   """Starts empty rows with pages that are in use: a hit of a prefix cache.
+
+  With a sliding window, only the pages of the last window (and of the sinks)
+  need to be there: `min_len = first * page_size + window`, if all pages from
+  column `first` on are.
 
   Args:
     table: The current table.
@@ -120,13 +125,16 @@ def adopt(
     pages: i32[k, pages_per_seq] or i32[pages_per_seq], the pages that hold the
       first `kv_len` tokens, in order, then `num_pages`.
     kv_len: The shape of `seq`, tokens that the pages hold.
+    min_len: The shape of `seq` or i32[], at most `kv_len`. Pages that end
+      below it may be holes, `num_pages`; a row with holes cannot be truncated
+      below it.
 
   Returns:
     The next table, and `ok` of the shape of `seq`: False if the row is out of
     range, not empty or named earlier in the call; if `pages` are not as many
     as `kv_len` tokens need, or one of them is free, out of range or named
-    twice; or if a quota does not allow it (as in `fork`). A refused row is
-    left as it was.
+    twice; if `min_len` is out of range; or if a quota does not allow it (as in
+    `fork`). A refused row is left as it was.
 
   Raises:
     ValueError: If an argument has another shape or is not an integer.
@@ -135,24 +143,32 @@ def adopt(
   row = integers(seq, shape, "seq").reshape(-1)
   entries = integers(pages, (*shape, width), "pages").reshape(-1, width)
   lens = integers(kv_len, shape, "kv_len").reshape(-1)
+  floor = integers(min_len, jnp.shape(min_len), "min_len")
+  if floor.shape not in ((), shape):
+    raise ValueError(f"min_len must have shape {shape}, got {floor.shape}.")
+  floor = jnp.broadcast_to(floor.reshape(-1), lens.shape)
   asks = row != table.num_seqs
   done = asks & _is_empty(table, row) & first_to_name(row, asks)
   done &= (lens >= 0) & (lens <= table.max_len)
+  done &= (floor >= 0) & (floor <= lens)
 
   column = jnp.arange(width, dtype=jnp.int32)
-  need = jnp.where(done, pages_for(lens, table.page_size), 0)
-  is_used = column[None] < need[:, None]
-  fits = jnp.where(
-    is_used, _is_used(table, entries), entries == table.num_pages
-  )
+  num_used = jnp.where(done, pages_for(lens, table.page_size), 0)
+  is_used = column[None] < num_used[:, None]
+  is_hole = entries == table.num_pages
+  left = (column[None] + 1) * table.page_size < floor[:, None]
+  may_be_hole = ~is_used | left
+  fits = (is_hole & may_be_hole) | (is_used & _is_used(table, entries))
   in_order = jnp.sort(entries, axis=1)
   twice = in_order[:, 1:] == in_order[:, :-1]
   twice &= in_order[:, 1:] < table.num_pages
   done &= jnp.all(fits, axis=1) & ~jnp.any(twice, axis=1)
-  need = jnp.where(done, need, 0)
+  is_named = is_used & ~is_hole & done[:, None]
+  need = jnp.sum(is_named, axis=1, dtype=jnp.int32)
   owner = table.tenants.at[row].get(mode="clip")
   done &= _quota.allows_in_turn(table, owner, need)
-  table = _start(table, done, row, entries, lens, jnp.zeros_like(lens))
+  floor = jnp.where(jnp.any(is_used & is_hole, axis=1), floor, 0)
+  table = _start(table, done, row, entries, lens, floor)
   return Changed(table=table, ok=(done | ~asks).reshape(shape))
 
 
