@@ -28,8 +28,8 @@ format: setup ## Formats the code
 	$(python) -m ruff check --fix .
 	$(python) -m ruff format .
 
-bench: setup ## Times generation: make bench ARGS="--rival-python PYTHON"
-	$(python) benchmarks/bench_generate.py $(ARGS)
+bench: setup ## Runs a benchmark: make bench NAME=waste, NAME=generate ARGS=...
+	$(python) benchmarks/bench_$(or $(NAME),generate).py $(ARGS)
 
 pins: ## Resolves requirements/*.txt anew: make pins JAX=0.11.2
 	tools/pins.sh $(or $(JAX),$(error give the version: make pins JAX=0.11.2))
