@@ -65,15 +65,18 @@ def spread(values: list[float]) -> dict[str, float]:
   }
 
 
-def save(folder: str, name: str, record: dict) -> pathlib.Path:
+def save(
+  folder: str, name: str, record: dict, results: pathlib.Path = RESULTS
+) -> pathlib.Path:
   """Writes a result as JSON, and returns its path.
 
   Args:
     folder: Of the device, below `results`.
     name: Of the benchmark.
     record: What to write.
+    results: Where the folders of the devices are.
   """
-  path = RESULTS / folder / f"{name}.json"
+  path = results / folder / f"{name}.json"
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(record, indent=1) + "\n")
   return path
