@@ -18,7 +18,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from paged_jax import devices
 from paged_jax.pytree import Leaf
+from pallas_kernels import page_copy
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -164,13 +166,14 @@ def copy_pages(
 ) -> KVPool:
   """Returns the pool with pages copied, in all layers.
 
-  In place when the pool is donated or carried by a loop. One copy at a time,
-  and only those that there are: most steps have none, and gathering a page for
-  every row, of all layers, would take more memory than the step itself.
+  In place when the pool is donated or carried by a loop. On a Hopper GPU by a
+  kernel; elsewhere one copy at a time, and only those that there are: most
+  steps have none, and gathering a page for every row, of all layers, would
+  take more memory than the step itself.
 
   Args:
     pool: The pool; donate it, and do not read the old one after the copy.
-    src: i32[num_copies], pages to copy.
+    src: i32[num_copies], pages to copy; clipped to the pool.
     dst: i32[num_copies], where to; `num_pages` for nothing. The others must
       differ from one another, and none of them be a source.
 
@@ -179,9 +182,27 @@ def copy_pages(
   """
   if src.ndim != 1 or src.shape != dst.shape:
     raise ValueError(f"{src.shape=} and {dst.shape=} must be one length.")
+  by_kernel = (
+    devices.why_not_hopper() is None
+    and page_copy.unsupported(pool.k.shape[1:], pool.k.dtype) is None
+  )
+  if not by_kernel:
+    return _copy_in_a_loop(pool, src, dst)
+  # A process with a GPU may still compile for its CPU.
+  return lax.platform_dependent(
+    pool, src, dst, cuda=_copy_by_kernel, default=_copy_in_a_loop
+  )
+
+
+def _copy_by_kernel(pool: KVPool, src: Array, dst: Array) -> KVPool:
+  k, v = page_copy.copy_pages((pool.k, pool.v), src, dst)
+  return KVPool(k=k, v=v)
+
+
+def _copy_in_a_loop(pool: KVPool, src: Array, dst: Array) -> KVPool:
   wanted = (dst >= 0) & (dst < pool.num_pages)
   first = jnp.argsort(~wanted, stable=True)
-  src, dst = src[first], dst[first]
+  src, dst = jnp.clip(src[first], 0, pool.num_pages - 1), dst[first]
 
   def copy(i: Array, pool: KVPool) -> KVPool:
     put = lambda pages: lax.dynamic_update_index_in_dim(
