@@ -9,6 +9,7 @@ The default takes the kernel where it exists for the shapes at hand.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +17,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from paged_jax import attention_xla, devices, kv_pool
-from pallas_kernels import paged_decode
+from paged_jax import attention_checks, attention_xla, devices
+from pallas_kernels import decode_config, paged_decode, short_queries
 
 IMPLEMENTATIONS = ("mosaic_gpu", "xla")
-_STATIC_OPTIONS = (
-  "scale",
-  "sliding_window",
-  "num_sink_tokens",
-  "logits_soft_cap",
-)
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def paged_attention(
@@ -53,7 +47,8 @@ def paged_attention(
     q: [num_seqs, num_q_heads, head_dim].
     k_pages: [num_pages, num_kv_heads, page_size, head_dim], dtype of `q`.
     v_pages: The same of the values.
-    kv_lens: i32[num_seqs], tokens stored; 0 gives an output of 0.
+    kv_lens: i32[num_seqs], tokens stored; 0 or less gives an output of 0. Of
+      more than the table has room for, only what the table names is seen.
     page_indices: i32[num_seqs, pages_per_seq], physical page of each logical
       page. Pages out of `[0, num_pages)` are holes: their keys are not seen.
     scale: Multiplies the logits; `head_dim ** -0.5` if None.
@@ -76,8 +71,8 @@ def paged_attention(
     ValueError: If a shape, dtype or option is wrong.
     NotImplementedError: If `implementation` cannot serve these arguments here.
   """
-  _check_pools(q, k_pages, v_pages, kv_lens, page_indices)
-  _check_options(
+  attention_checks.check_pools(q, k_pages, v_pages, kv_lens, page_indices)
+  attention_checks.check_options(
     q, scale, sliding_window, num_sink_tokens, logits_soft_cap, sinks
   )
   if q.shape[0] != kv_lens.shape[0]:
@@ -96,7 +91,9 @@ def paged_attention(
     sliding_window=sliding_window,
     num_sink_tokens=num_sink_tokens,
     logits_soft_cap=logits_soft_cap,
-    implementation=_choose_decode(implementation, q, k_pages),
+    implementation=_choose(
+      implementation, lambda: why_not_mosaic_gpu(q, k_pages)
+    ),
   )
   return (out, lse) if return_lse else out
 
@@ -110,6 +107,7 @@ def ragged_paged_attention(
   cu_q_lens: Int[Array, " num_seqs+1"],
   num_active: Int[Array, ""] | int,
   *,
+  max_q_len: int | None = None,
   scale: float | None = None,
   sliding_window: int | None = None,
   num_sink_tokens: int = 0,
@@ -134,6 +132,9 @@ def ragged_paged_attention(
     cu_q_lens: i32[num_seqs + 1], offsets into the token axis, not decreasing,
       `cu_q_lens[0] == 0`.
     num_active: i32[] or i32[1]; sequences from this row on are ignored.
+    max_q_len: Most query tokens of a sequence, if it is known; up to 8, a
+      kernel takes them, as for the verification of speculative tokens. It is
+      not checked: what a sequence has beyond it may be left at 0 and -inf.
     scale: See `paged_attention`, as for the other options.
     sliding_window: See `paged_attention`.
     num_sink_tokens: See `paged_attention`.
@@ -151,14 +152,14 @@ def ragged_paged_attention(
     ValueError: If a shape, dtype or option is wrong.
     NotImplementedError: If `implementation` cannot serve these arguments here.
   """
-  _check_pools(q, k_pages, v_pages, kv_lens, page_indices)
-  _check_options(
+  attention_checks.check_pools(q, k_pages, v_pages, kv_lens, page_indices)
+  attention_checks.check_options(
     q, scale, sliding_window, num_sink_tokens, logits_soft_cap, sinks
   )
   active = num_active
   if isinstance(active, int):
     active = np.int32(max(0, min(active, kv_lens.shape[0])))
-  _check_ints(cu_q_lens=cu_q_lens, num_active=active)
+  attention_checks.check_ints(cu_q_lens=cu_q_lens, num_active=active)
   if cu_q_lens.shape != (kv_lens.shape[0] + 1,):
     raise ValueError(
       f"cu_q_lens.shape={cu_q_lens.shape} must be ({kv_lens.shape[0] + 1},): "
@@ -166,7 +167,8 @@ def ragged_paged_attention(
     )
   if active.shape not in ((), (1,)):
     raise ValueError(f"num_active.shape={active.shape} must be () or (1,).")
-  _choose_ragged(implementation)
+  if max_q_len is not None:
+    attention_checks.check_count("max_q_len", max_q_len, 1)
   out, lse = _ragged_paged_attention(
     q,
     k_pages,
@@ -180,6 +182,10 @@ def ragged_paged_attention(
     sliding_window=sliding_window,
     num_sink_tokens=num_sink_tokens,
     logits_soft_cap=logits_soft_cap,
+    max_q_len=max_q_len,
+    implementation=_choose(
+      implementation, lambda: why_not_mosaic_gpu(q, k_pages, max_q_len)
+    ),
   )
   return (out, lse) if return_lse else out
 
@@ -187,7 +193,7 @@ def ragged_paged_attention(
 # Jitted, so that the unrolled layers of a model lower one kernel, not many.
 @functools.partial(
   jax.jit,
-  static_argnames=(*_STATIC_OPTIONS, "implementation"),
+  static_argnames=(*paged_decode.OPTIONS, "implementation"),
 )
 def _paged_attention(*args, implementation: str, **options):
   xla = functools.partial(attention_xla.paged_attention, **options)
@@ -203,46 +209,62 @@ def _paged_attention(*args, implementation: str, **options):
   return lax.platform_dependent(*args, cuda=mosaic, default=xla)
 
 
-_ragged_paged_attention = jax.jit(
-  attention_xla.ragged_paged_attention,
-  static_argnames=_STATIC_OPTIONS,
+@functools.partial(
+  jax.jit,
+  static_argnames=(*paged_decode.OPTIONS, "max_q_len", "implementation"),
 )
+def _ragged_paged_attention(
+  *args, max_q_len: int | None, implementation: str, **options
+):
+  xla = functools.partial(attention_xla.ragged_paged_attention, **options)
+  if implementation == "xla":
+    return xla(*args)
+
+  def mosaic(*args):
+    *args, sinks = args
+    return short_queries.attend(
+      *args, max_q_len=max_q_len, sinks=sinks, **options
+    )
+
+  return lax.platform_dependent(*args, cuda=mosaic, default=xla)
 
 
-def why_not_mosaic_gpu(q: Array, k_pages: Array) -> str | None:
-  """Returns why the decode kernel cannot serve these arrays here, or None."""
-  device = devices.why_not_hopper()
-  if device is not None:
+def why_not_mosaic_gpu(
+  q: Array, k_pages: Array, max_q_len: int | None = 1
+) -> str | None:
+  """Returns why no kernel can serve these arrays here, or None.
+
+  Args:
+    q: As in the ops.
+    k_pages: As in the ops.
+    max_q_len: Most query tokens of a sequence, None if it is not known.
+  """
+  if max_q_len is None:
+    return "without a small max_q_len, there is no kernel."
+  if device := devices.why_not_hopper():
     return device
   _, num_kv_heads, page_size, head_dim = k_pages.shape
-  return paged_decode.unsupported(
-    head_dim=head_dim,
-    page_size=page_size,
-    num_q_heads=q.shape[1],
-    num_kv_heads=num_kv_heads,
-    dtype=q.dtype,
+  return decode_config.unsupported(
+    head_dim,
+    page_size,
+    q.shape[1],
+    num_kv_heads,
+    q.dtype,
+    max_q_len=max_q_len,
   )
 
 
-def _choose_decode(implementation: str | None, q: Array, k_pages: Array) -> str:
+def _choose(implementation: str | None, why_not: Callable) -> str:
+  """Returns the implementation to take, given why the kernel is none."""
   check_implementation(implementation)
   if implementation == "xla":
     return "xla"
-  reason = why_not_mosaic_gpu(q, k_pages)
+  reason = why_not()
   if implementation is None:
     return "mosaic_gpu" if reason is None else "xla"
   if reason is not None:
     raise NotImplementedError(f"{implementation=} is not available: {reason}")
   return implementation
-
-
-def _choose_ragged(implementation: str | None) -> None:
-  check_implementation(implementation)
-  if implementation == "mosaic_gpu":
-    raise NotImplementedError(
-      f"{implementation=} is not available: ragged_paged_attention has the "
-      "'xla' implementation only."
-    )
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -251,92 +273,3 @@ def check_implementation(implementation: str | None) -> None:
     raise ValueError(
       f"{implementation=} must be None or one of {IMPLEMENTATIONS}."
     )
-
-
-def _check_pools(q, k_pages, v_pages, kv_lens, page_indices) -> None:
-  ranks = dict(q=(q, 3), k_pages=(k_pages, 4), v_pages=(v_pages, 4))
-  ranks |= dict(kv_lens=(kv_lens, 1), page_indices=(page_indices, 2))
-  _check_arrays(**{name: x for name, (x, _) in ranks.items()})
-  for name, (x, ndim) in ranks.items():
-    if jnp.ndim(x) != ndim:
-      raise ValueError(f"{name}.shape={jnp.shape(x)} must have {ndim} axes.")
-  for name, x in (("k_pages", k_pages), ("v_pages", v_pages), ("q", q)):
-    if x.dtype not in kv_pool.DTYPES:
-      raise ValueError(
-        f"{name}.dtype={x.dtype} must be float32, bfloat16 or float16."
-      )
-    if x.dtype != k_pages.dtype:
-      raise ValueError(
-        f"{name}.dtype={x.dtype} must be that of {k_pages.dtype=}."
-      )
-    if 0 in x.shape[1:]:
-      raise ValueError(f"{name}.shape={x.shape} has an empty axis.")
-  if k_pages.shape != v_pages.shape:
-    raise ValueError(f"{k_pages.shape=} must equal {v_pages.shape=}.")
-  num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
-  if num_pages < 1:
-    raise ValueError(f"{k_pages.shape=} has no pages.")
-  if page_indices.shape[1] < 1:
-    raise ValueError(f"{page_indices.shape=} has no columns.")
-  if page_size % 8:
-    raise ValueError(f"{page_size=} must be a multiple of 8.")
-  if q.shape[2] != head_dim:
-    raise ValueError(f"{q.shape=} must have head_dim {head_dim} of k_pages.")
-  if q.shape[1] % num_kv_heads:
-    raise ValueError(
-      f"num_q_heads={q.shape[1]} must be a multiple of {num_kv_heads=}."
-    )
-  _check_ints(kv_lens=kv_lens, page_indices=page_indices)
-  if page_indices.shape[0] != kv_lens.shape[0]:
-    raise ValueError(
-      f"{page_indices.shape=} must have one row for each of {kv_lens.shape=}."
-    )
-
-
-def _check_arrays(**arrays) -> None:
-  for name, x in arrays.items():
-    if not hasattr(x, "dtype"):
-      raise ValueError(f"{name} must be an array, got {type(x).__name__}.")
-
-
-def _check_ints(**arrays) -> None:
-  _check_arrays(**arrays)
-  for name, x in arrays.items():
-    if x.dtype != jnp.int32:
-      raise ValueError(f"{name}.dtype={x.dtype} must be int32.")
-
-
-def _check_options(
-  q, scale, sliding_window, num_sink_tokens, logits_soft_cap, sinks
-) -> None:
-  numbers = dict(scale=scale, logits_soft_cap=logits_soft_cap)
-  for name, value in numbers.items():
-    if value is None:
-      continue
-    if isinstance(value, bool) or not isinstance(value, int | float):
-      raise ValueError(f"{name}={value!r} must be a Python number.")
-  if logits_soft_cap is not None and not 0 < logits_soft_cap < float("inf"):
-    raise ValueError(f"{logits_soft_cap=} must be positive and finite.")
-  if scale is not None and not abs(scale) <= _FLOAT32_MAX:
-    raise ValueError(f"{scale=} must be finite in float32.")
-  if sliding_window is not None:
-    _check_count("sliding_window", sliding_window, 1)
-  _check_count("num_sink_tokens", num_sink_tokens, 0)
-  if sinks is None:
-    return
-  _check_arrays(sinks=sinks)
-  if jnp.shape(sinks) != (q.shape[1],):
-    raise ValueError(
-      f"sinks.shape={jnp.shape(sinks)} must be ({q.shape[1]},): num_q_heads."
-    )
-  if sinks.dtype not in kv_pool.DTYPES:
-    raise ValueError(
-      f"sinks.dtype={sinks.dtype} must be float32, bfloat16 or float16."
-    )
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-  if isinstance(value, bool) or not isinstance(value, int):
-    raise ValueError(f"{name}={value!r} must be a Python integer.")
-  if not least <= value < 2**31:
-    raise ValueError(f"{name}={value} must be in [{least}, 2**31).")

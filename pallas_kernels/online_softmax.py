@@ -1,15 +1,21 @@
-"""Streaming softmax of a wgmma tile, in registers, in base 2.
+"""Streaming softmax in registers, in base 2, with keys down and queries across.
 
-State of each of 64 rows: the greatest score m, the sum l of 2^(s - m), and
-acc = sum 2^(s - m) v. A tile of scores s is folded in by
+Scores of a tile are S = K Q^T: a row for each key, a column for each query.
+Decode has few queries, and wgmma wants 64 rows but is content with 8 columns.
+The state of each column: the greatest score m, the sum l of 2^(s - m), and
+acc = sum 2^(s - m) v, which is a column of V^T P. A tile is folded in by
 
   m' = max(m, max s)    l' = 2^(m - m') l + sum 2^(s - m')
-  acc' = 2^(m - m') acc + 2^(s - m') V
+  acc' = 2^(m - m') acc + V^T 2^(s - m')
 
-Masked scores are -inf. While a row has seen only those, m is -inf, and 0 is
+Masked scores are -inf. While a column has seen only those, m is -inf, and 0 is
 subtracted in its place, so that it stays empty instead of turning into NaN.
+
+Sums over keys cross the warps, so l is kept apart for each row of the tiles,
+and summed once, at the end.
 """
 
+import math
 from typing import NamedTuple, cast
 
 import jax.experimental.pallas as pl
@@ -18,29 +24,74 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.split_kv import LOG2_E
+LOG2_E = math.log2(math.e)
 
-ROWS = 64  # of a wgmma tile
+
+type Blocks = tuple[Float[Array, "rows num_queries"], ...]  # see `row_blocks`
 
 
 class State(NamedTuple):
   """The softmax over the keys folded in so far."""
 
-  acc: Float[Array, "rows head_dim"]
-  m: Float[Array, " rows"]
-  l: Float[Array, " rows"]
+  acc: Blocks
+  m: Float[Array, " num_queries"]
+  l: Float[Array, "block_kv num_queries"]
 
 
-def init(head_dim: int) -> State:
+class Summed(NamedTuple):
+  """The same, with l summed over the rows: f32[num_queries]."""
+
+  acc: Blocks
+  m: Float[Array, " num_queries"]
+  l: Float[Array, " num_queries"]
+
+
+def row_blocks(head_dim: int) -> tuple[tuple[int, int], ...]:
+  """Returns the start and size of the blocks of rows of acc.
+
+  wgmma takes rows by 64: of other widths, two blocks overlap.
+  """
+  if head_dim % 64 == 0:
+    return ((0, head_dim),)
+  return (0, 64), (head_dim - 64, 64)
+
+
+def tile(value: float, shape: tuple[int, int]):
+  """Returns a tile of one value, in the layout of wgmma."""
+  return plgpu.layout_cast(
+    jnp.full(shape, value, jnp.float32), plgpu.Layout.WGMMA
+  )
+
+
+def column(value: float, num_queries: int):
+  """Returns a value for each query."""
+  return plgpu.layout_cast(
+    jnp.full((num_queries,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(0)
+  )
+
+
+def across(values, shape: tuple[int, ...]):
+  """Returns values of queries, repeated down a tile."""
+  return lax.broadcast_in_dim(values, shape, [1])
+
+
+def zero_blocks(head_dim: int, num_queries: int) -> Blocks:
+  """Returns acc of no keys."""
+  blocks = row_blocks(head_dim)
+  return tuple(tile(0.0, (size, num_queries)) for _, size in blocks)
+
+
+def scale_blocks(acc: Blocks, factors) -> Blocks:
+  """Returns acc with a factor for each query."""
+  return tuple(rows * across(factors, rows.shape) for rows in acc)
+
+
+def init(head_dim: int, block_kv: int, num_queries: int) -> State:
   """Returns the softmax over no keys."""
-  by_row = plgpu.Layout.WGMMA.reduce(1)
-  acc = jnp.zeros((ROWS, head_dim), jnp.float32)
-  m = jnp.full((ROWS,), -jnp.inf, jnp.float32)
-  l = jnp.zeros((ROWS,), jnp.float32)
   return State(
-    plgpu.layout_cast(acc, plgpu.Layout.WGMMA),
-    plgpu.layout_cast(m, by_row),
-    plgpu.layout_cast(l, by_row),
+    zero_blocks(head_dim, num_queries),
+    column(-jnp.inf, num_queries),
+    tile(0.0, (block_kv, num_queries)),
   )
 
 
@@ -55,21 +106,44 @@ def to_base_2(qk, scale: float, logits_soft_cap: float | None):
 
 
 def fold(state: State, s):
-  """Returns the state but for the product P V, and P, of scores s."""
-  m = jnp.maximum(state.m, s.max(axis=1))
-  shift = jnp.where(m == -jnp.inf, 0.0, m)
-  p = jnp.exp2(s - lax.broadcast_in_dim(shift, s.shape, [0]))
+  """Returns the state but for the product V^T P, and P, of scores s."""
+  m = jnp.maximum(state.m, s.max(axis=0))
+  shift = or_zero(m)
+  p = jnp.exp2(s - across(shift, s.shape))
   alpha = jnp.exp2(state.m - shift)
-  acc = state.acc * lax.broadcast_in_dim(alpha, state.acc.shape, [0])
-  return State(acc, m, state.l * alpha + p.sum(axis=1)), p
+  acc = scale_blocks(state.acc, alpha)
+  return State(acc, m, state.l * across(alpha, state.l.shape) + p), p
 
 
-def finish(state: State):
-  """Returns the normalised output and the base-2 log-sum-exp."""
+def or_zero(m):
+  """Returns greatest scores, 0 where nothing was seen."""
+  return jnp.where(m == -jnp.inf, 0.0, m)
+
+
+def sum_rows(state: State) -> Summed:
+  """Returns the state with the sums over all keys."""
+  return Summed(state.acc, state.m, state.l.sum(axis=0))
+
+
+def finish(state: Summed, sinks):
+  """Returns the normalised output and the natural log-sum-exp.
+
+  Args:
+    state: the softmax over all keys.
+    sinks: f32[num_queries], a logit in base 2 that only the denominator
+      counts, or None. What has seen no key stays empty.
+  """
   acc, m, l = state
-  inverse = jnp.where(l > 0, 1 / l, 0.0)
-  out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-  return out, jnp.where(l > 0, m + jnp.log2(l), -jnp.inf)
+  sees = l != 0  # NaN is no emptiness
+  if sinks is not None:
+    top = or_zero(jnp.maximum(m, sinks))
+    alpha = jnp.exp2(m - top)
+    acc = scale_blocks(acc, alpha)
+    l = jnp.where(sees, l * alpha + jnp.exp2(sinks - top), 0.0)
+    m = top
+  inverse = jnp.where(sees, 1 / l, 0.0)
+  out = scale_blocks(acc, inverse)
+  return out, jnp.where(sees, (m + jnp.log2(l)) * (1 / LOG2_E), -jnp.inf)
 
 
 def matmul(a, b):

@@ -1,149 +1,60 @@
-"""Paged decode attention for Hopper: one query token a sequence, split-KV.
+"""Paged decode attention for Hopper: few query tokens a sequence, split-KV.
 
-Program (split, kv_head, seq) attends the query heads of one KV head over its
-share of the sequence's KV tiles. It has two warpgroups:
+Persistent programs attend equal shares of all KV tiles (`schedule`), item by
+item: an item is the query heads of one KV head of one sequence. A program has
+two warpgroups:
 
-  memory   reads page ids from the page table as scalars, and copies K and V
-           chunk by chunk (TMA) into a ring of `num_stages` tiles
-  compute  S = Q K^T, mask, online softmax in base 2, O += P V   (wgmma)
+  memory   reads page ids from the page table as scalars, and copies Q, and K
+           and V chunk by chunk (TMA) into a ring of `num_stages` tiles
+  compute  S = K Q^T, mask, online softmax in base 2, O += V^T P   (wgmma)
 
-The query heads of a KV head are rows of one 64-row wgmma tile; the rows past
-the group are not loaded, and what is computed in them never leaves the SM. A
-tile is `block_kv` consecutive positions, copied in chunks that never straddle
-a page: `chunk = gcd(page_size, block_kv)`.
+Two programs share a multiprocessor, so that one computes while the other
+waits. The queries are the columns of a tile: the query heads of a KV head (for
+each query token, see `short_queries`), padded to a multiple of 8; what is
+computed in the padding is not stored. A tile is `block_kv` consecutive
+positions, copied in chunks that never straddle a page: `chunk = gcd(page_size,
+block_kv)`.
 
   positions   0        64       128      192      256      320      384
   tiles       | sink   |        | skipped|        | window |  tail  |
   chunks      |p7|p2|p9|p4|                       |p5|p0|p3|p8|p6|--|
                           pages of 16 tokens, anywhere in the pool
 
-Tiles between the sink tokens and the window are not visited. What is visited
-is dealt evenly to the splits. Each split stores a normalised f32 partial and
-its base-2 log-sum-exp; XLA merges them (`split_kv.merge`).
+Tiles between the sink tokens and the window are not visited (`kv_tiles`). An
+item that lies in several shares leaves partials, which a second, small kernel
+merges (`partials`).
 
 A key counts if its page is mapped and its position lies below the length and
 in the window. Scores of other keys are selected away, and in tiles that have
-any their rows of V are zeroed in shared memory (0 * NaN is NaN): what a masked
-key holds leaves no trace in the output, bit for bit.
-
-P goes to the second wgmma through shared memory: with the left operand in
-registers, ptxas before 13.3 may overwrite them while the tensor core reads.
+any their rows of V are zeroed in shared memory (0 * NaN is NaN): what a key
+holds that no query of the item sees leaves no trace in the output, bit for bit.
 """
 
-import dataclasses
 import functools
 import math
 import types
-from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import online_softmax, split_kv
-from pallas_kernels.online_softmax import ROWS
+from pallas_kernels import online_softmax, partials, schedule
+from pallas_kernels.decode_config import (
+  REDUCTION_BYTES,
+  Config,
+  default_config,
+  unsupported,
+)
+from pallas_kernels.decode_problem import Problem, scratch
 
-SMEM_LIMIT = 232_448  # bytes a program may have on Hopper
-NUM_SMS = 132  # of an H100 or H200
-_SWIZZLE = 128  # bytes: the width of a tile in shared memory
 _COLUMNS = 64  # of V that are rewritten at once, to spare registers
-_ALLOCATION = 1024  # bytes: shared memory is handed out in these
-_OPTIONS = ("scale", "sliding_window", "num_sink_tokens", "logits_soft_cap")
+OPTIONS = ("scale", "sliding_window", "num_sink_tokens", "logits_soft_cap")
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Tile sizes of the kernel."""
-
-  block_kv: int  # positions in a tile
-  num_stages: int  # tiles in flight
-  num_splits: int  # programs that share a sequence
-
-  def __post_init__(self):
-    if self.block_kv not in (64, 128):
-      raise ValueError(f"{self.block_kv=} must be 64 or 128.")
-    if self.num_stages < 2:
-      raise ValueError(f"{self.num_stages=} must be at least 2.")
-    if self.num_splits < 1:
-      raise ValueError(f"{self.num_splits=} must be at least 1.")
-
-
-def default_config(
-  num_seqs: int,
-  num_kv_heads: int,
-  head_dim: int,
-  page_size: int,
-  pages_per_seq: int,
-  *,
-  sliding_window: int | None = None,
-  num_sink_tokens: int = 0,
-  num_sms: int = NUM_SMS,
-) -> Config:
-  """Returns a good Config for these shapes; it does not depend on lengths.
-
-  Args:
-    num_seqs: rows of the batch.
-    num_kv_heads: KV heads.
-    head_dim: width of a head.
-    page_size: tokens of a page.
-    pages_per_seq: width of the page table.
-    sliding_window: positions that are visible, if limited.
-    num_sink_tokens: first positions that are visible besides.
-    num_sms: multiprocessors of the device.
-  """
-  block_kv = 128 if head_dim <= 64 else 64
-  num_stages = 3 if head_dim <= 128 else 2
-  max_tiles = split_kv.max_tiles(
-    pages_per_seq * page_size, block_kv, sliding_window, num_sink_tokens
-  )
-  num_splits = split_kv.num_splits(num_seqs * num_kv_heads, max_tiles, num_sms)
-  return Config(block_kv, num_stages, num_splits)
-
-
-def smem_bytes(config: Config, head_dim: int, dtype: DTypeLike) -> int:
-  """Returns the bytes of shared memory that one program takes."""
-  itemsize = jnp.dtype(dtype).itemsize
-  tile = config.num_stages * config.block_kv * head_dim * itemsize
-  buffers = (
-    ROWS * head_dim * 4,  # O in f32, and before it Q
-    tile,  # K
-    tile,  # V
-    ROWS * config.block_kv * itemsize,  # P
-    ROWS * 4,  # log-sum-exp
-  )
-  barriers = 8 * (1 + 4 * config.num_stages)
-  return sum(pl.cdiv(b, _ALLOCATION) * _ALLOCATION for b in buffers) + barriers
-
-
-def unsupported(
-  head_dim: int,
-  page_size: int,
-  num_q_heads: int,
-  num_kv_heads: int,
-  dtype: DTypeLike,
-) -> str | None:
-  """Returns why the kernel does not take these shapes, or None if it does."""
-  if jnp.dtype(dtype) not in (jnp.dtype("bfloat16"), jnp.dtype("float16")):
-    return f"dtype={jnp.dtype(dtype).name} is not bfloat16 or float16."
-  if head_dim not in (64, 128, 192, 256):
-    return f"{head_dim=} is not 64, 128, 192 or 256."
-  if head_dim == 256 and jax.__version_info__ >= (0, 12):
-    # Its search for layouts does not end (0.12.0.1).
-    return f"{head_dim=} does not compile with JAX {jax.__version__}."
-  if page_size < 1 or page_size % 8:
-    return f"{page_size=} is not a multiple of 8."
-  if num_q_heads % num_kv_heads:
-    return f"{num_q_heads=} is not a multiple of {num_kv_heads=}."
-  if (group := num_q_heads // num_kv_heads) > ROWS:
-    return f"{group=} query heads a KV head are more than {ROWS}."
-  return None
-
-
-@functools.partial(jax.jit, static_argnames=(*_OPTIONS, "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=(*OPTIONS, "config", "interpret"))
 def paged_decode(
   q: Float[Array, "num_seqs num_q_heads head_dim"],
   k_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
@@ -188,262 +99,388 @@ def paged_decode(
     ValueError: if dtypes differ, or the config exceeds shared memory.
   """
   num_seqs, num_q_heads, head_dim = q.shape
-  num_pages, num_kv_heads, page_size, _ = k_pages.shape
-  pages_per_seq = page_indices.shape[1]
+  num_kv_heads = k_pages.shape[1]
   if reason := unsupported(
-    head_dim, page_size, num_q_heads, num_kv_heads, k_pages.dtype
+    head_dim, k_pages.shape[2], num_q_heads, num_kv_heads, k_pages.dtype
   ):
     raise NotImplementedError(reason)
-  if not q.dtype == k_pages.dtype == v_pages.dtype:
-    raise ValueError(
-      f"{q.dtype=}, {k_pages.dtype=} and {v_pages.dtype=} must be the same."
-    )
-  if 0 in (num_seqs, num_pages, pages_per_seq):
-    return jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
-  config = config or default_config(
-    *(num_seqs, num_kv_heads, head_dim, page_size, pages_per_seq),
-    sliding_window=sliding_window,
-    num_sink_tokens=num_sink_tokens,
-  )
-  problem = _Problem(
-    config=config,
-    dtype=q.dtype,
-    group=num_q_heads // num_kv_heads,
-    head_dim=head_dim,
-    num_pages=num_pages,
-    page_size=page_size,
-    pages_per_seq=pages_per_seq,
+  out, lse = attend(
+    q.reshape(num_seqs, num_kv_heads, num_q_heads // num_kv_heads, head_dim),
+    None,
+    k_pages,
+    v_pages,
+    kv_lens,
+    page_indices,
     scale=scale,
     sliding_window=sliding_window,
     num_sink_tokens=num_sink_tokens,
     logits_soft_cap=logits_soft_cap,
+    sinks=sinks,
+    config=config,
     interpret=interpret,
   )
-  partials, lses = _launch(problem, q, k_pages, v_pages, kv_lens, page_indices)
-  out, lse = split_kv.merge(partials, lses, sinks)
-  return out.astype(q.dtype), lse
+  return out.reshape(q.shape), lse.reshape(q.shape[:2])
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Problem:
-  """What is static about a launch."""
+def attend(
+  q: Float[Array, "num_seqs num_kv_heads queries head_dim"],
+  q_lens: Int[Array, " num_seqs"] | None,
+  k_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
+  v_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
+  kv_lens: Int[Array, " num_seqs"],
+  page_indices: Int[Array, "num_seqs pages_per_seq"],
+  *,
+  sinks: Float[Array, " num_q_heads"] | None,
+  config: Config | None,
+  max_q_len: int = 1,
+  **options,
+) -> tuple[
+  Float[Array, "num_seqs num_kv_heads queries head_dim"],
+  Float[Array, "num_seqs num_kv_heads queries"],
+]:
+  """Attends the queries of items, over pages; see `paged_decode`.
 
-  config: Config
-  dtype: DTypeLike
-  group: int  # query heads of a KV head
-  head_dim: int
-  num_pages: int
-  page_size: int
-  pages_per_seq: int
-  scale: float
-  sliding_window: int | None
-  num_sink_tokens: int
-  logits_soft_cap: float | None
-  interpret: plgpu.InterpretGPUParams | None
+  Args:
+    q: the queries of an item: `max_q_len` tokens of each query head of its KV
+      head, token by token.
+    q_lens: query tokens of each sequence, its last ones, at most `max_q_len`;
+      None where all have one.
+    k_pages: see `paged_decode`.
+    v_pages: see `paged_decode`.
+    kv_lens: see `paged_decode`.
+    page_indices: see `paged_decode`.
+    sinks: see `paged_decode`.
+    config: see `paged_decode`.
+    max_q_len: most query tokens of a sequence.
+    options: the other options of `paged_decode`.
 
-  def __post_init__(self):
-    needed = smem_bytes(self.config, self.head_dim, self.dtype)
-    if needed > SMEM_LIMIT:
-      raise ValueError(f"{self.config=} takes {needed} bytes > {SMEM_LIMIT=}.")
+  Returns:
+    The output, and the natural log-sum-exp; 0 and -inf past `q_lens`.
 
-  @property
-  def chunk(self) -> int:  # positions of a tile that one copy brings
-    return math.gcd(self.page_size, self.config.block_kv)
-
-  @property
-  def num_chunks(self) -> int:
-    return self.config.block_kv // self.chunk
-
-  @property
-  def padded_group(self) -> int:  # tiles in shared memory have 8 rows
-    return pl.cdiv(self.group, 8) * 8
-
-
-def _scratch(problem: _Problem) -> dict[str, Any]:
-  """Returns the shared memory and the barriers of a program."""
-  config, dtype, head_dim = problem.config, problem.dtype, problem.head_dim
-  tile = 8, _SWIZZLE // jnp.dtype(dtype).itemsize
-  transforms = plgpu.TilingTransform(tile), plgpu.SwizzleTransform(_SWIZZLE)
-  swizzled = lambda *s: plgpu.SMEM(s, dtype, transforms=transforms)
-  barriers = functools.partial(plgpu.Barrier, num_barriers=config.num_stages)
-  o_smem = plgpu.SMEM((ROWS, head_dim), jnp.float32)
-  return {
-    # O takes the place of Q, which was read for the last time by then.
-    "qo_smem": plgpu.RefUnion(swizzled(ROWS, head_dim), o_smem),
-    "k_smem": swizzled(config.num_stages, config.block_kv, head_dim),
-    "v_smem": swizzled(config.num_stages, config.block_kv, head_dim),
-    "p_smem": swizzled(ROWS, config.block_kv),
-    "lse_smem": plgpu.SMEM((ROWS,), jnp.float32),
-    "q_loaded": plgpu.Barrier(),
-    "k_loaded": barriers(num_arrivals=problem.num_chunks),
-    "v_loaded": barriers(num_arrivals=problem.num_chunks),
-    "k_consumed": barriers(),
-    "v_consumed": barriers(),
-  }
+  Raises:
+    ValueError: see `paged_decode`.
+  """
+  if not q.dtype == k_pages.dtype == v_pages.dtype:
+    raise ValueError(
+      f"{q.dtype=}, {k_pages.dtype=} and {v_pages.dtype=} must be the same."
+    )
+  num_seqs, num_kv_heads, num_queries, head_dim = q.shape
+  if 0 in (num_seqs, k_pages.shape[0], page_indices.shape[1]):
+    return jnp.zeros_like(q), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+  problem = Problem(
+    config=config
+    or default_config(num_seqs, num_kv_heads, num_queries, head_dim, q.dtype),
+    dtype=q.dtype,
+    num_seqs=num_seqs,
+    num_kv_heads=num_kv_heads,
+    group=num_queries // max_q_len,
+    max_q_len=max_q_len,
+    head_dim=head_dim,
+    num_pages=k_pages.shape[0],
+    page_size=k_pages.shape[2],
+    pages_per_seq=page_indices.shape[1],
+    has_sinks=sinks is not None,
+    **options,
+  )
+  if sinks is not None:
+    sinks = sinks.astype(jnp.float32) * online_softmax.LOG2_E
+    sinks = jnp.tile(sinks.reshape(num_kv_heads, -1), (1, max_q_len))
+    sinks = problem.pad_queries(sinks)
+  lens = kv_lens, page_indices, *(() if q_lens is None else (q_lens,))
+  lens = [x.astype(jnp.int32) for x in lens]
+  out, lse = _launch(problem, q, k_pages, v_pages, sinks, *lens)
+  return out, lse[..., :num_queries]
 
 
-def _launch(problem: _Problem, q, k_pages, v_pages, kv_lens, page_indices):
-  """Runs the kernel: partials and base-2 log-sum-exps of the splits."""
-  group, padded_group = problem.group, problem.padded_group
-  num_seqs, num_kv_heads = len(q), k_pages.shape[1]
-  num_splits = problem.config.num_splits
-  out_shape = num_seqs, num_splits, num_kv_heads
-  partials_shape = *out_shape, group, problem.head_dim
+def _launch(
+  problem: Problem, q, k_pages, v_pages, sinks, kv_lens, table, *q_lens
+):
+  """Runs the kernel, and merges what it split."""
+  config, num_queries = problem.config, problem.num_queries
+  # A sequence without tokens has a tile too, which writes its output of 0.
+  tiles = jnp.maximum(problem.visit(kv_lens, *q_lens).num_visited, 1)
+  plan = schedule.deal(tiles, problem.num_kv_heads, config.num_programs)
+  items = problem.num_seqs, problem.num_kv_heads
   kernel = plgpu.kernel(
     functools.partial(_body, problem),
     out_type=(
-      jax.ShapeDtypeStruct(partials_shape, jnp.float32),
-      jax.ShapeDtypeStruct((*out_shape, padded_group), jnp.float32),
+      jax.ShapeDtypeStruct(
+        (*items, problem.num_rows, problem.head_dim), problem.dtype
+      ),
+      jax.ShapeDtypeStruct((*items, num_queries), jnp.float32),
+      *partials.shapes(config.num_programs, problem.head_dim, num_queries),
     ),
-    scratch_types=_scratch(problem),
-    grid=(num_splits, num_kv_heads, num_seqs),
-    grid_names=("split", "kv_head", "seq"),
+    scratch_types=scratch(problem),
+    grid=(config.num_programs,),
+    grid_names=("program",),
     num_threads=2,
     thread_name="warpgroup",
     compiler_params=plgpu.CompilerParams(
       approx_math=True,
-      reduction_scratch_bytes=0,  # rows of a wgmma tile reduce within a warp
+      reduction_scratch_bytes=REDUCTION_BYTES,
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
     ),
     interpret=problem.interpret,
     kernel_name="paged_decode",
   )
-  table, lens = page_indices.astype(jnp.int32), kv_lens.astype(jnp.int32)
-  q = q.reshape(num_seqs, num_kv_heads, group, problem.head_dim)
-  q = jnp.pad(q, ((0, 0), (0, 0), (0, padded_group - group), (0, 0)))
-  partials, lses = kernel(table, lens, q, k_pages, v_pages)
-  lses = lses[..., :group].reshape(num_seqs, num_splits, -1)
-  return partials.reshape(*lses.shape, -1), lses
-
-
-def _body(problem, table_gmem, lens_gmem, q_gmem, k_gmem, v_gmem, *out, **refs):
-  """Runs a program: two warpgroups over its share of a sequence's tiles."""
-  partials_gmem, lses_gmem = out
-  scratch = types.SimpleNamespace(**refs)
-  split = lax.axis_index("split")
-  head = lax.axis_index("kv_head")
-  seq = lax.axis_index("seq")
-  share = split_kv.share_of(
-    split,
-    lens_gmem[seq],
-    num_splits=problem.config.num_splits,
-    capacity=problem.pages_per_seq * problem.page_size,
-    block_kv=problem.config.block_kv,
-    sliding_window=problem.sliding_window,
-    num_sink_tokens=problem.num_sink_tokens,
+  q = _rows_of_queries(problem, q)
+  more = *q_lens, *(() if sinks is None else (sinks,))
+  out, lse, *parts = kernel(*plan, table, kv_lens, q, k_pages, v_pages, *more)
+  return partials.merge(
+    plan.firsts,
+    partials.Partials(*parts),
+    sinks,
+    out,
+    lse,
+    # Few items are in many parts, many items in few.
+    unroll=16 if 8 * items[0] * items[1] < config.num_programs else 4,
+    interpret=problem.interpret,
   )
 
-  def page_at(position):  # past the table's end: any page, it will be masked
-    column = lax.div(position, jnp.int32(problem.page_size))
-    return table_gmem[seq, jnp.minimum(column, problem.pages_per_seq - 1)]
+
+def _rows_of_queries(problem, q):
+  """Returns queries as rows; those of an item are `num_queries` from its first.
+
+  The rows past its group belong to others, or are padding.
+  """
+  if problem.loads_tiles_of_q:
+    q = q.reshape(-1, problem.num_rows, problem.head_dim)
+    return problem.pad_queries(q).reshape(-1, problem.head_dim)
+  rows = q.reshape(-1, problem.head_dim)
+  missing = max(problem.num_queries - len(rows), 0)
+  return jnp.pad(rows, ((0, missing), (0, 0))) if missing else rows
+
+
+def _body(problem, *refs, **smem):
+  """Runs a program: two warpgroups over its share of the tiles."""
+  names = "starts", "firsts", "table", "lens", "q", "k", "v"
+  names += ("q_lens",) * (problem.max_q_len > 1)
+  names += ("sinks",) * problem.has_sinks
+  names += "out", "lse", "acc", "m", "l"
+  gmem = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
+  smem = types.SimpleNamespace(**smem)
+  plan = schedule.Plan(gmem.starts, gmem.firsts)
+  for_each_piece = functools.partial(
+    schedule.for_each_piece, plan, problem.num_kv_heads
+  )
 
   @pl.when(lax.axis_index("warpgroup") == 0)
   def _compute():
-    q_smem, o_smem = scratch.qo_smem
-    rows = pl.ds(0, problem.padded_group)
-    plgpu.copy_gmem_to_smem(
-      q_gmem.at[seq, head], q_smem.at[rows], scratch.q_loaded
-    )
-    plgpu.barrier_wait(scratch.q_loaded)
-    state = lax.fori_loop(
-      0,
-      share.num_tiles,
-      functools.partial(_fold_tile, problem, share, page_at, scratch),
-      online_softmax.init(problem.head_dim),
-    )
-    o_smem[...], scratch.lse_smem[...] = online_softmax.finish(state)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(
-      o_smem.at[pl.ds(0, problem.group)], partials_gmem.at[seq, split, head]
-    )
-    plgpu.copy_smem_to_gmem(
-      scratch.lse_smem.at[rows], lses_gmem.at[seq, split, head]
+    for_each_piece(
+      jnp.int32(0), functools.partial(_attend_piece, problem, gmem, smem)
     )
     plgpu.wait_smem_to_gmem(0)
 
   @pl.when(lax.axis_index("warpgroup") == 1)
   def _memory():
-    k = k_gmem, scratch.k_smem, scratch.k_loaded, scratch.k_consumed
-    v = v_gmem, scratch.v_smem, scratch.v_loaded, scratch.v_consumed
+    num_tiles, num_pieces = for_each_piece(
+      (jnp.int32(0), jnp.int32(0)),
+      functools.partial(_load_piece, problem, gmem, smem),
+    )
     num_stages = problem.config.num_stages
 
-    @pl.loop(0, share.num_tiles)
-    def _(i):
-      _load_tile(problem, share.base(i), i, head, page_at, (k, v))
-
     # No barrier may be left with a completion that nobody waited for.
-    @pl.loop(jnp.maximum(share.num_tiles - num_stages, 0), share.num_tiles)
+    @pl.when(num_pieces > 0)
+    def _():
+      plgpu.barrier_wait(smem.q_consumed)
+
+    @pl.loop(jnp.maximum(num_tiles - num_stages, 0), num_tiles)
     def _(i):
       slot = lax.rem(i, jnp.int32(num_stages))
-      plgpu.barrier_wait(scratch.k_consumed.at[slot])
-      plgpu.barrier_wait(scratch.v_consumed.at[slot])
+      plgpu.barrier_wait(smem.k_consumed.at[slot])
+      plgpu.barrier_wait(smem.v_consumed.at[slot])
 
 
-def _load_tile(problem, base, i, head, page_at, streams):
-  """Copies the i-th tile of K and of V into their rings."""
+def _page_ids(problem, gmem, seq, base):
+  """Returns the page of each chunk of the tile at a position.
+
+  Past the table's end, it is any page: it will be masked.
+  """
+  starts = (base + j * problem.chunk for j in range(problem.num_chunks))
+  columns = [lax.div(start, jnp.int32(problem.page_size)) for start in starts]
+  last = problem.pages_per_seq - 1
+  return [gmem.table[seq, jnp.minimum(column, last)] for column in columns]
+
+
+def _visited(problem, gmem, piece):
+  """Returns the tiles of a piece's sequence, and how many to attend.
+
+  There are none in a sequence without tokens, whatever the schedule says.
+  """
+  lens = [gmem.lens[piece.seq]]
+  if problem.max_q_len > 1:
+    lens.append(gmem.q_lens[piece.seq])
+  tiles = problem.visit(*lens)
+  return tiles, jnp.where(tiles.num_visited > 0, piece.num_tiles, 0)
+
+
+def _load_piece(problem, gmem, smem, piece, carry):
+  """Copies Q, and the tiles of K and V into their rings."""
+  num_before, _ = carry
+  tiles, num_tiles = _visited(problem, gmem, piece)
+
+  @pl.when(piece.nth > 0)
+  def _():
+    plgpu.barrier_wait(smem.q_consumed)
+
+  item = piece.seq * problem.num_kv_heads + piece.head
+  if problem.loads_tiles_of_q:
+    row, place = item * problem.num_queries, smem.q_smem
+  else:
+    row, place = item * problem.num_rows, smem.loaded_q_smem
+  rows = gmem.q.at[pl.ds(row, problem.num_queries)]
+  plgpu.copy_gmem_to_smem(rows, place, smem.q_loaded)
+
+  def page_ids(i):
+    base = tiles.base(piece.first + i)
+    return _page_ids(problem, gmem, piece.seq, base)
+
+  def load(i, ids):
+    # The ids of the next tile are on their way while this one waits.
+    next_ids = page_ids(i + 1)
+    base = tiles.base(piece.first + i)
+    _load_tile(problem, gmem, smem, piece.head, num_before + i, base, ids)
+    return next_ids
+
+  lax.fori_loop(0, num_tiles, load, page_ids(0))
+  return num_before + num_tiles, piece.nth + 1
+
+
+def _load_tile(problem, gmem, smem, head, nth, base, ids):
+  """Copies the program's nth tile of K and of V into their rings."""
   chunk, num_stages = problem.chunk, problem.config.num_stages
-  slot = lax.rem(i, jnp.int32(num_stages))
-  starts = [base + j * chunk for j in range(problem.num_chunks)]
-  pages = [jnp.clip(page_at(s), 0, problem.num_pages - 1) for s in starts]
-  for gmem, smem, loaded, consumed in streams:
+  slot = lax.rem(nth, jnp.int32(num_stages))
+  columns = pl.ds(0, problem.head_dim)
+  pages = [jnp.clip(page, 0, problem.num_pages - 1) for page in ids]
+  for source, ring, loaded, consumed in (
+    (gmem.k, smem.k_smem, smem.k_loaded, smem.k_consumed),
+    (gmem.v, smem.v_smem, smem.v_loaded, smem.v_consumed),
+  ):
 
-    @pl.when(i >= num_stages)
+    @pl.when(nth >= num_stages)
     def _(consumed=consumed):
       plgpu.barrier_wait(consumed.at[slot])
 
-    for j, (start, page) in enumerate(zip(starts, pages, strict=True)):
-      source = gmem.at[page, head]
+    for j, page in enumerate(pages):
+      rows = source.at[page, head]
       if chunk < problem.page_size:
-        row = lax.rem(start, jnp.int32(problem.page_size))
-        source = gmem.at[page, head, pl.ds(row, chunk)]
-      rows = pl.ds(j * chunk, chunk)
-      plgpu.copy_gmem_to_smem(source, smem.at[slot, rows], loaded.at[slot])
+        row = lax.rem(base + j * chunk, jnp.int32(problem.page_size))
+        rows = source.at[page, head, pl.ds(row, chunk)]
+      place = ring.at[slot, pl.ds(j * chunk, chunk), columns]
+      plgpu.copy_gmem_to_smem(rows, place, loaded.at[slot])
 
 
-def _fold_tile(problem, share, page_at, scratch, i, state):
-  """Folds the i-th tile into the softmax."""
-  slot = lax.rem(i, jnp.int32(problem.config.num_stages))
-  base = share.base(i)
-  mapped = _mapped_chunks(problem, base, page_at)
-  q_smem, _ = scratch.qo_smem
-  v_smem = scratch.v_smem.at[slot]
-
-  def visible(shape, axis):
-    """Tells which elements may be seen; positions run along the axis."""
-    ids = plgpu.broadcasted_iota(
-      jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA
+def _attend_piece(problem, gmem, smem, piece, num_before):
+  """Attends the tiles of a piece, and writes its output or its partial."""
+  tiles, num_tiles = _visited(problem, gmem, piece)
+  plgpu.barrier_wait(smem.q_loaded)
+  if not problem.loads_tiles_of_q:
+    smem.q_smem.T[...] = plgpu.load(
+      smem.loaded_q_smem.T, layout=plgpu.Layout.WGMMA, optimized=False
     )
-    chunks = ids >> int(math.log2(problem.chunk))  # which is a power of two
-    is_mapped = (lax.broadcast_in_dim(mapped, shape, []) >> chunks) & 1
-    return share.sees(base + ids) & (is_mapped != 0)
+    # For wgmma to see it, and for the next Q not to overtake the load.
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(smem.q_consumed)
 
-  plgpu.barrier_wait(scratch.k_loaded.at[slot])
-  s = online_softmax.matmul(q_smem, scratch.k_smem.at[slot].T)
-  plgpu.barrier_arrive(scratch.k_consumed.at[slot])
+  def page_ids(i):
+    base = tiles.base(piece.first + i)
+    return _page_ids(problem, gmem, piece.seq, base)
+
+  def fold(i, carry):
+    state, ids = carry
+    next_ids = page_ids(i + 1)
+    base = tiles.base(piece.first + i)
+    state = _fold_tile(problem, smem, tiles, num_before + i, base, ids, state)
+    return state, next_ids
+
+  state = online_softmax.init(
+    problem.head_dim, problem.config.block_kv, problem.num_queries
+  )
+  state, _ = lax.fori_loop(0, num_tiles, fold, (state, page_ids(0)))
+  if problem.loads_tiles_of_q:
+    plgpu.barrier_arrive(smem.q_consumed)
+  state = online_softmax.sum_rows(state)
+
+  @pl.when(piece.is_whole)
+  def _():
+    sinks = None
+    if problem.has_sinks:
+      sinks = partials.load_queries(gmem.sinks.at[piece.head])
+    at = piece.seq, piece.head
+    partials.write_output(state, sinks, gmem.out.at[at], gmem.lse.at[at], smem)
+
+  @pl.when(jnp.logical_not(piece.is_whole))
+  def _():
+    kind = jnp.where(piece.nth == 0, partials.FIRST, partials.LAST)
+    at = kind, lax.axis_index("program")
+    refs = partials.Partials(gmem.acc, gmem.m, gmem.l)
+    partials.write_partial(state, refs, at)
+
+  return num_before + num_tiles
+
+
+def _fold_tile(problem, smem, tiles, nth, base, ids, state):
+  """Folds the program's nth tile into the softmax."""
+  slot = lax.rem(nth, jnp.int32(problem.config.num_stages))
+  mapped = _mapped_chunks(problem, ids)
+  v_smem = smem.v_smem.at[slot]
+
+  def masked(value, otherwise, sees):
+    """Keeps the elements of mapped pages that are seen; rows are positions."""
+    rows = _iota(value.shape, 0)
+    chunks = rows >> int(math.log2(problem.chunk))  # which is a power of two
+    is_mapped = (lax.broadcast_in_dim(mapped, value.shape, []) >> chunks) & 1
+    return jnp.where(sees(base + rows) & (is_mapped != 0), value, otherwise)
+
+  plgpu.barrier_wait(smem.k_loaded.at[slot])
+  s = online_softmax.matmul(smem.k_smem.at[slot], smem.q_smem.T)
+  plgpu.barrier_arrive(smem.k_consumed.at[slot])
   s = online_softmax.to_base_2(s, problem.scale, problem.logits_soft_cap)
-  s = jnp.where(visible(s.shape, 1), s, -jnp.inf)
+  s = masked(s, -jnp.inf, lambda rows: _sees(problem, tiles, rows))
   (acc, m, l), p = online_softmax.fold(state, s)
-  scratch.p_smem[...] = p.astype(problem.dtype)
-  plgpu.barrier_wait(scratch.v_loaded.at[slot])
+  smem.p_smem.T[...] = p.astype(problem.dtype)
+  plgpu.barrier_wait(smem.v_loaded.at[slot])
   all_mapped = mapped == (1 << problem.num_chunks) - 1
 
-  @pl.when(jnp.logical_not(share.sees_all(base) & all_mapped))
+  @pl.when(jnp.logical_not(tiles.sees_all(base) & all_mapped))
   def _zero_masked_rows():
-    for column in range(0, problem.head_dim, _COLUMNS):
-      v = v_smem.at[:, pl.ds(column, _COLUMNS)]
-      v[...] = jnp.where(visible(v.shape, 0), v[...], 0.0)
+    for start, size in online_softmax.row_blocks(problem.head_dim):
+      for column in range(start, start + size, _COLUMNS):
+        v = v_smem.at[:, pl.ds(column, _COLUMNS)]
+        v[...] = masked(v[...], 0.0, tiles.are_seen)
 
   plgpu.commit_smem()
-  acc = online_softmax.accumulate(
-    acc, scratch.p_smem, v_smem, interpreted=problem.interpret is not None
+  columns = online_softmax.row_blocks(problem.head_dim)
+  acc = tuple(
+    online_softmax.accumulate(
+      rows,
+      v_smem.at[:, pl.ds(start, size)].T,
+      smem.p_smem.T,
+      interpreted=problem.interpret is not None,
+    )
+    for rows, (start, size) in zip(acc, columns, strict=True)
   )
-  plgpu.barrier_arrive(scratch.v_consumed.at[slot])
+  plgpu.barrier_arrive(smem.v_consumed.at[slot])
   return online_softmax.State(acc, m, l)
 
 
-def _mapped_chunks(problem, base, page_at):
+def _iota(shape, axis):
+  return plgpu.broadcasted_iota(
+    jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA
+  )
+
+
+def _sees(problem, tiles, positions):
+  """Tells which of the positions, down the rows, each query sees."""
+  if problem.max_q_len == 1:
+    return tiles.sees(positions)
+  token = lax.div(_iota(positions.shape, 1), jnp.int32(problem.group))
+  before = tiles.num_earlier - token
+  # The columns past the sequence's query tokens see nothing.
+  return tiles.sees(positions, before) & (before >= 0)
+
+
+def _mapped_chunks(problem, ids):
   """Returns a bit per chunk of a tile: whether its page is mapped."""
-  starts = (base + j * problem.chunk for j in range(problem.num_chunks))
-  pages = [page_at(start) for start in starts]
-  mapped = [(page >= 0) & (page < problem.num_pages) for page in pages]
+  mapped = [(page >= 0) & (page < problem.num_pages) for page in ids]
   return sum(bit.astype(jnp.int32) << j for j, bit in enumerate(mapped))

@@ -190,7 +190,8 @@ class Pages(PagesAndModel, RuleBasedStateMachine):
   def drop(self, pages, whole):
     pages = [min(page, self.num_pages + 1) for (page,) in pages]
     if whole and self.cached:
-      pages = self.cached[0][0]
+      named = self.cached[0][0]
+      pages = [*named, *named[:2]]  # some twice
     padded = pages + [self.num_pages] * (self.model.width + 3 - len(pages))
     ok = self._change("drop", np.asarray(padded, np.int32))
     assert ok == self.model.drop(padded)

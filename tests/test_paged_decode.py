@@ -12,93 +12,23 @@ import pytest
 
 from paged_jax import devices
 from pallas_kernels import paged_decode
-from pallas_kernels.paged_decode import Config
+from pallas_kernels.decode_config import Config
 
 ON_HOPPER = devices.why_not_hopper() is None
 INTERPRET = None if ON_HOPPER else plgpu.InterpretGPUParams()
 PLAIN = dict(
   scale=0.125, sliding_window=None, num_sink_tokens=0, logits_soft_cap=None
 )
+# The default has a program for each multiprocessor, which takes the
+# interpreter minutes.
+SMALL = Config(64, 2, 3)
+# Most of the time goes into compiling the interpreter: tests share programs.
+SHARED = dict(config=SMALL, sinks=(-2, 0, 1))
 
 
 def _make(kv_lens, *, dtype="bfloat16", **options):
   options = dict(num_q_heads=4, num_kv_heads=1) | options
   return cases.make(kv_lens=kv_lens, dtype=dtype, **options)
-
-
-def _run(problem, *, config=None, sinks=None, **options):
-  out, lse = paged_decode.paged_decode(
-    *problem.decode_args(),
-    sinks=None if sinks is None else jnp.asarray(sinks),
-    config=config,
-    interpret=INTERPRET,
-    **PLAIN | options,
-  )
-  assert out.dtype == problem.q.dtype
-  assert lse.dtype == jnp.float32
-  return np.asarray(out), np.asarray(lse)
-
-
-def _check(problem, *, config=None, sinks=None, **options):
-  out, lse = _run(problem, config=config, sinks=sinks, **options)
-  expected = oracle.paged_attention(
-    *dataclasses.astuple(problem)[:5], sinks=sinks, **PLAIN | options
-  )
-  cases.assert_matches(out, lse, *expected, problem.k_pages.dtype)
-
-
-def _assert_same_bits(a, b):
-  for x, y in zip(a, b, strict=True):
-    assert x.tobytes() == y.tobytes()
-
-
-@pytest.mark.parametrize(
-  ("head_dim", "heads", "page_size", "dtype", "config"),
-  [
-    (64, (2, 2), 8, "bfloat16", None),
-    (64, (9, 3), 16, "float16", Config(64, 2, 1)),
-    (128, (4, 1), 16, "bfloat16", Config(64, 3, 2)),
-    (128, (16, 1), 64, "float16", Config(128, 2, 2)),
-    (128, (4, 1), 24, "bfloat16", Config(64, 2, 1)),
-    (128, (4, 1), 128, "bfloat16", Config(64, 2, 3)),
-    (192, (5, 1), 40, "bfloat16", None),
-    (cases.HEAD_DIMS[-1], (64, 1), 16, "bfloat16", None),
-  ],
-)
-def test_matches_oracle_for_shapes(head_dim, heads, page_size, dtype, config):
-  problem = _make(
-    [0, 1, page_size - 1, page_size, page_size + 1, 200],
-    num_q_heads=heads[0],
-    num_kv_heads=heads[1],
-    head_dim=head_dim,
-    page_size=page_size,
-    dtype=dtype,
-  )
-  _check(problem, config=config)
-
-
-@pytest.mark.parametrize(
-  ("options", "sinks"),
-  [
-    (dict(sliding_window=1), None),
-    (dict(sliding_window=70), None),
-    (dict(sliding_window=70, num_sink_tokens=5), [-2, 0, 1, 5]),
-    (dict(sliding_window=16, num_sink_tokens=130), None),
-    (dict(logits_soft_cap=1.5), None),
-    (dict(logits_soft_cap=30.0, scale=4.0), [-2, 0, 1, 40]),
-    ({}, [-2, 0, 1, 5]),
-    (
-      dict(
-        scale=0.3, sliding_window=100, num_sink_tokens=64, logits_soft_cap=2.0
-      ),
-      [-2, 0, 1, 5],
-    ),
-  ],
-  ids=str,
-)
-def test_matches_oracle_for_options(options, sinks):
-  sinks = None if sinks is None else np.asarray(sinks, np.float32)
-  _check(_make([0, 64, 330]), config=Config(64, 2, 2), sinks=sinks, **options)
 
 
 def _pad_with_nan_pages(problem):
@@ -117,17 +47,136 @@ def _pad_with_nan_pages(problem):
   )
 
 
+def _make_shared(*kv_lens):
+  """Returns a problem whose shapes do not depend on the lengths."""
+  problem = _pad_with_nan_pages(_make([400, 400, 400], num_q_heads=3))
+  problem.kv_lens[:] = kv_lens
+  return problem
+
+
+def _run(problem, *, config=SMALL, sinks=None, interpret=INTERPRET, **options):
+  out, lse = paged_decode.paged_decode(
+    *problem.decode_args(),
+    sinks=None if sinks is None else jnp.asarray(sinks, jnp.float32),
+    config=config,
+    interpret=interpret,
+    **PLAIN | options,
+  )
+  assert out.dtype == problem.q.dtype
+  assert lse.dtype == jnp.float32
+  return np.asarray(out), np.asarray(lse)
+
+
+def _check(problem, *, config=SMALL, sinks=None, **options):
+  expected = oracle.paged_attention(
+    *dataclasses.astuple(problem)[:5], sinks=sinks, **PLAIN | options
+  )
+  for each in [config] + [None] * ON_HOPPER:
+    out, lse = _run(problem, config=each, sinks=sinks, **options)
+    cases.assert_matches(out, lse, *expected, problem.k_pages.dtype)
+
+
+def _assert_same_bits(a, b):
+  for x, y in zip(a, b, strict=True):
+    assert x.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize(
+  ("head_dim", "heads", "page_size", "dtype", "config"),
+  [
+    case
+    for case in (
+      (64, (2, 2), 8, "bfloat16", Config(128, 2, 4)),
+      (64, (64, 1), 128, "float16", Config(64, 4, 2)),
+      (80, (9, 1), 40, "bfloat16", Config(64, 2, 5)),
+      (96, (9, 3), 32, "float16", Config(64, 3, 3)),
+      (128, (4, 1), 24, "bfloat16", Config(64, 2, 3)),
+      (192, (16, 1), 256, "bfloat16", Config(64, 2, 4)),
+      (256, (8, 1), 64, "float16", Config(64, 2, 1)),
+    )
+    if case[0] in cases.HEAD_DIMS
+  ],
+)
+def test_matches_oracle_for_shapes(head_dim, heads, page_size, dtype, config):
+  problem = _make(
+    [0, 1, page_size - 1, page_size, page_size + 1, 200],
+    num_q_heads=heads[0],
+    num_kv_heads=heads[1],
+    head_dim=head_dim,
+    page_size=page_size,
+    dtype=dtype,
+  )
+  _check(problem, config=config)
+
+
+@pytest.mark.parametrize(
+  ("options", "sinks"),
+  [
+    (dict(sliding_window=1), None),
+    (dict(sliding_window=70, num_sink_tokens=5), [-2, 0, 1, 5]),
+    (dict(logits_soft_cap=30.0, scale=4.0), [-2, 0, 1, 40]),
+    (
+      dict(sliding_window=100, num_sink_tokens=64, logits_soft_cap=2.0),
+      None,
+    ),
+  ],
+  ids=str,
+)
+def test_matches_oracle_for_options(options, sinks):
+  _check(_make([0, 64, 330]), sinks=sinks, **options)
+
+
+# In comments: the shares of the tiles of sequences a, b and c.
+@pytest.mark.parametrize(
+  ("num_programs", "many_kv_lens"),
+  [
+    (1, [(64, 333, 0), (0, 0, 0)]),
+    (
+      3,
+      [
+        (128, 128, 128),  # aa|bb|cc
+        (64, 400, 64),  # abb|bbb|bbc
+        (333, 64, 130),  # aaaa|aab|ccc
+        (0, 333, 0),  # abb|bbb|bc, where a and c write zeros
+        (0, 0, 0),
+      ],
+    ),
+    (
+      7,
+      [
+        (192, 192, 192),  # aa|ab|b|b|c|c|c
+        (400, 1, 0),  # aa|aa|a|a|a|b|c: more partials than are loaded at once
+        (5, 30, 64),  # a|b|c and four programs that have nothing to do
+      ],
+    ),
+  ],
+)
+def test_any_dealing_of_tiles_matches_oracle(num_programs, many_kv_lens):
+  options = SHARED | dict(config=Config(64, 2, num_programs))
+  for kv_lens in many_kv_lens:
+    _check(_make_shared(*kv_lens), **options)
+
+
+@pytest.mark.parametrize(
+  ("kv_lens", "num_kv_heads", "num_programs"),
+  [([200, 70], 2, 5), ([570], 1, 9)],  # aaa|aAA|AA|bb|BB and a|a|a|a|a|a|a|a|a
+)
+def test_any_dealing_of_heads_matches_oracle(
+  kv_lens, num_kv_heads, num_programs
+):
+  problem = _make(kv_lens, num_kv_heads=num_kv_heads)
+  _check(problem, config=Config(64, 2, num_programs))
+
+
 def test_holes_are_skipped():
-  problem = _pad_with_nan_pages(_make([40, 330, 64, 300]))
+  problem = _make_shared(330, 64, 300)
   num_pages, table = len(problem.k_pages), problem.page_indices
-  table[0, 1] = num_pages
-  table[1, [0, 3, 8, 9]] = -1, num_pages + 7, 2**31 - 1, -(2**31)
-  table[2, :] = num_pages
-  table[3, 2:6] = num_pages
-  sinks = np.zeros(4, np.float32)
-  config = Config(64, 2, 2)
-  _check(problem, config=config, sinks=sinks)
-  _check(problem, config=config, sliding_window=150, num_sink_tokens=20)
+  table[0, [0, 3, 8, 9]] = -1, num_pages + 7, 2**31 - 1, -(2**31)
+  table[1, :] = num_pages
+  table[2, 2:6] = num_pages
+  _check(problem, **SHARED)
+  options = dict(sliding_window=150, num_sink_tokens=20)
+  _check(problem, **SHARED, **options)
 
 
 # The interpreter multiplies with NumPy, which warns of Inf - Inf.
@@ -137,7 +186,7 @@ def test_unused_memory_leaves_no_trace(poison):
   clean, poisoned = (
     _run(
       _make([1, 70, 201], dtype="float16", poison=filler),
-      config=Config(64, 2, 2),
+      config=Config(64, 2, 3),
     )
     for filler in (0.0, poison)
   )
@@ -145,8 +194,8 @@ def test_unused_memory_leaves_no_trace(poison):
 
 
 def test_keys_left_of_the_window_leave_no_trace():
-  problem = _make([300])
-  options = dict(config=Config(64, 2, 1), sliding_window=100, num_sink_tokens=3)
+  problem = _make([300], head_dim=80)
+  options = dict(sliding_window=100, num_sink_tokens=3)
   clean = _run(problem, **options)
   problem.k_pages, problem.v_pages = (
     np.array(x) for x in (problem.k_pages, problem.v_pages)
@@ -158,36 +207,50 @@ def test_keys_left_of_the_window_leave_no_trace():
   _assert_same_bits(clean, _run(problem, **options))
 
 
+# Columns of a tile past the group hold the next queries.
+def test_queries_of_others_leave_no_trace():
+  problem = _make_shared(70, 330, 70)
+  clean = _run(problem, **SHARED)
+  problem.q = np.array(problem.q)
+  problem.q[[0, 2]] = np.nan
+  poisoned = _run(problem, **SHARED)
+  _assert_same_bits([x[1] for x in clean], [x[1] for x in poisoned])
+
+
+def test_fewer_queries_than_columns_of_a_tile():
+  problem = _make([70, 130], num_q_heads=3)
+  _check(problem)
+
+
 def test_two_runs_are_bitwise_equal():
-  problem = _make([7, 333])
-  config = Config(64, 2, 3)
-  _assert_same_bits(_run(problem, config=config), _run(problem, config=config))
+  problem = _make_shared(7, 333, 80)
+  _assert_same_bits(_run(problem, **SHARED), _run(problem, **SHARED))
 
 
-@pytest.mark.parametrize("num_splits", [1, 5, 9])
-def test_any_number_of_splits_matches_oracle(num_splits):
-  _check(_make([64, 333]), config=Config(64, 2, num_splits))
+def test_the_order_of_pages_does_not_matter():
+  problem = _make_shared(7, 333, 80)
+  expected = _run(problem, **SHARED)
+  order = np.random.default_rng(1).permutation(len(problem.k_pages))
+  problem.k_pages = problem.k_pages[order]
+  problem.v_pages = problem.v_pages[order]
+  to = np.append(np.argsort(order), len(order)).astype(np.int32)
+  problem.page_indices = to[problem.page_indices]
+  _assert_same_bits(expected, _run(problem, **SHARED))
 
 
-def test_row_does_not_depend_on_its_batchmates():
-  problem = _make([200, 150, 31])
-  config = Config(64, 2, 2)
-  together = _run(problem, config=config)
-  problem.kv_lens[:] = [0, 150, 5]
-  apart = _run(problem, config=config)
+def test_row_in_one_share_does_not_depend_on_its_batchmates():
+  together = _run(_make_shared(400, 64, 64), **SHARED)  # aaa|aaa|abc
+  apart = _run(_make_shared(0, 64, 333), **SHARED)  # abc|ccc|cc
   _assert_same_bits([x[1] for x in together], [x[1] for x in apart])
 
 
-def test_lengths_beyond_the_table_are_cut():
-  problem = _make([64, 17])
-  problem.page_indices = problem.page_indices[:, :4]
-  expected = _run(problem)
-  problem.kv_lens[0] = 1000
-  _assert_same_bits(expected, _run(problem))
-  problem.kv_lens[1] = -3
-  out, lse = _run(problem)
-  assert not out[1].any()
-  assert np.isneginf(lse[1]).all()
+def test_lengths_out_of_range_are_cut():
+  problem = _make_shared(26 * 16, 80, 0)
+  assert problem.page_indices.shape == (3, 26)
+  problem.page_indices[0, -1] = problem.page_indices[0, 0]
+  expected = _run(problem, **SHARED)
+  problem.kv_lens[:] = 1000, 80, -3
+  _assert_same_bits(expected, _run(problem, **SHARED))
 
 
 def test_no_sequences_and_no_pages_are_fine():
@@ -203,19 +266,17 @@ def test_no_sequences_and_no_pages_are_fine():
 
 
 def test_all_lengths_share_one_trace():
-  problem = _make([3, 100])
   traces = []
 
   @jax.jit
   def attend(*args):
     traces.append(args)
     return paged_decode.paged_decode(
-      *args, sinks=None, interpret=INTERPRET, **PLAIN
+      *args, sinks=None, config=SMALL, interpret=INTERPRET, **PLAIN
     )
 
-  for kv_lens in ([0, 0], [17, 99]):
-    problem.kv_lens[:] = kv_lens
-    attend(*problem.decode_args())
+  for kv_lens in ((0, 0, 0), (17, 99, 1)):
+    attend(*_make_shared(*kv_lens).decode_args())
   assert len(traces) == 1
 
 
@@ -224,3 +285,12 @@ def test_dtypes_must_agree():
   problem.v_pages = problem.v_pages.astype(np.float16)
   with pytest.raises(ValueError, match="must be the same"):
     _run(problem)
+
+
+@pytest.mark.skipif(ON_HOPPER, reason="only the interpreter looks for races")
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_no_memory_is_reused_before_it_was_read(head_dim, capfd):
+  problem = _make([70, 130, 0], head_dim=head_dim)
+  interpret = plgpu.InterpretGPUParams(detect_races=True)
+  _run(problem, interpret=interpret)
+  assert "RACE" not in capfd.readouterr().out

@@ -1,5 +1,6 @@
 """The README's examples run, and the commands it names exist."""
 
+import json
 import os
 import re
 import shlex
@@ -85,3 +86,52 @@ def test_files_named_in_the_layout_exist():
 
 def test_own_model_example_runs():
   assert "pages are free" in _run("examples/own_model.py")
+
+
+CASES = {
+  "64 x 8k": "b64_8k",
+  "64 x 8k, pages of 64": "b64_8k_p64",
+  "64 x 2k": "b64_2k",
+  "256 x 1k": "b256_1k",
+  "128, 128 to 16k": "ragged128",
+  "16 x 32k": "b16_32k",
+  "1 x 128k": "b1_128k",
+  "8 x 4k": "b8_4k",
+  "1 x 8k": "b1_8k",
+  "64 x 4k, 32 KV heads": "b64_4k_mha",
+  "64 x 4k, 1 KV head": "b64_4k_mqa",
+}
+SIDES = ("ours", "fi_", "jax_cudnn_paged", "jax_builtin")
+
+
+def _records(value):
+  """All objects with a type in a JSON value."""
+  if isinstance(value, dict):
+    if "type" in value:
+      yield value
+    value = list(value.values())
+  if isinstance(value, list):
+    for each in value:
+      yield from _records(each)
+
+
+def test_decode_figures_are_those_of_the_results():
+  folder = ROOT / "benchmarks/results/h200"
+  records = list(_records(json.loads((folder / "rivals.json").read_text())))
+  (ceiling,) = (r["GBps"] for r in records if "4 KB" in r.get("name", ""))
+  longs = json.loads((folder / "decode_long_batches.json").read_text())
+  longs = {r["case"]: f"{r['us']:.0f}" for r in longs["cases"]}
+  assert f"{ceiling:.0f} GB/s at which" in TEXT
+  for label, case in CASES.items():
+    cells = []
+    for side in SIDES:
+      best = min(
+        (r["us"], r["GBps"])
+        for r in records
+        if r["type"] == "time"
+        and r["case"] == f"d_{case}"
+        and r["peer"].startswith(side)
+      )
+      cells.append(f"{best[0]:.0f} ({100 * best[1] / ceiling:.0f} %)")
+    cells.insert(1, longs[f"d_{case}"])
+    assert f"| {label} | {' | '.join(cells)} |" in TEXT

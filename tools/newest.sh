@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 
 # The transitions, the module, and every kernel lowered for a GPU: a minute.
 quick=(tests/test_page_table.py tests/test_kv_pool.py tests/test_nn.py
-  tests/test_sampling.py tests/test_split_kv.py tests/test_paged_decode_config.py)
+  tests/test_sampling.py tests/test_schedule.py tests/test_kv_tiles.py
+  tests/test_paged_decode_config.py)
 
 range=$(.venv/bin/python - <<'EOF'
 import tomllib

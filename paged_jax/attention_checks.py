@@ -1,0 +1,102 @@
+"""Checks of the arguments of the public attention ops."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from paged_jax import kv_pool
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+def check_pools(q, k_pages, v_pages, kv_lens, page_indices) -> None:
+  """Raises a ValueError if queries, pools or tables do not fit together."""
+  ranks = dict(q=(q, 3), k_pages=(k_pages, 4), v_pages=(v_pages, 4))
+  ranks |= dict(kv_lens=(kv_lens, 1), page_indices=(page_indices, 2))
+  check_arrays(**{name: x for name, (x, _) in ranks.items()})
+  for name, (x, ndim) in ranks.items():
+    if jnp.ndim(x) != ndim:
+      raise ValueError(f"{name}.shape={jnp.shape(x)} must have {ndim} axes.")
+  for name, x in (("k_pages", k_pages), ("v_pages", v_pages), ("q", q)):
+    if x.dtype not in kv_pool.DTYPES:
+      raise ValueError(
+        f"{name}.dtype={x.dtype} must be float32, bfloat16 or float16."
+      )
+    if x.dtype != k_pages.dtype:
+      raise ValueError(
+        f"{name}.dtype={x.dtype} must be that of {k_pages.dtype=}."
+      )
+    if 0 in x.shape[1:]:
+      raise ValueError(f"{name}.shape={x.shape} has an empty axis.")
+  if k_pages.shape != v_pages.shape:
+    raise ValueError(f"{k_pages.shape=} must equal {v_pages.shape=}.")
+  num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
+  if num_pages < 1:
+    raise ValueError(f"{k_pages.shape=} has no pages.")
+  if page_indices.shape[1] < 1:
+    raise ValueError(f"{page_indices.shape=} has no columns.")
+  if page_size % 8:
+    raise ValueError(f"{page_size=} must be a multiple of 8.")
+  if q.shape[2] != head_dim:
+    raise ValueError(f"{q.shape=} must have head_dim {head_dim} of k_pages.")
+  if q.shape[1] % num_kv_heads:
+    raise ValueError(
+      f"num_q_heads={q.shape[1]} must be a multiple of {num_kv_heads=}."
+    )
+  check_ints(kv_lens=kv_lens, page_indices=page_indices)
+  if page_indices.shape[0] != kv_lens.shape[0]:
+    raise ValueError(
+      f"{page_indices.shape=} must have one row for each of {kv_lens.shape=}."
+    )
+
+
+def check_arrays(**arrays) -> None:
+  """Raises a ValueError if one of the arguments is no array."""
+  for name, x in arrays.items():
+    if not hasattr(x, "dtype"):
+      raise ValueError(f"{name} must be an array, got {type(x).__name__}.")
+
+
+def check_ints(**arrays) -> None:
+  """Raises a ValueError if one of the arguments is not an i32 array."""
+  check_arrays(**arrays)
+  for name, x in arrays.items():
+    if x.dtype != jnp.int32:
+      raise ValueError(f"{name}.dtype={x.dtype} must be int32.")
+
+
+def check_options(
+  q, scale, sliding_window, num_sink_tokens, logits_soft_cap, sinks
+) -> None:
+  """Raises a ValueError if an option is out of its range."""
+  numbers = dict(scale=scale, logits_soft_cap=logits_soft_cap)
+  for name, value in numbers.items():
+    if value is None:
+      continue
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      raise ValueError(f"{name}={value!r} must be a Python number.")
+  if logits_soft_cap is not None and not 0 < logits_soft_cap < float("inf"):
+    raise ValueError(f"{logits_soft_cap=} must be positive and finite.")
+  if scale is not None and not abs(scale) <= _FLOAT32_MAX:
+    raise ValueError(f"{scale=} must be finite in float32.")
+  if sliding_window is not None:
+    check_count("sliding_window", sliding_window, 1)
+  check_count("num_sink_tokens", num_sink_tokens, 0)
+  if sinks is None:
+    return
+  check_arrays(sinks=sinks)
+  if jnp.shape(sinks) != (q.shape[1],):
+    raise ValueError(
+      f"sinks.shape={jnp.shape(sinks)} must be ({q.shape[1]},): num_q_heads."
+    )
+  if sinks.dtype not in kv_pool.DTYPES:
+    raise ValueError(
+      f"sinks.dtype={sinks.dtype} must be float32, bfloat16 or float16."
+    )
+
+
+def check_count(name: str, value: object, least: int) -> None:
+  """Raises a ValueError if a value is no integer of at least `least`."""
+  if isinstance(value, bool) or not isinstance(value, int):
+    raise ValueError(f"{name}={value!r} must be a Python integer.")
+  if not least <= value < 2**31:
+    raise ValueError(f"{name}={value} must be in [{least}, 2**31).")

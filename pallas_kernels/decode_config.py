@@ -1,0 +1,123 @@
+"""Sizes of the decode kernel: what it takes, and how it is tiled."""
+
+import dataclasses
+
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+SMEM_LIMIT = 232_448  # bytes a program may have on Hopper
+SM_SMEM = 233_472  # bytes of a multiprocessor, for all its programs
+NUM_SMS = 132  # of an H200, or an H100 SXM; others are served, slower
+MAX_Q_LEN = 8  # query tokens of a sequence
+_MAX_QUERIES = 64  # of an item, which the accumulators have room for
+_MAX_ELEMENTS = 8192  # of them, in four places of shared memory
+_ALLOCATION = 1024  # bytes: shared memory is handed out in these
+REDUCTION_BYTES = 2048  # bytes of scratch to reduce over warps
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Tile sizes of the kernel, and how many programs share the tiles."""
+
+  block_kv: int  # positions in a tile
+  num_stages: int  # tiles in flight
+  num_programs: int  # that share all tiles
+
+  def __post_init__(self):
+    if self.block_kv not in (64, 128):
+      raise ValueError(f"{self.block_kv=} must be 64 or 128.")
+    if self.num_stages < 2:
+      raise ValueError(f"{self.num_stages=} must be at least 2.")
+    if self.num_programs < 1:
+      raise ValueError(f"{self.num_programs=} must be at least 1.")
+
+
+def default_config(
+  num_seqs: int,
+  num_kv_heads: int,
+  num_queries: int,
+  head_dim: int,
+  dtype: DTypeLike,
+  *,
+  num_sms: int = NUM_SMS,
+) -> Config:
+  """Returns a good Config for these shapes; it does not depend on lengths.
+
+  Args:
+    num_seqs: rows of the batch.
+    num_kv_heads: KV heads.
+    num_queries: queries of an item: of a KV head of a sequence.
+    head_dim: width of a head.
+    dtype: of the pool.
+    num_sms: multiprocessors of the device.
+  """
+  block_kv = 128 if head_dim <= 64 else 64
+  # About 100 KB in flight on a multiprocessor are best: with twice as much,
+  # reads take 2 % longer (H200). Many items hide their ends better in two
+  # programs; few leave fewer partials in one.
+  if num_seqs * num_kv_heads >= 2 * num_sms:
+    config = Config(block_kv, 2, 2 * num_sms)
+    needed = smem_bytes(config, num_queries, head_dim, dtype)
+    if 2 * (needed + _ALLOCATION) <= SM_SMEM:
+      return config
+  config = Config(block_kv, 3, num_sms)
+  if smem_bytes(config, num_queries, head_dim, dtype) <= SMEM_LIMIT:
+    return config
+  return dataclasses.replace(config, num_stages=2)
+
+
+def smem_bytes(
+  config: Config, num_queries: int, head_dim: int, dtype: DTypeLike
+) -> int:
+  """Returns the bytes of shared memory that one program takes."""
+  itemsize = jnp.dtype(dtype).itemsize
+  queries = padded_queries(num_queries) * head_dim * itemsize
+  ring = config.num_stages * config.block_kv * itemsize
+  buffers = (
+    queries,  # Q as it comes
+    queries,  # Q in tiles
+    ring * head_dim,  # K
+    ring * head_dim,  # V
+    padded_queries(num_queries) * config.block_kv * itemsize,  # P
+    queries,  # O
+    queries,  # O, turned
+    REDUCTION_BYTES,
+  )
+  barriers = 8 * (2 + 4 * config.num_stages)
+  return sum(pl.cdiv(b, _ALLOCATION) * _ALLOCATION for b in buffers) + barriers
+
+
+def padded_queries(num_queries: int) -> int:
+  """Returns the columns for queries of an item: wgmma takes them by eight."""
+  return pl.cdiv(num_queries, 8) * 8
+
+
+def unsupported(
+  head_dim: int,
+  page_size: int,
+  num_q_heads: int,
+  num_kv_heads: int,
+  dtype: DTypeLike,
+  *,
+  max_q_len: int = 1,
+) -> str | None:
+  """Returns why the kernel does not take these shapes, or None if it does."""
+  if jnp.dtype(dtype) not in (jnp.dtype("bfloat16"), jnp.dtype("float16")):
+    return f"dtype={jnp.dtype(dtype).name} is not bfloat16 or float16."
+  if head_dim not in HEAD_DIMS:
+    return f"{head_dim=} is not one of {HEAD_DIMS}."
+  if page_size < 1 or page_size % 8:
+    return f"{page_size=} is not a multiple of 8."
+  if num_q_heads % num_kv_heads:
+    return f"{num_q_heads=} is not a multiple of {num_kv_heads=}."
+  if not 1 <= max_q_len <= MAX_Q_LEN:
+    return f"{max_q_len=} is not in [1, {MAX_Q_LEN}]."
+  group = num_q_heads // num_kv_heads
+  queries = f"{max_q_len=} tokens of {group=} query heads a KV head"
+  if group * max_q_len > _MAX_QUERIES:
+    return f"{queries} are more than {_MAX_QUERIES}."
+  if padded_queries(group * max_q_len) * head_dim > _MAX_ELEMENTS:
+    return f"{queries}, of {head_dim=}, pass shared memory."
+  return None

@@ -1,0 +1,100 @@
+"""Which KV tiles the queries at the end of a sequence visit; what they see.
+
+A sequence's positions fall into tiles of `block_kv`. With a sliding window,
+only the tiles of the sink tokens and those of the window are visited:
+
+  tiles    0   1   2   3   4   5   6   7   8
+           sink|....... gap .......|..window     visited: 0 5 6 7 8
+"""
+
+import dataclasses
+
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """The visited tiles of sequences, and which of their positions count."""
+
+  block_kv: int
+  sliding_window: int | None
+  num_sink_tokens: int
+  kv_len: Array  # one past the position of the last query
+  kv_end: Array  # positions from it on do not exist
+  num_earlier: Array  # queries before the last
+  num_visited: Array
+  gap_start: Array  # first tile that is not visited
+  gap: Array  # tiles that are not visited
+
+  def base(self, i):
+    """Returns the first position of the i-th visited tile."""
+    return jnp.where(i < self.gap_start, i, i + self.gap) * self.block_kv
+
+  def sees(self, positions, before=0):
+    """Tells which positions a query sees, `before` tokens before the last."""
+    sees = positions < jnp.minimum(self.kv_end, self.kv_len - before)
+    if self.sliding_window is None:
+      return sees
+    in_window = positions >= self.kv_len - before - self.sliding_window
+    return sees & (in_window | (positions < self.num_sink_tokens))
+
+  def are_seen(self, positions):
+    """Tells which positions some query sees."""
+    seen = positions < self.kv_end
+    if self.sliding_window is None:
+      return seen
+    first = self.kv_len - self.num_earlier - self.sliding_window
+    in_window = positions >= first
+    return seen & (in_window | (positions < self.num_sink_tokens))
+
+  def sees_all(self, base):
+    """Tells whether every query sees every position of the tile at base."""
+    end = base + self.block_kv
+    sees = end <= jnp.minimum(self.kv_end, self.kv_len - self.num_earlier)
+    if self.sliding_window is None:
+      return sees
+    in_window = base >= self.kv_len - self.sliding_window
+    return sees & (in_window | (end <= self.num_sink_tokens))
+
+
+def visit(
+  kv_len: Array,
+  num_earlier: Array,
+  *,
+  capacity: int,
+  block_kv: int,
+  sliding_window: int | None,
+  num_sink_tokens: int,
+) -> Tiles:
+  """Returns the tiles that queries visit.
+
+  Args:
+    kv_len: i32, of any shape: tokens of a sequence; its queries are the last.
+    num_earlier: queries before the last one, of the same shape.
+    capacity: positions that the page table has room for, and most tokens.
+    block_kv: positions of a tile.
+    sliding_window: positions that the query sees, or None.
+    num_sink_tokens: first positions that it sees besides.
+  """
+  kv_end = jnp.clip(kv_len, 0, capacity)
+  num_tiles = lax.div(kv_end + (block_kv - 1), jnp.int32(block_kv))
+  gap_start = gap = jnp.zeros_like(kv_end)
+  if sliding_window is not None:
+    gap_start = jnp.minimum(num_tiles, pl.cdiv(num_sink_tokens, block_kv))
+    window_start = jnp.maximum(kv_len - num_earlier - sliding_window, 0)
+    gap_end = lax.div(window_start, jnp.int32(block_kv))
+    gap = jnp.clip(gap_end - gap_start, 0, num_tiles - gap_start)
+  return Tiles(
+    block_kv=block_kv,
+    sliding_window=sliding_window,
+    num_sink_tokens=num_sink_tokens,
+    kv_len=kv_len,
+    kv_end=kv_end,
+    num_earlier=num_earlier,
+    num_visited=num_tiles - gap,
+    gap_start=gap_start,
+    gap=gap,
+  )

@@ -1,0 +1,241 @@
+"""What decode programs leave behind: outputs, and partials that are merged.
+
+A program that attended a whole item writes its output. Otherwise it leaves a
+partial softmax (acc, m, l): as the first of its items, or as the last. Merging
+has a program for each program of the schedule: if an item began before its
+share and ends in it, it folds the partials of all programs that attended the
+item, in their order, and writes the output in place.
+
+  programs  |   4   |   5   |   6   |   7   |
+  items         a  |          b       | c |     6 merges b: last of 4, first
+  partials    F|  L|F       |F     |L         of 5 and first of 6
+"""
+
+import functools
+import types
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from pallas_kernels import online_softmax
+from pallas_kernels.schedule import Line
+
+FIRST, LAST = 0, 1  # of a program's items
+_QUERIES = plgpu.Layout.WGMMA.reduce(0)
+
+
+class Partials(NamedTuple):
+  """A softmax for the first and for the last item of each program.
+
+  Arrays, their shapes, or in a kernel references to them.
+  """
+
+  acc: Any  # f32[2, num_programs, head_dim, num_queries]
+  m: Any  # f32[2, num_programs, num_queries]
+  l: Any  # f32[2, num_programs, num_queries]
+
+
+def shapes(num_programs: int, head_dim: int, num_queries: int) -> Partials:
+  """Returns the shapes of the partials."""
+  rows = 2, num_programs, num_queries
+  acc = 2, num_programs, head_dim, num_queries
+  return Partials(
+    *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (acc, rows, rows))
+  )
+
+
+def output_scratch(head_dim: int, num_queries: int, dtype: DTypeLike) -> dict:
+  """Returns the shared memory that `write_output` needs."""
+  return {
+    "turned_smem": plgpu.SMEM((head_dim, num_queries), dtype),
+    "out_smem": plgpu.SMEM((num_queries, head_dim), dtype),
+  }
+
+
+def load_queries(ref):
+  """Loads a value for each query."""
+  return plgpu.load(ref, layout=_QUERIES, optimized=False)
+
+
+def _store(ref, value) -> None:
+  """Stores a value whose layout is not that of the memory."""
+  if hasattr(plgpu, "store"):  # JAX 0.12 asks for leave to do it slowly
+    plgpu.store(ref, value, optimized=False)
+  else:
+    ref[...] = value
+
+
+def _by_blocks(acc, ref, head_dim: int):
+  """Returns the blocks of acc, each with its rows of a reference."""
+  places = online_softmax.row_blocks(head_dim)
+  return [
+    (rows, ref.at[pl.ds(start, size)])
+    for rows, (start, size) in zip(acc, places, strict=True)
+  ]
+
+
+def write_partial(state: online_softmax.Summed, refs: Partials, at) -> None:
+  """Writes what a program leaves of an item.
+
+  Args:
+    state: the softmax over its keys.
+    refs: all partials.
+    at: `FIRST` or `LAST`, and the program.
+  """
+  acc_gmem = refs.acc.at[at]
+  for rows, place in _by_blocks(state.acc, acc_gmem, acc_gmem.shape[0]):
+    _store(place, rows)
+  _store(refs.m.at[at], state.m)
+  _store(refs.l.at[at], state.l)
+
+
+def write_output(state: online_softmax.Summed, sinks, out_gmem, lse_gmem, smem):
+  """Writes the output of an item, turned to a row for each query.
+
+  Args:
+    state: the softmax over all keys of the item.
+    sinks: see `online_softmax.finish`.
+    out_gmem: [num_rows, head_dim], in the dtype of the output.
+    lse_gmem: f32[num_queries].
+    smem: what `output_scratch` asks for.
+  """
+  out, lse = online_softmax.finish(state, sinks)
+  _store(lse_gmem, lse)
+  # The copy of the item before may still be reading.
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  num_rows, head_dim = out_gmem.shape
+  for rows, at in _by_blocks(out, smem.turned_smem, head_dim):
+    _store(at, rows.astype(out_gmem.dtype))
+  by_row = plgpu.Layout.WG_STRIDED(smem.out_smem.shape, vec_size=1)
+  smem.out_smem[...] = plgpu.load(
+    smem.turned_smem.T, layout=by_row, optimized=False
+  )
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(smem.out_smem.at[pl.ds(0, num_rows)], out_gmem)
+
+
+def merge(
+  firsts, partials: Partials, sinks, out, lse, *, unroll: int, interpret
+):
+  """Merges the partials of items that were split into their outputs.
+
+  Args:
+    firsts: see `schedule.Plan`.
+    partials: what the programs left.
+    sinks: f32[num_kv_heads, num_queries], logits in base 2, or None.
+    out: [num_seqs, num_kv_heads, num_rows, head_dim], whose missing items are
+      filled in.
+    lse: f32[num_seqs, num_kv_heads, num_queries], the same.
+    unroll: partials to load at once.
+    interpret: parameters of the interpreter, or None.
+
+  Returns:
+    The output and the log-sum-exp.
+  """
+  _, num_programs, head_dim, num_queries = partials.acc.shape
+  kernel = plgpu.kernel(
+    functools.partial(_body, unroll, sinks is not None),
+    out_type=(),
+    scratch_types=output_scratch(head_dim, num_queries, out.dtype),
+    grid=(num_programs,),
+    grid_names=("program",),
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True,
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    ),
+    interpret=interpret,
+    kernel_name="merge_partials",
+  )
+  out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
+  sinks = () if sinks is None else (sinks,)
+  kernel(firsts, *partials, *sinks, out_ref, lse_ref)
+  return out_ref[...], lse_ref[...]
+
+
+def _body(
+  unroll, has_sinks, firsts_gmem, acc_gmem, m_gmem, l_gmem, *refs, **smem
+):
+  """Merges the item in which the program's share begins, if it ends there."""
+  *sinks_gmem, out_gmem, lse_gmem = refs
+  program = lax.axis_index("program")
+  num_programs = acc_gmem.shape[1]
+  begin, end = firsts_gmem[program, 0], firsts_gmem[program + 1, 0]
+  seq, head, tile, tiles = (firsts_gmem[program, i] for i in range(1, 5))
+  line = Line(firsts_gmem[num_programs, 0], num_programs)
+  item = begin - tile
+
+  @pl.when((begin < end) & (tile > 0) & (item + tiles <= end))
+  def _():
+    first = line.program_of(item)
+    kind_of_first = jnp.where(line.start(first) < item, LAST, FIRST)
+    all_partials = Partials(acc_gmem, m_gmem, l_gmem)
+
+    def load(p):
+      at = jnp.where(p == first, kind_of_first, FIRST), jnp.minimum(p, program)
+      return _load(all_partials, at, p <= program)
+
+    def step(i, state):
+      more = (load(first + i * unroll + j) for j in range(unroll))
+      return _fold([state, *more])
+
+    num_steps = lax.div(program - first + unroll, jnp.int32(unroll))
+    state = lax.fori_loop(0, num_steps, step, _nothing(*acc_gmem.shape[2:]))
+    sinks = load_queries(sinks_gmem[0].at[head]) if has_sinks else None
+    at = seq, head
+    write_output(
+      state,
+      sinks,
+      out_gmem.at[at],
+      lse_gmem.at[at],
+      types.SimpleNamespace(**smem),
+    )
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _nothing(head_dim: int, num_queries: int) -> online_softmax.Summed:
+  """Returns the softmax over no keys."""
+  return online_softmax.Summed(
+    online_softmax.zero_blocks(head_dim, num_queries),
+    online_softmax.column(-jnp.inf, num_queries),
+    online_softmax.column(0.0, num_queries),
+  )
+
+
+def _load(refs: Partials, at, exists) -> online_softmax.Summed:
+  """Loads a partial; one that does not exist counts for nothing."""
+  acc_gmem = refs.acc.at[at]
+  blocks = online_softmax.row_blocks(acc_gmem.shape[0])
+  acc = tuple(
+    plgpu.load(
+      acc_gmem.at[pl.ds(start, size)],
+      layout=plgpu.Layout.WGMMA,
+      optimized=False,
+    )
+    for start, size in blocks
+  )
+  m = load_queries(refs.m.at[at])
+  nothing = jnp.where(exists, 0.0, -jnp.inf).astype(jnp.float32)
+  m += lax.broadcast_in_dim(nothing, m.shape, [])
+  return online_softmax.Summed(acc, m, load_queries(refs.l.at[at]))
+
+
+def _fold(states: list[online_softmax.Summed]) -> online_softmax.Summed:
+  """Returns the softmax over the keys of all."""
+  top = functools.reduce(jnp.maximum, [state.m for state in states])
+  shift = online_softmax.or_zero(top)
+  alphas = [jnp.exp2(state.m - shift) for state in states]
+  scaled = [
+    online_softmax.scale_blocks(state.acc, alpha)
+    for state, alpha in zip(states, alphas, strict=True)
+  ]
+  acc = tuple(
+    functools.reduce(jnp.add, blocks) for blocks in zip(*scaled, strict=True)
+  )
+  ls = [state.l * alpha for state, alpha in zip(states, alphas, strict=True)]
+  l = functools.reduce(jnp.add, ls)
+  return online_softmax.Summed(acc, top, l)

@@ -1,0 +1,83 @@
+"""The dealing of tiles, beside lists."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import schedule
+from pallas_kernels.schedule import Line
+
+
+def _line_up(num_tiles, num_kv_heads):
+  """Returns (sequence, KV head, place in the item, its tiles) of every tile."""
+  return [
+    (seq, head, place, tiles)
+    for seq, tiles in enumerate(num_tiles)
+    for head in range(num_kv_heads)
+    for place in range(tiles)
+  ]
+
+
+@pytest.mark.parametrize("num_programs", [1, 2, 7, 40])
+def test_shares_cover_every_tile_once_and_evenly(num_programs):
+  most = 100
+  traces = []
+
+  @jax.jit
+  def deal(num_tiles):
+    traces.append(num_tiles)
+    line = Line(num_tiles, num_programs)
+    programs = jnp.arange(num_programs + 1, dtype=jnp.int32)
+    tiles = jnp.arange(most, dtype=jnp.int32)
+    return line.start(programs), line.program_of(tiles)
+
+  for num_tiles in range(most + 1):
+    starts, program_of = map(np.asarray, deal(np.int32(num_tiles)))
+    shares = np.diff(starts)
+    assert starts[0] == 0
+    assert starts[-1] == num_tiles
+    assert set(shares) <= {num_tiles // num_programs, shares[0]}
+    assert 0 <= shares[0] - shares[-1] <= 1
+    owners = np.repeat(np.arange(num_programs), shares)
+    np.testing.assert_array_equal(program_of[:num_tiles], owners)
+  assert len(traces) == 1
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 3])
+@pytest.mark.parametrize("num_programs", [1, 5, 64])
+def test_plan_names_the_first_tile_of_each_program(num_kv_heads, num_programs):
+  num_seqs = 6
+  traces = []
+
+  @jax.jit
+  def deal(num_tiles):
+    traces.append(num_tiles)
+    return schedule.deal(num_tiles, num_kv_heads, num_programs)
+
+  rng = np.random.default_rng(0)
+  most = rng.choice([1, 2, 9, 60], 40)
+  batches = [rng.integers(1, n, num_seqs, endpoint=True) for n in most]
+  batches += [[1, 1, 1, 1, 1, 90], [90, 1, 1, 1, 1, 1], [5, 5, 5, 5, 5, 5]]
+  for num_tiles in batches:
+    num_tiles = np.asarray(num_tiles, np.int32)
+    plan = deal(num_tiles)
+    line = _line_up(num_tiles, num_kv_heads)
+    assert plan.starts.tolist() == [0, *np.cumsum(num_tiles)]
+    firsts = np.asarray(plan.firsts)
+    shares = [len(x) for x in np.array_split(line, num_programs)]
+    assert firsts[:, 0].tolist() == [0, *np.cumsum(shares)]
+    assert firsts[-1, 0] == len(line)
+    for first, *rest in firsts:
+      assert first == len(line) or tuple(rest) == line[first]
+  assert len(traces) == 1
+
+
+def test_one_sequence_fills_all_programs():
+  plan = schedule.deal(jnp.asarray([11], jnp.int32), 2, 4)  # 6, 6, 5, 5 tiles
+  assert plan.firsts[:-1].tolist() == [
+    [0, 0, 0, 0, 11],
+    [6, 0, 0, 6, 11],
+    [12, 0, 1, 1, 11],
+    [17, 0, 1, 6, 11],
+  ]
