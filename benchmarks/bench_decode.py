@@ -1,0 +1,163 @@
+"""What decode attention costs on a GPU, in microseconds.
+
+  page_sizes  the same tokens in pages of 8 to 256, beside what such pages waste
+  window      131,072 tokens with a sliding window, beside the window's length
+  queries     1 to 8 query tokens a sequence, as to verify speculative tokens
+  rows_apart  1,000 steps of growing sequences: one program, no transfer
+  batches     from one sequence to 256, beside plain JAX and the Triton kernel
+              that comes with JAX
+
+Pages lie at random places of a pool with pages to spare, which hold NaN. Calls
+take turns with page tables that share no page, so that no call finds its keys
+in the L2 cache. A figure is the time of a compiled loop seen from the host,
+divided by its calls; how fast the GPU reads one large array is measured in the
+same run. The last output of a loop is verified before the loop is timed.
+
+  python benchmarks/bench_decode.py
+
+Results: benchmarks/results/h200/decode.json and decode.svg
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+
+import decode_parts
+import harness
+import jax
+import jax.numpy as jnp
+from decode_batches import DTYPE, FULL, SMALL, Sizes
+from decode_loop import MAX_ERROR
+from decode_parts import MAX_RIVAL_ERROR, RIVAL, attempt
+from decode_plot import plot
+
+PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy", "matplotlib"]
+# The rival comes last: what faults on a GPU takes the process with it.
+PARTS = (
+  decode_parts.loop_alone,
+  decode_parts.page_sizes,
+  decode_parts.window,
+  decode_parts.queries,
+  decode_parts.rows_apart,
+  decode_parts.batches,
+)
+
+
+def main() -> None:
+  """Times everything, writes the figures and prints a table of them."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument(
+    "--small", action="store_true", help="try it out; nothing is written"
+  )
+  parser.add_argument(
+    "--out",
+    type=pathlib.Path,
+    default=harness.RESULTS,
+    help="folder of the results",
+  )
+  args = parser.parse_args()
+  on_cpu = jax.default_backend() == "cpu"
+  if on_cpu and not args.small:
+    parser.error("the figures are of a GPU, and there is none; try --small")
+  environment = harness.environment(PACKAGES, on_cpu=on_cpu)
+  print(json.dumps(environment), flush=True)
+  record = figures(SMALL if args.small else FULL)
+  if not args.small:
+    record["environment"] = environment
+    path = harness.save("h200", "decode", record, args.out)
+    print("written to", path)
+    try:
+      print("written to", plot(record, path.with_suffix(".svg")))
+    except ImportError as error:
+      print("no picture:", error)
+  print(table(record))
+  if failed := failures(record):
+    sys.exit(f"failed: {', '.join(failed)}")
+
+
+def figures(sizes: Sizes) -> dict:
+  """Returns all figures; what fails has its error in place of them."""
+  record = {
+    "settings": settings(sizes),
+    "ceiling": attempt(decode_parts.ceiling, sizes),
+  }
+  for part in PARTS:
+    begin = time.perf_counter()
+    record[part.__name__] = attempt(part, sizes)
+    print(f"{part.__name__}: {time.perf_counter() - begin:.1f} s", flush=True)
+  reads = [side.get("gb_per_s", 0) for _, side in cases(record["ceiling"])]
+  record["read_gb_per_s"] = max(reads)
+  for _, side in cases(record):
+    if "gb_per_s" in side and record["read_gb_per_s"]:
+      side["percent_of_ceiling"] = (
+        100 * side["gb_per_s"] / record["read_gb_per_s"]
+      )
+  return record
+
+
+def settings(sizes: Sizes) -> dict:
+  """Returns what the figures mean."""
+  return dataclasses.asdict(sizes) | dict(
+    meaning=dict(
+      us="microseconds of a call: of a loop of steps calls, divided by them",
+      gb_per_s="keys and values that are seen, read in the median time",
+      read_gb_per_s="the best of ceiling: a maximum over one large array",
+      relative_error="of a head's output, at most, to plain JAX",
+      waste_percent="slots without a token, of the pages of the sequences",
+      more_than_plain_percent="that the window takes, by the medians",
+      traces="times that the loop was compiled",
+    ),
+    dtype=jnp.dtype(DTYPE).name,
+    max_relative_error=MAX_ERROR,
+    max_relative_error_of_rival=MAX_RIVAL_ERROR,
+  )
+
+
+def cases(
+  record: dict, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], dict]]:
+  """Yields the path and the figures, or the error, of everything timed."""
+  if "error" in record or isinstance(record.get("us"), dict):
+    yield path, record
+    return
+  for name, side in record.items():
+    if name != "settings" and isinstance(side, dict):
+      yield from cases(side, (*path, name))
+
+
+def failures(record: dict) -> list[str]:
+  """Returns what has no figures; the rival may fail."""
+  return [
+    ", ".join(path)
+    for path, side in cases(record)
+    if "error" in side and path[-1] != RIVAL
+  ]
+
+
+def table(record: dict) -> str:
+  """Returns the figures as lines of text."""
+  lines = [f"{'':64}{'us':>9}{'GB/s':>7}{'ceiling':>9}"]
+  for path, side in cases(record):
+    name = ", ".join(path)[:63]
+    if "error" in side:
+      lines.append(f"{name:64} {side['error'][:60]}")
+      continue
+    speed = ""
+    if "gb_per_s" in side:
+      speed = f"{side['gb_per_s']:7.0f}"
+    if "percent_of_ceiling" in side:
+      speed += f"{side['percent_of_ceiling']:7.1f} %"
+    if "waste_percent" in side:
+      speed += f"  waste {side['waste_percent']:.1f} %"
+    if "more_than_plain_percent" in side:
+      speed += f"  {side['more_than_plain_percent']:+.1f} % time"
+    lines.append(f"{name:64}{side['us']['median']:9.1f}{speed}")
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  main()
