@@ -230,17 +230,20 @@ def _ragged_paged_attention(
 
 
 def why_not_mosaic_gpu(
-  q: Array, k_pages: Array, max_q_len: int | None = 1
+  q: Array | jax.ShapeDtypeStruct,
+  k_pages: Array | jax.ShapeDtypeStruct,
+  max_q_len: int | None = 1,
 ) -> str | None:
   """Returns why no kernel can serve these arrays here, or None.
 
   Args:
-    q: As in the ops.
-    k_pages: As in the ops.
+    q: As in the ops, or its shape and dtype.
+    k_pages: The same.
     max_q_len: Most query tokens of a sequence, None if it is not known.
   """
   if max_q_len is None:
-    return "without a small max_q_len, there is no kernel."
+    most = decode_config.MAX_Q_LEN
+    return f"no kernel takes more than {most} query tokens per sequence yet."
   if device := devices.why_not_hopper():
     return device
   _, num_kv_heads, page_size, head_dim = k_pages.shape

@@ -103,7 +103,7 @@ def _shuffled(problem, rng):
 
 
 @pytest.mark.parametrize("seed", range(NUM_PROGRAMS))
-def test_program(seed):
+def test_sampled_options_match_the_oracle(seed):
   shapes, options, has_sinks, max_q_len, rng = _sample(seed)
   sinks = None
   if has_sinks:

@@ -101,7 +101,9 @@ def _check_kernel(
     "decode", dtype=dtype, page_size=args.page_size, **shape
   )
   if reason is not None:
-    raise CommandError(f"argument --implementation: {reason}")
+    raise CommandError(
+      f"argument --implementation: 'mosaic_gpu' is not available: {reason}"
+    )
 
 
 def _keep_compiled_programs() -> None:

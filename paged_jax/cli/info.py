@@ -14,10 +14,7 @@ from paged_jax.cli.errors import CommandError
 from paged_jax.models import demo
 
 _KERNEL = "mosaic_gpu"
-_OPS = {
-  "decode": attention.paged_attention,
-  "prefill": attention.ragged_paged_attention,
-}
+_MAX_Q_LENS = {"decode": 1, "prefill": None}  # query tokens of a sequence
 _PACKAGES = ("paged-jax", "jax", "jaxlib", "flax", "gguf", "tokenizers")
 
 
@@ -32,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
   )
   found = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
   print(f"devices: {found}")
-  for op in _OPS:
+  for op in _MAX_Q_LENS:
     reason = why_not_kernel(op, dtype=jnp.bfloat16)
     if reason is None:
       print(
@@ -83,20 +80,9 @@ def why_not_kernel(
     num_kv_heads: Key and value heads.
     page_size: Tokens a page.
   """
-  ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+  q = jax.ShapeDtypeStruct((1, num_q_heads, head_dim), dtype)
   pages = jax.ShapeDtypeStruct((1, num_kv_heads, page_size, head_dim), dtype)
-  arrays = [
-    jax.ShapeDtypeStruct((1, num_q_heads, head_dim), dtype),
-    *(pages, pages, ints(1), ints(1, 1)),
-  ]
-  if op == "prefill":
-    arrays += [ints(2), ints()]
-  attend = lambda *arrays: _OPS[op](*arrays, implementation=_KERNEL)
-  try:
-    jax.eval_shape(attend, *arrays)
-  except NotImplementedError as error:
-    return str(error)
-  return None
+  return attention.why_not_mosaic_gpu(q, pages, _MAX_Q_LENS[op])
 
 
 def _version(package: str) -> str:
