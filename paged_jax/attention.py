@@ -135,6 +135,7 @@ def ragged_paged_attention(
     max_q_len: Most query tokens of a sequence, if it is known; up to 8, a
       kernel takes them, as for the verification of speculative tokens. It is
       not checked: what a sequence has beyond it may be left at 0 and -inf.
+      Without it, plain JAX takes them.
     scale: See `paged_attention`, as for the other options.
     sliding_window: See `paged_attention`.
     num_sink_tokens: See `paged_attention`.
@@ -243,7 +244,7 @@ def why_not_mosaic_gpu(
   """
   if max_q_len is None:
     most = decode_config.MAX_Q_LEN
-    return f"no kernel takes more than {most} query tokens per sequence yet."
+    return f"without a max_q_len of at most {most}, no kernel takes it yet."
   if device := devices.why_not_hopper():
     return device
   _, num_kv_heads, page_size, head_dim = k_pages.shape

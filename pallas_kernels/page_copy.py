@@ -3,7 +3,7 @@
 Program (copy, part) moves its part of one page through shared memory, tile by
 tile: enough programs are on a multiprocessor to keep its copy engine busy. A
 program whose copy does not exist ends at once, so that many places for copies
-cost little: 256 places of pages of 1 MiB took 24 us in a loop of XLA that had
+cost little: 256 places of pages of 1 MiB took 26 us in a loop of XLA that had
 none to make, and 22 us more for each that it had (H200).
 """
 

@@ -116,8 +116,8 @@ def adopt(
   """Starts empty rows with pages that are in use: a hit of a prefix cache.
 
   With a sliding window, only the pages of the last window (and of the sinks)
-  need to be there: `min_len = first * page_size + window`, if all pages from
-  column `first` on are.
+  need to be given: `min_len = first * page_size + window`, if all pages from
+  column `first` on are there.
 
   Args:
     table: The current table.
