@@ -18,10 +18,7 @@ same run. The last output of a loop is verified before the loop is timed.
 Results: benchmarks/results/h200/decode.json and decode.svg
 """
 
-import argparse
 import dataclasses
-import json
-import pathlib
 import sys
 import time
 from collections.abc import Iterator
@@ -49,22 +46,11 @@ PARTS = (
 
 def main() -> None:
   """Times everything, writes the figures and prints a table of them."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument(
-    "--small", action="store_true", help="try it out; nothing is written"
+  args, environment = harness.start_on_gpu(
+    __doc__.splitlines()[0],
+    PACKAGES,
+    on_cpu=jax.default_backend() == "cpu",
   )
-  parser.add_argument(
-    "--out",
-    type=pathlib.Path,
-    default=harness.RESULTS,
-    help="folder of the results",
-  )
-  args = parser.parse_args()
-  on_cpu = jax.default_backend() == "cpu"
-  if on_cpu and not args.small:
-    parser.error("the figures are of a GPU, and there is none; try --small")
-  environment = harness.environment(PACKAGES, on_cpu=on_cpu)
-  print(json.dumps(environment), flush=True)
   record = figures(SMALL if args.small else FULL)
   if not args.small:
     record["environment"] = environment

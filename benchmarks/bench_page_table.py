@@ -21,10 +21,7 @@ temporary memory that grows with the pool, or nothing is written.
 Results: benchmarks/results/h200/page_table.json
 """
 
-import argparse
 import dataclasses
-import json
-import pathlib
 
 import device_loop
 import harness
@@ -44,22 +41,11 @@ PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy"]
 
 def main() -> None:
   """Times everything, prints a table of it and writes the figures."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument(
-    "--small", action="store_true", help="try it out; nothing is written"
+  args, environment = harness.start_on_gpu(
+    __doc__.splitlines()[0],
+    PACKAGES,
+    on_cpu=jax.default_backend() == "cpu",
   )
-  parser.add_argument(
-    "--out",
-    type=pathlib.Path,
-    default=harness.RESULTS,
-    help="folder of the results",
-  )
-  args = parser.parse_args()
-  on_cpu = jax.default_backend() == "cpu"
-  if on_cpu and not args.small:
-    parser.error("the figures are of a GPU, and there is none; try --small")
-  environment = harness.environment(PACKAGES, on_cpu=on_cpu)
-  print(json.dumps(environment))
   record = figures(SMALL if args.small else FULL)
   check_memory(record)
   if not args.small:

@@ -1,5 +1,6 @@
 """What every benchmark shares: where it ran, and where its results go."""
 
+import argparse
 import importlib.metadata
 import json
 import pathlib
@@ -28,6 +29,35 @@ def environment(packages: list[str], *, on_cpu: bool) -> dict:
     "python": platform.python_version(),
     "versions": versions,
   }
+
+
+def start_on_gpu(
+  description: str, packages: list[str], *, on_cpu: bool
+) -> tuple[argparse.Namespace, dict]:
+  """Reads the arguments of a benchmark whose figures are of a GPU.
+
+  Args:
+    description: Of the benchmark, a line.
+    packages: As for `environment`.
+    on_cpu: Whether there is no GPU; it ends with an error then, but for
+      `--small`.
+
+  Returns:
+    The arguments `small` and `out`, and the environment, which it prints.
+  """
+  parser = argparse.ArgumentParser(description=description)
+  parser.add_argument(
+    "--small", action="store_true", help="try it out; nothing is written"
+  )
+  parser.add_argument(
+    "--out", type=pathlib.Path, default=RESULTS, help="folder of the results"
+  )
+  args = parser.parse_args()
+  if on_cpu and not args.small:
+    parser.error("the figures are of a GPU, and there is none; try --small")
+  where = environment(packages, on_cpu=on_cpu)
+  print(json.dumps(where), flush=True)
+  return args, where
 
 
 def cpu_name() -> str:

@@ -314,6 +314,24 @@ def _visited(problem, gmem, piece):
   return tiles, jnp.where(tiles.num_visited > 0, piece.num_tiles, 0)
 
 
+def _for_each_tile(problem, gmem, piece, tiles, num_tiles, carry, step):
+  """Folds `step(i, base, ids, carry)` over the tiles of a piece.
+
+  The page ids of the next tile are on their way while a step waits.
+  """
+
+  def base(i):
+    return tiles.base(piece.first + i)
+
+  def take(i, state):
+    carry, ids = state
+    next_ids = _page_ids(problem, gmem, piece.seq, base(i + 1))
+    return step(i, base(i), ids, carry), next_ids
+
+  ids = _page_ids(problem, gmem, piece.seq, base(0))
+  return lax.fori_loop(0, num_tiles, take, (carry, ids))[0]
+
+
 def _load_piece(problem, gmem, smem, piece, carry):
   """Copies Q, and the tiles of K and V into their rings."""
   num_before, _ = carry
@@ -331,18 +349,11 @@ def _load_piece(problem, gmem, smem, piece, carry):
   rows = gmem.q.at[pl.ds(row, problem.num_queries)]
   plgpu.copy_gmem_to_smem(rows, place, smem.q_loaded)
 
-  def page_ids(i):
-    base = tiles.base(piece.first + i)
-    return _page_ids(problem, gmem, piece.seq, base)
-
-  def load(i, ids):
-    # The ids of the next tile are on their way while this one waits.
-    next_ids = page_ids(i + 1)
-    base = tiles.base(piece.first + i)
+  def load(i, base, ids, carry):
     _load_tile(problem, gmem, smem, piece.head, num_before + i, base, ids)
-    return next_ids
+    return carry
 
-  lax.fori_loop(0, num_tiles, load, page_ids(0))
+  _for_each_tile(problem, gmem, piece, tiles, num_tiles, (), load)
   return num_before + num_tiles, piece.nth + 1
 
 
@@ -382,21 +393,13 @@ def _attend_piece(problem, gmem, smem, piece, num_before):
     plgpu.commit_smem()
     plgpu.barrier_arrive(smem.q_consumed)
 
-  def page_ids(i):
-    base = tiles.base(piece.first + i)
-    return _page_ids(problem, gmem, piece.seq, base)
-
-  def fold(i, carry):
-    state, ids = carry
-    next_ids = page_ids(i + 1)
-    base = tiles.base(piece.first + i)
-    state = _fold_tile(problem, smem, tiles, num_before + i, base, ids, state)
-    return state, next_ids
+  def fold(i, base, ids, state):
+    return _fold_tile(problem, smem, tiles, num_before + i, base, ids, state)
 
   state = online_softmax.init(
     problem.head_dim, problem.config.block_kv, problem.num_queries
   )
-  state, _ = lax.fori_loop(0, num_tiles, fold, (state, page_ids(0)))
+  state = _for_each_tile(problem, gmem, piece, tiles, num_tiles, state, fold)
   if problem.loads_tiles_of_q:
     plgpu.barrier_arrive(smem.q_consumed)
   state = online_softmax.sum_rows(state)

@@ -2,21 +2,22 @@
 
 import dataclasses
 
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import decode_config
+from paged_jax import devices
 
 # ||out - oracle|| / ||oracle||, by dtype of the pages: rounding of P and of the
 # output to the pages' dtype; float32 is left with the order of its sums.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 4e-3, "float16": 1e-3}
 
-# What the kernel takes with this version of JAX.
-HEAD_DIMS = [
-  head_dim
-  for head_dim in decode_config.HEAD_DIMS
-  if decode_config.unsupported(head_dim, 16, 1, 1, "bfloat16") is None
-]
+# Kernels are interpreted where there is no GPU to run them.
+ON_HOPPER = devices.why_not_hopper() is None
+INTERPRET = None if ON_HOPPER else plgpu.InterpretGPUParams()
+PLAIN = dict(
+  scale=0.125, sliding_window=None, num_sink_tokens=0, logits_soft_cap=None
+)
 
 
 @dataclasses.dataclass

@@ -14,6 +14,7 @@ import oracle
 import pytest
 
 import paged_jax
+from pallas_kernels import decode_config
 
 pytestmark = pytest.mark.gpu
 
@@ -27,10 +28,10 @@ def _sample(seed):
   rng = np.random.default_rng(seed)
   pick = lambda *values: values[rng.integers(len(values))]
   while True:
-    head_dim, group = pick(*cases.HEAD_DIMS), pick(*GROUPS)
+    head_dim, group = pick(*decode_config.HEAD_DIMS), pick(*GROUPS)
     max_q_len = pick(1, 1, 1, 2, 4, 5, 8)
-    queries = max_q_len * group
-    if queries <= 64 and -(-queries // 8) * 8 * head_dim <= 8192:
+    shape = head_dim, 16, group, 1, "bfloat16"
+    if decode_config.unsupported(*shape, max_q_len=max_q_len) is None:
       break
   num_kv_heads = pick(1, 2, 3)
   window = pick(None, None, 1, 37, 256)

@@ -1,16 +1,11 @@
 """The kernel that copies pages: interpreted, or on a Hopper GPU as it is."""
 
-import jax.experimental.pallas.mosaic_gpu as plgpu
+import cases
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged_jax import devices
 from pallas_kernels import page_copy
-
-INTERPRET = (
-  None if devices.why_not_hopper() is None else plgpu.InterpretGPUParams()
-)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +29,7 @@ def test_copies_pages_of_every_pool(page, dtype):
     tuple(jnp.asarray(pool) for pool in pools),
     jnp.asarray(src),
     jnp.asarray(dst),
-    interpret=INTERPRET,
+    interpret=cases.INTERPRET,
   )
   for pool, after in zip(pools, copied, strict=True):
     expected = pool.copy()

@@ -2,7 +2,6 @@
 
 import itertools
 
-import cases
 import jax
 import jax.numpy as jnp
 import pytest
@@ -45,7 +44,7 @@ def _lower(
   [
     (head_dim, *rest)
     for head_dim, rest in itertools.product(
-      cases.HEAD_DIMS,
+      decode_config.HEAD_DIMS,
       [
         (3, (2, 2), 8, "bfloat16"),
         (300, (64, 2), 24, "float16"),
@@ -120,7 +119,7 @@ def test_config_beyond_shared_memory_is_refused():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("head_dim", cases.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", decode_config.HEAD_DIMS)
 def test_default_config_fits_and_fills_the_device(head_dim, dtype):
   for group, num_seqs in itertools.product(range(1, 65), (1, 20, 300)):
     if decode_config.unsupported(head_dim, 8, 2 * group, 2, dtype):

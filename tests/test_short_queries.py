@@ -3,23 +3,15 @@
 import dataclasses
 
 import cases
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 
 import paged_jax
-from paged_jax import devices
 from pallas_kernels import decode_config, short_queries
 from pallas_kernels.decode_config import Config
 
-INTERPRET = (
-  None if devices.why_not_hopper() is None else plgpu.InterpretGPUParams()
-)
-PLAIN = dict(
-  scale=0.125, sliding_window=None, num_sink_tokens=0, logits_soft_cap=None
-)
 # A fresh sequence, no query, page boundaries, no tokens, several tiles.
 Q_LENS = [3, 0, 1, 4, 0, 4]
 KV_LENS = [3, 20, 16, 17, 0, 150]
@@ -31,15 +23,15 @@ def _run(problem, *, max_q_len=4, sinks=None, **options):
     max_q_len=max_q_len,
     sinks=None if sinks is None else jnp.asarray(sinks),
     config=Config(64, 2, 5),
-    interpret=INTERPRET,
-    **PLAIN | options,
+    interpret=cases.INTERPRET,
+    **cases.PLAIN | options,
   )
 
 
 def _check(problem, *, sinks=None, max_q_len=4, **options):
   out, lse = _run(problem, max_q_len=max_q_len, sinks=sinks, **options)
   expected = oracle.ragged_paged_attention(
-    *dataclasses.astuple(problem), sinks=sinks, **PLAIN | options
+    *dataclasses.astuple(problem), sinks=sinks, **cases.PLAIN | options
   )
   cases.assert_matches(out, lse, *expected, problem.k_pages.dtype)
 
@@ -97,7 +89,7 @@ def test_more_queries_than_max_q_len_are_left_out():
   problem = cases.make(kv_lens=[40, 9], q_lens=[3, 2], dtype="bfloat16")
   out, lse = _run(problem, max_q_len=2)
   expected, expected_lse = oracle.ragged_paged_attention(
-    *dataclasses.astuple(problem), **PLAIN
+    *dataclasses.astuple(problem), **cases.PLAIN
   )
   expected[2], expected_lse[2] = 0, -np.inf
   cases.assert_matches(out, lse, expected, expected_lse, "bfloat16")
@@ -107,7 +99,7 @@ def test_no_sequences_and_no_tokens_are_fine():
   problem = cases.make(kv_lens=[9], dtype="bfloat16")
   q, k, v, kv_lens, table, _, _ = problem.args()
   nobody = kv_lens[:0], table[:0], jnp.zeros(1, jnp.int32), jnp.int32(0)
-  options = dict(max_q_len=2, sinks=None, **PLAIN)
+  options = dict(max_q_len=2, sinks=None, **cases.PLAIN)
   for queries in (q, q[:0]):
     out, lse = short_queries.attend(queries, k, v, *nobody, **options)
     assert not out.any()
