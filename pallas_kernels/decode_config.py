@@ -10,6 +10,7 @@ HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 SMEM_LIMIT = 232_448  # bytes a program may have on Hopper
 SM_SMEM = 233_472  # bytes of a multiprocessor, for all its programs
 NUM_SMS = 132  # of an H200, or an H100 SXM; others are served, slower
+QUANTISED_DTYPES = ("int8", "float8_e4m3fn")  # of pages that have scales
 MAX_Q_LEN = 8  # query tokens of a sequence
 _MAX_QUERIES = 64  # of an item, which the accumulators have room for
 _MAX_ELEMENTS = 8192  # of them, in four places of shared memory
@@ -69,22 +70,32 @@ def default_config(
 
 
 def smem_bytes(
-  config: Config, num_queries: int, head_dim: int, dtype: DTypeLike
+  config: Config, num_queries: int, head_dim: int, kv_dtype: DTypeLike
 ) -> int:
-  """Returns the bytes of shared memory that one program takes."""
-  itemsize = jnp.dtype(dtype).itemsize
-  queries = padded_queries(num_queries) * head_dim * itemsize
-  ring = config.num_stages * config.block_kv * itemsize
-  buffers = (
+  """Returns the bytes of shared memory that one program takes.
+
+  Args:
+    config: the tiles.
+    num_queries: queries of an item, of 16 bits.
+    head_dim: width of a head.
+    kv_dtype: of the pages.
+  """
+  itemsize = jnp.dtype(kv_dtype).itemsize
+  queries = padded_queries(num_queries) * head_dim * 2
+  ring = config.num_stages * config.block_kv
+  buffers = [
     queries,  # Q as it comes
     queries,  # Q in tiles
-    ring * head_dim,  # K
-    ring * head_dim,  # V
-    padded_queries(num_queries) * config.block_kv * itemsize,  # P
+    ring * head_dim * itemsize,  # K
+    ring * head_dim * itemsize,  # V
+    padded_queries(num_queries) * config.block_kv * 2,  # P
     queries,  # O
     queries,  # O, turned
     REDUCTION_BYTES,
-  )
+  ]
+  if itemsize == 1:
+    scales, wide = ring * 4, config.block_kv * head_dim * 2
+    buffers += [scales, scales, wide, wide]
   barriers = 8 * (2 + 4 * config.num_stages)
   return sum(pl.cdiv(b, _ALLOCATION) * _ALLOCATION for b in buffers) + barriers
 
@@ -101,11 +112,25 @@ def unsupported(
   num_kv_heads: int,
   dtype: DTypeLike,
   *,
+  kv_dtype: DTypeLike | None = None,
   max_q_len: int = 1,
 ) -> str | None:
-  """Returns why the kernel does not take these shapes, or None if it does."""
-  if jnp.dtype(dtype) not in (jnp.dtype("bfloat16"), jnp.dtype("float16")):
-    return f"dtype={jnp.dtype(dtype).name} is not bfloat16 or float16."
+  """Returns why the kernel does not take these shapes, or None if it does.
+
+  Args:
+    head_dim: width of a head.
+    page_size: tokens of a page.
+    num_q_heads: query heads.
+    num_kv_heads: KV heads.
+    dtype: of the queries.
+    kv_dtype: of the pages; None if it is the same.
+    max_q_len: most query tokens of a sequence.
+  """
+  names = [jnp.dtype(x or dtype).name for x in (dtype, kv_dtype)]
+  if names[0] not in ("bfloat16", "float16"):
+    return f"dtype={names[0]} is not bfloat16 or float16."
+  if names[1] not in (names[0], *QUANTISED_DTYPES):
+    return f"pages of {names[1]} do not take queries of {names[0]}."
   if head_dim not in HEAD_DIMS:
     return f"{head_dim=} is not one of {HEAD_DIMS}."
   if page_size < 1 or page_size % 8:

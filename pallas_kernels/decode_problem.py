@@ -25,7 +25,8 @@ class Problem:
   """What is static about a launch."""
 
   config: Config
-  dtype: DTypeLike
+  dtype: DTypeLike  # of the queries
+  kv_dtype: DTypeLike  # of the pages
   num_seqs: int
   num_kv_heads: int
   group: int  # query heads of a KV head
@@ -42,7 +43,9 @@ class Problem:
   interpret: plgpu.InterpretGPUParams | None
 
   def __post_init__(self):
-    needed = smem_bytes(self.config, self.num_rows, self.head_dim, self.dtype)
+    needed = smem_bytes(
+      self.config, self.num_rows, self.head_dim, self.kv_dtype
+    )
     if needed > SMEM_LIMIT:
       raise ValueError(f"{self.config=} takes {needed} bytes > {SMEM_LIMIT=}.")
 
@@ -55,6 +58,25 @@ class Problem:
   def num_chunks(self) -> int:
     """Copies of a tile."""
     return self.config.block_kv // self.chunk
+
+  @property
+  def is_quantised(self) -> bool:
+    """Whether pages hold 8-bit numbers, with a scale for each token."""
+    return jnp.dtype(self.kv_dtype).itemsize == 1
+
+  @property
+  def operand_dtype(self) -> DTypeLike:
+    """What wgmma multiplies; float16 holds all 8-bit numbers."""
+    return jnp.float16 if self.is_quantised else self.dtype
+
+  @property
+  def operand_transforms(self) -> tuple[Any, Any]:
+    """Returns tiles for wgmma, of 16-bit rows of `head_dim`."""
+    swizzle = next(x for x in _SWIZZLES if self.head_dim * 2 % x == 0)
+    return (
+      plgpu.TilingTransform((8, swizzle // 2)),
+      plgpu.SwizzleTransform(swizzle),
+    )
 
   @property
   def num_rows(self) -> int:
@@ -97,33 +119,36 @@ class Problem:
     return jnp.pad(x, padding)
 
 
-def _swizzled(dtype: DTypeLike, width: int, *shape: int):
-  """Returns shared memory in tiles for wgmma, for rows of some width."""
-  itemsize = jnp.dtype(dtype).itemsize
-  swizzle = next(x for x in _SWIZZLES if width * itemsize % x == 0)
-  transforms = (
-    plgpu.TilingTransform((8, swizzle // itemsize)),
-    plgpu.SwizzleTransform(swizzle),
-  )
-  return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
 def scratch(problem: Problem) -> dict[str, Any]:
   """Returns the shared memory and the barriers of a program."""
-  config, dtype, head_dim = problem.config, problem.dtype, problem.head_dim
-  swizzled = functools.partial(_swizzled, dtype, head_dim)
+  config, head_dim = problem.config, problem.head_dim
+  ring = config.num_stages, config.block_kv
   barriers = functools.partial(plgpu.Barrier, num_barriers=config.num_stages)
+  copies = problem.num_chunks
+
+  def operand(*shape):
+    transforms = problem.operand_transforms
+    return plgpu.SMEM(shape, problem.operand_dtype, transforms=transforms)
+
+  tiles, more = operand(*ring, head_dim), {}
+  if problem.is_quantised:
+    tiles = plgpu.SMEM((*ring, head_dim), problem.kv_dtype)
+    wide, scales = operand(*ring[1:], head_dim), plgpu.SMEM(ring, jnp.float32)
+    more |= dict(wide_k_smem=wide, wide_v_smem=wide)
+    more |= dict(k_scales_smem=scales, v_scales_smem=scales)
+    copies *= 2
   return {
-    "loaded_q_smem": plgpu.SMEM((problem.num_queries, head_dim), dtype),
-    "q_smem": swizzled(problem.num_queries, head_dim),
-    "k_smem": swizzled(config.num_stages, config.block_kv, head_dim),
-    "v_smem": swizzled(config.num_stages, config.block_kv, head_dim),
-    "p_smem": swizzled(problem.num_queries, config.block_kv),
-    **partials.output_scratch(head_dim, problem.num_queries, dtype),
+    "loaded_q_smem": plgpu.SMEM((problem.num_queries, head_dim), problem.dtype),
+    "q_smem": operand(problem.num_queries, head_dim),
+    "k_smem": tiles,
+    "v_smem": tiles,
+    "p_smem": operand(problem.num_queries, config.block_kv),
+    **more,
+    **partials.output_scratch(head_dim, problem.num_queries, problem.dtype),
     "q_loaded": plgpu.Barrier(),
     "q_consumed": plgpu.Barrier(),
-    "k_loaded": barriers(num_arrivals=problem.num_chunks),
-    "v_loaded": barriers(num_arrivals=problem.num_chunks),
+    "k_loaded": barriers(num_arrivals=copies),
+    "v_loaded": barriers(num_arrivals=copies),
     "k_consumed": barriers(),
     "v_consumed": barriers(),
   }

@@ -16,6 +16,7 @@ and summed once, at the end.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import jax.experimental.pallas as pl
@@ -75,6 +76,11 @@ def across(values, shape: tuple[int, ...]):
   return lax.broadcast_in_dim(values, shape, [1])
 
 
+def down(values, shape: tuple[int, ...]):
+  """Returns values of keys, repeated across a tile."""
+  return lax.broadcast_in_dim(values, shape, [0])
+
+
 def zero_blocks(head_dim: int, num_queries: int) -> Blocks:
   """Returns acc of no keys."""
   blocks = row_blocks(head_dim)
@@ -105,14 +111,24 @@ def to_base_2(qk, scale: float, logits_soft_cap: float | None):
   return (1 - 2 / (1 + e)) * (logits_soft_cap * LOG2_E)
 
 
-def fold(state: State, s):
-  """Returns the state but for the product V^T P, and P, of scores s."""
-  m = jnp.maximum(state.m, s.max(axis=0))
-  shift = or_zero(m)
-  p = jnp.exp2(s - across(shift, s.shape))
-  alpha = jnp.exp2(state.m - shift)
+def fold(state: State, s, weighted=None):
+  """Returns the state but for the product V^T P, and P, of scores s.
+
+  Args:
+    state: the softmax over the keys before.
+    s: scores in base 2, -inf where they do not count.
+    weighted: the same, plus log2 of what multiplies the values of the keys; P
+      is 2^(weighted - m) then, and m its greatest: P is at most 1.
+  """
+  if weighted is None:
+    weighted = s
+  m = jnp.maximum(state.m, weighted.max(axis=0))
+  shift = across(or_zero(m), s.shape)
+  counted = jnp.exp2(s - shift)
+  p = counted if weighted is s else jnp.exp2(weighted - shift)
+  alpha = jnp.exp2(state.m - or_zero(m))
   acc = scale_blocks(state.acc, alpha)
-  return State(acc, m, state.l * across(alpha, state.l.shape) + p), p
+  return State(acc, m, state.l * across(alpha, state.l.shape) + counted), p
 
 
 def or_zero(m):
@@ -146,20 +162,40 @@ def finish(state: Summed, sinks):
   return out, jnp.where(sees, (m + jnp.log2(l)) * (1 / LOG2_E), -jnp.inf)
 
 
-def matmul(a, b):
-  """Returns a @ b by wgmma, in f32; operands are in shared memory."""
+def matmul(a, b, meanwhile: Callable[[], None] | None = None):
+  """Returns a @ b by wgmma, in f32; operands are in shared memory.
+
+  Args:
+    a: the left operand.
+    b: the right operand.
+    meanwhile: what to do while wgmma is at it.
+  """
 
   def issue(acc):
     plgpu.wgmma(acc, a, b)
+    if meanwhile is not None:
+      meanwhile()
     return acc[...]
 
   shape = a.shape[0], b.shape[1]
   return pl.run_scoped(issue, plgpu.ACC(shape, jnp.float32))
 
 
-def accumulate(acc, a, b, *, interpreted: bool):
-  """Returns acc + a @ b by wgmma, without a second accumulator."""
+def accumulate(
+  acc,
+  a,
+  b,
+  meanwhile: Callable[[], None] | None = None,
+  *,
+  interpreted: bool,
+):
+  """Returns acc + a @ b by wgmma, without a second accumulator; as `matmul`."""
   if interpreted:  # the interpreter cannot start from a given accumulator
-    return acc + matmul(a, b)
-  accumulate_in = pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))
-  return cast(Array, accumulate_in(plgpu.ACC.init(acc)))
+    return acc + matmul(a, b, meanwhile)
+
+  def issue(ref):
+    plgpu.wgmma(ref, a, b)
+    if meanwhile is not None:
+      meanwhile()
+
+  return cast(Array, pl.run_state(issue)(plgpu.ACC.init(acc)))

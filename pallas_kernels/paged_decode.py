@@ -41,8 +41,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import online_softmax, partials, schedule
+from pallas_kernels import kv_ring, online_softmax, partials, schedule
 from pallas_kernels.decode_config import (
+  QUANTISED_DTYPES,
   REDUCTION_BYTES,
   Config,
   default_config,
@@ -51,6 +52,7 @@ from pallas_kernels.decode_config import (
 from pallas_kernels.decode_problem import Problem, scratch
 
 _COLUMNS = 64  # of V that are rewritten at once, to spare registers
+_TINY = 1e-30  # scale of values that are all 0, whose logarithm is finite
 OPTIONS = ("scale", "sliding_window", "num_sink_tokens", "logits_soft_cap")
 
 
@@ -67,6 +69,8 @@ def paged_decode(
   num_sink_tokens: int,
   logits_soft_cap: float | None,
   sinks: Float[Array, " num_q_heads"] | None,
+  k_scales: Float[Array, "num_pages num_kv_heads page_size"] | None = None,
+  v_scales: Float[Array, "num_pages num_kv_heads page_size"] | None = None,
   config: Config | None = None,
   interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[
@@ -77,8 +81,8 @@ def paged_decode(
 
   Args:
     q: queries, bfloat16 or float16.
-    k_pages: the pool of keys, in the dtype of q.
-    v_pages: the pool of values, in the dtype of q.
+    k_pages: the pool of keys, in the dtype of q; or int8 or float8_e4m3fn.
+    v_pages: the pool of values, in the dtype of the keys.
     kv_lens: tokens stored of each sequence, the query's own among them.
     page_indices: physical page of each logical page. A page that is not in
       [0, num_pages) is unmapped, and its positions are skipped.
@@ -87,6 +91,8 @@ def paged_decode(
     num_sink_tokens: first positions that are seen besides the window.
     logits_soft_cap: scores become cap * tanh(score / cap), or None.
     sinks: a logit per query head that only the denominator counts, or None.
+    k_scales: f32, what multiplies a token's key of 8-bit numbers, else None.
+    v_scales: the same of the values.
     config: tile sizes; `default_config` if None.
     interpret: parameters of the interpreter that stands in for a GPU.
 
@@ -101,7 +107,12 @@ def paged_decode(
   num_seqs, num_q_heads, head_dim = q.shape
   num_kv_heads = k_pages.shape[1]
   if reason := unsupported(
-    head_dim, k_pages.shape[2], num_q_heads, num_kv_heads, k_pages.dtype
+    head_dim,
+    k_pages.shape[2],
+    num_q_heads,
+    num_kv_heads,
+    q.dtype,
+    kv_dtype=k_pages.dtype,
   ):
     raise NotImplementedError(reason)
   out, lse = attend(
@@ -116,6 +127,7 @@ def paged_decode(
     num_sink_tokens=num_sink_tokens,
     logits_soft_cap=logits_soft_cap,
     sinks=sinks,
+    scales=None if k_scales is None else (k_scales, v_scales),
     config=config,
     interpret=interpret,
   )
@@ -131,6 +143,7 @@ def attend(
   page_indices: Int[Array, "num_seqs pages_per_seq"],
   *,
   sinks: Float[Array, " num_q_heads"] | None,
+  scales: tuple[Array, Array] | None,
   config: Config | None,
   max_q_len: int = 1,
   **options,
@@ -150,6 +163,7 @@ def attend(
     kv_lens: see `paged_decode`.
     page_indices: see `paged_decode`.
     sinks: see `paged_decode`.
+    scales: of keys and of values, or None; see `paged_decode`.
     config: see `paged_decode`.
     max_q_len: most query tokens of a sequence.
     options: the other options of `paged_decode`.
@@ -160,17 +174,21 @@ def attend(
   Raises:
     ValueError: see `paged_decode`.
   """
-  if not q.dtype == k_pages.dtype == v_pages.dtype:
-    raise ValueError(
-      f"{q.dtype=}, {k_pages.dtype=} and {v_pages.dtype=} must be the same."
-    )
+  if k_pages.dtype != v_pages.dtype:
+    raise ValueError(f"{k_pages.dtype=} and {v_pages.dtype=} must be the same.")
+  is_quantised = k_pages.dtype.name in QUANTISED_DTYPES
+  if is_quantised != (scales is not None):
+    raise ValueError(f"{k_pages.dtype=} and {scales=} do not go together.")
   num_seqs, num_kv_heads, num_queries, head_dim = q.shape
   if 0 in (num_seqs, k_pages.shape[0], page_indices.shape[1]):
     return jnp.zeros_like(q), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
   problem = Problem(
     config=config
-    or default_config(num_seqs, num_kv_heads, num_queries, head_dim, q.dtype),
+    or default_config(
+      num_seqs, num_kv_heads, num_queries, head_dim, k_pages.dtype
+    ),
     dtype=q.dtype,
+    kv_dtype=k_pages.dtype,
     num_seqs=num_seqs,
     num_kv_heads=num_kv_heads,
     group=num_queries // max_q_len,
@@ -188,13 +206,12 @@ def attend(
     sinks = problem.pad_queries(sinks)
   lens = kv_lens, page_indices, *(() if q_lens is None else (q_lens,))
   lens = [x.astype(jnp.int32) for x in lens]
-  out, lse = _launch(problem, q, k_pages, v_pages, sinks, *lens)
+  pages = k_pages, v_pages, *(scales or ())
+  out, lse = _launch(problem, q, pages, sinks, *lens)
   return out, lse[..., :num_queries]
 
 
-def _launch(
-  problem: Problem, q, k_pages, v_pages, sinks, kv_lens, table, *q_lens
-):
+def _launch(problem: Problem, q, pages, sinks, kv_lens, table, *q_lens):
   """Runs the kernel, and merges what it split."""
   config, num_queries = problem.config, problem.num_queries
   # A sequence without tokens has a tile too, which writes its output of 0.
@@ -225,7 +242,7 @@ def _launch(
   )
   q = _rows_of_queries(problem, q)
   more = *q_lens, *(() if sinks is None else (sinks,))
-  out, lse, *parts = kernel(*plan, table, kv_lens, q, k_pages, v_pages, *more)
+  out, lse, *parts = kernel(*plan, table, kv_lens, q, *pages, *more)
   return partials.merge(
     plan.firsts,
     partials.Partials(*parts),
@@ -244,6 +261,7 @@ def _rows_of_queries(problem, q):
   The rows past its group belong to others, or are padding.
   """
   if problem.loads_tiles_of_q:
+    q = _as_operand(problem, q)
     q = q.reshape(-1, problem.num_rows, problem.head_dim)
     return problem.pad_queries(q).reshape(-1, problem.head_dim)
   rows = q.reshape(-1, problem.head_dim)
@@ -251,9 +269,19 @@ def _rows_of_queries(problem, q):
   return jnp.pad(rows, ((0, missing), (0, 0))) if missing else rows
 
 
+def _as_operand(problem, q):
+  """Returns queries in the dtype of the operands."""
+  if not problem.is_quantised or q.dtype == problem.operand_dtype:
+    return q
+  most = float(jnp.finfo(problem.operand_dtype).max)
+  q = jnp.clip(q.astype(jnp.float32), -most, most)
+  return q.astype(problem.operand_dtype)
+
+
 def _body(problem, *refs, **smem):
   """Runs a program: two warpgroups over its share of the tiles."""
   names = "starts", "firsts", "table", "lens", "q", "k", "v"
+  names += ("k_scales", "v_scales") * problem.is_quantised
   names += ("q_lens",) * (problem.max_q_len > 1)
   names += ("sinks",) * problem.has_sinks
   names += "out", "lse", "acc", "m", "l"
@@ -277,29 +305,13 @@ def _body(problem, *refs, **smem):
       (jnp.int32(0), jnp.int32(0)),
       functools.partial(_load_piece, problem, gmem, smem),
     )
-    num_stages = problem.config.num_stages
 
-    # No barrier may be left with a completion that nobody waited for.
+    # As in `kv_ring.drain`.
     @pl.when(num_pieces > 0)
     def _():
       plgpu.barrier_wait(smem.q_consumed)
 
-    @pl.loop(jnp.maximum(num_tiles - num_stages, 0), num_tiles)
-    def _(i):
-      slot = lax.rem(i, jnp.int32(num_stages))
-      plgpu.barrier_wait(smem.k_consumed.at[slot])
-      plgpu.barrier_wait(smem.v_consumed.at[slot])
-
-
-def _page_ids(problem, gmem, seq, base):
-  """Returns the page of each chunk of the tile at a position.
-
-  Past the table's end, it is any page: it will be masked.
-  """
-  starts = (base + j * problem.chunk for j in range(problem.num_chunks))
-  columns = [lax.div(start, jnp.int32(problem.page_size)) for start in starts]
-  last = problem.pages_per_seq - 1
-  return [gmem.table[seq, jnp.minimum(column, last)] for column in columns]
+    kv_ring.drain(problem, smem, num_tiles)
 
 
 def _visited(problem, gmem, piece):
@@ -325,10 +337,10 @@ def _for_each_tile(problem, gmem, piece, tiles, num_tiles, carry, step):
 
   def take(i, state):
     carry, ids = state
-    next_ids = _page_ids(problem, gmem, piece.seq, base(i + 1))
+    next_ids = kv_ring.page_ids(problem, gmem.table, piece.seq, base(i + 1))
     return step(i, base(i), ids, carry), next_ids
 
-  ids = _page_ids(problem, gmem, piece.seq, base(0))
+  ids = kv_ring.page_ids(problem, gmem.table, piece.seq, base(0))
   return lax.fori_loop(0, num_tiles, take, (carry, ids))[0]
 
 
@@ -350,35 +362,12 @@ def _load_piece(problem, gmem, smem, piece, carry):
   plgpu.copy_gmem_to_smem(rows, place, smem.q_loaded)
 
   def load(i, base, ids, carry):
-    _load_tile(problem, gmem, smem, piece.head, num_before + i, base, ids)
+    nth = num_before + i
+    kv_ring.load(problem, gmem, smem, piece.head, nth, base, ids)
     return carry
 
   _for_each_tile(problem, gmem, piece, tiles, num_tiles, (), load)
   return num_before + num_tiles, piece.nth + 1
-
-
-def _load_tile(problem, gmem, smem, head, nth, base, ids):
-  """Copies the program's nth tile of K and of V into their rings."""
-  chunk, num_stages = problem.chunk, problem.config.num_stages
-  slot = lax.rem(nth, jnp.int32(num_stages))
-  columns = pl.ds(0, problem.head_dim)
-  pages = [jnp.clip(page, 0, problem.num_pages - 1) for page in ids]
-  for source, ring, loaded, consumed in (
-    (gmem.k, smem.k_smem, smem.k_loaded, smem.k_consumed),
-    (gmem.v, smem.v_smem, smem.v_loaded, smem.v_consumed),
-  ):
-
-    @pl.when(nth >= num_stages)
-    def _(consumed=consumed):
-      plgpu.barrier_wait(consumed.at[slot])
-
-    for j, page in enumerate(pages):
-      rows = source.at[page, head]
-      if chunk < problem.page_size:
-        row = lax.rem(base + j * chunk, jnp.int32(problem.page_size))
-        rows = source.at[page, head, pl.ds(row, chunk)]
-      place = ring.at[slot, pl.ds(j * chunk, chunk), columns]
-      plgpu.copy_gmem_to_smem(rows, place, loaded.at[slot])
 
 
 def _attend_piece(problem, gmem, smem, piece, num_before):
@@ -386,15 +375,23 @@ def _attend_piece(problem, gmem, smem, piece, num_before):
   tiles, num_tiles = _visited(problem, gmem, piece)
   plgpu.barrier_wait(smem.q_loaded)
   if not problem.loads_tiles_of_q:
-    smem.q_smem.T[...] = plgpu.load(
+    q = plgpu.load(
       smem.loaded_q_smem.T, layout=plgpu.Layout.WGMMA, optimized=False
     )
+    smem.q_smem.T[...] = _as_operand(problem, q)
     # For wgmma to see it, and for the next Q not to overtake the load.
     plgpu.commit_smem()
     plgpu.barrier_arrive(smem.q_consumed)
 
+  if problem.is_quantised:
+
+    @pl.when(num_tiles > 0)
+    def _():
+      kv_ring.wait(problem, smem, kv_ring.K, num_before)
+
   def fold(i, base, ids, state):
-    return _fold_tile(problem, smem, tiles, num_before + i, base, ids, state)
+    nth, is_last = num_before + i, i == num_tiles - 1
+    return _fold_tile(problem, smem, tiles, nth, base, ids, is_last, state)
 
   state = online_softmax.init(
     problem.head_dim, problem.config.block_kv, problem.num_queries
@@ -422,35 +419,65 @@ def _attend_piece(problem, gmem, smem, piece, num_before):
   return num_before + num_tiles
 
 
-def _fold_tile(problem, smem, tiles, nth, base, ids, state):
-  """Folds the program's nth tile into the softmax."""
-  slot = lax.rem(nth, jnp.int32(problem.config.num_stages))
-  mapped = _mapped_chunks(problem, ids)
-  v_smem = smem.v_smem.at[slot]
+def _fold_tile(problem, smem, tiles, nth, base, ids, is_last, state):
+  """Folds the program's nth tile into the softmax.
 
-  def masked(value, otherwise, sees):
-    """Keeps the elements of mapped pages that are seen; rows are positions."""
-    rows = _iota(value.shape, 0)
+  8-bit numbers become operands while wgmma is at the product before.
+  """
+  mapped = kv_ring.mapped_chunks(problem, ids)
+  wait = functools.partial(kv_ring.wait, problem, smem)
+  operand = functools.partial(kv_ring.operand, problem, smem)
+  is_quantised = problem.is_quantised
+
+  def wait_for_next_k():
+    @pl.when(jnp.logical_not(is_last))
+    def _():
+      wait(kv_ring.K, nth + 1)
+
+  def seen(shape, sees):
+    """Tells which elements count: seen, of mapped pages; rows are positions."""
+    rows = _iota(shape, 0)
     chunks = rows >> int(math.log2(problem.chunk))  # which is a power of two
-    is_mapped = (lax.broadcast_in_dim(mapped, value.shape, []) >> chunks) & 1
-    return jnp.where(sees(base + rows) & (is_mapped != 0), value, otherwise)
+    is_mapped = (lax.broadcast_in_dim(mapped, shape, []) >> chunks) & 1
+    return sees(base + rows) & (is_mapped != 0)
 
-  plgpu.barrier_wait(smem.k_loaded.at[slot])
-  s = online_softmax.matmul(smem.k_smem.at[slot], smem.q_smem.T)
-  plgpu.barrier_arrive(smem.k_consumed.at[slot])
+  if is_quantised:
+    plgpu.commit_smem()
+  else:
+    wait(kv_ring.K, nth)
+  s = online_softmax.matmul(
+    operand(kv_ring.K, nth),
+    smem.q_smem.T,
+    functools.partial(wait, kv_ring.V, nth) if is_quantised else None,
+  )
+  is_seen = seen(s.shape, lambda rows: _sees(problem, tiles, rows))
+  if is_quantised:
+    k_scales = kv_ring.scales(problem, smem, kv_ring.K, nth)
+    s *= online_softmax.down(k_scales, s.shape)
+  kv_ring.give_back(problem, smem, kv_ring.K, nth)
   s = online_softmax.to_base_2(s, problem.scale, problem.logits_soft_cap)
-  s = masked(s, -jnp.inf, lambda rows: _sees(problem, tiles, rows))
-  (acc, m, l), p = online_softmax.fold(state, s)
-  smem.p_smem.T[...] = p.astype(problem.dtype)
-  plgpu.barrier_wait(smem.v_loaded.at[slot])
+  s = jnp.where(is_seen, s, -jnp.inf)
+  weighted = None
+  if is_quantised:
+    v_scales = kv_ring.scales(problem, smem, kv_ring.V, nth)
+    kv_ring.give_back(problem, smem, kv_ring.V, nth)
+    weights = jnp.log2(jnp.maximum(v_scales, _TINY))
+    weighted = s + online_softmax.down(weights, s.shape)
+    weighted = jnp.where(is_seen, weighted, -jnp.inf)
+  (acc, m, l), p = online_softmax.fold(state, s, weighted)
+  smem.p_smem.T[...] = p.astype(problem.operand_dtype)
+  if not is_quantised:
+    wait(kv_ring.V, nth)
+  v_smem = operand(kv_ring.V, nth)
   all_mapped = mapped == (1 << problem.num_chunks) - 1
 
   @pl.when(jnp.logical_not(tiles.sees_all(base) & all_mapped))
-  def _zero_masked_rows():
+  def _zero_unseen_rows():
     for start, size in online_softmax.row_blocks(problem.head_dim):
       for column in range(start, start + size, _COLUMNS):
         v = v_smem.at[:, pl.ds(column, _COLUMNS)]
-        v[...] = masked(v[...], 0.0, tiles.are_seen)
+        keep = seen(v.shape, tiles.are_seen)
+        v[...] = jnp.where(keep, v[...], 0.0)
 
   plgpu.commit_smem()
   columns = online_softmax.row_blocks(problem.head_dim)
@@ -459,11 +486,13 @@ def _fold_tile(problem, smem, tiles, nth, base, ids, state):
       rows,
       v_smem.at[:, pl.ds(start, size)].T,
       smem.p_smem.T,
+      wait_for_next_k if is_quantised and start == 0 else None,
       interpreted=problem.interpret is not None,
     )
     for rows, (start, size) in zip(acc, columns, strict=True)
   )
-  plgpu.barrier_arrive(smem.v_consumed.at[slot])
+  if not is_quantised:
+    kv_ring.give_back(problem, smem, kv_ring.V, nth)
   return online_softmax.State(acc, m, l)
 
 
@@ -481,9 +510,3 @@ def _sees(problem, tiles, positions):
   before = tiles.num_earlier - token
   # The columns past the sequence's query tokens see nothing.
   return tiles.sees(positions, before) & (before >= 0)
-
-
-def _mapped_chunks(problem, ids):
-  """Returns a bit per chunk of a tile: whether its page is mapped."""
-  mapped = [(page >= 0) & (page < problem.num_pages) for page in ids]
-  return sum(bit.astype(jnp.int32) << j for j, bit in enumerate(mapped))

@@ -35,6 +35,8 @@ def attend(
   *,
   max_q_len: int,
   sinks: Float[Array, " num_q_heads"] | None,
+  k_scales: Float[Array, "num_pages num_kv_heads page_size"] | None = None,
+  v_scales: Float[Array, "num_pages num_kv_heads page_size"] | None = None,
   config: decode_config.Config | None = None,
   interpret: plgpu.InterpretGPUParams | None = None,
   **options,
@@ -54,6 +56,8 @@ def attend(
     num_active: sequences from this one on have no queries.
     max_q_len: most query tokens of a sequence; the rest is not attended.
     sinks: see `paged_decode`.
+    k_scales: see `paged_decode`.
+    v_scales: see `paged_decode`.
     config: see `paged_decode`.
     interpret: see `paged_decode`.
     options: see `paged_decode`.
@@ -74,6 +78,7 @@ def attend(
     num_q_heads,
     num_kv_heads,
     q.dtype,
+    kv_dtype=k_pages.dtype,
     max_q_len=max_q_len,
   ):
     raise NotImplementedError(reason)
@@ -99,6 +104,7 @@ def attend(
     page_indices,
     max_q_len=max_q_len,
     sinks=sinks,
+    scales=None if k_scales is None else (k_scales, v_scales),
     config=config,
     interpret=interpret,
     **options,

@@ -1,0 +1,138 @@
+"""The rings of KV tiles in shared memory, between a copy and a product.
+
+The memory warpgroup fills them chunk by chunk, page by page; the compute
+warpgroup takes a tile, as an operand of wgmma. Tiles of 8-bit numbers become
+float16 first (`widen`), one operand for K and one for V; the scales of their
+tokens come in rings of their own, and are left to the caller, who has fewer
+scores than there are numbers.
+
+  pages    |p7|p2|p9|p4|  one copy each         (and one for their scales)
+  ring     |  tile 4   |  tile 5   |  tile 3   |         num_stages tiles
+  operand  |  tile 3, in 16 bits   |                     or the ring itself
+"""
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import widen
+from pallas_kernels.decode_problem import Problem
+
+K, V = "k", "v"
+
+
+def page_ids(problem: Problem, table_gmem, seq, base):
+  """Returns the page of each chunk of the tile at a position.
+
+  Past the table's end, it is any page: it will be masked.
+  """
+  starts = (base + j * problem.chunk for j in range(problem.num_chunks))
+  columns = [lax.div(start, jnp.int32(problem.page_size)) for start in starts]
+  last = problem.pages_per_seq - 1
+  return [table_gmem[seq, jnp.minimum(column, last)] for column in columns]
+
+
+def mapped_chunks(problem: Problem, ids):
+  """Returns a bit per chunk of a tile: whether its page is mapped."""
+  mapped = [(page >= 0) & (page < problem.num_pages) for page in ids]
+  return sum(bit.astype(jnp.int32) << j for j, bit in enumerate(mapped))
+
+
+def load(problem: Problem, gmem, smem, head, nth, base, ids) -> None:
+  """Copies the program's nth tile of K and of V into their rings."""
+  for which in (K, V):
+    _load(problem, gmem, smem, which, head, nth, base, ids)
+
+
+def _load(problem, gmem, smem, which, head, nth, base, ids):
+  loaded, consumed = _barriers(smem, which)
+  chunk, slot = problem.chunk, _slot(problem, nth)
+
+  @pl.when(nth >= problem.config.num_stages)
+  def _():
+    plgpu.barrier_wait(consumed.at[slot])
+
+  for j, page in enumerate(ids):
+    page = jnp.clip(page, 0, problem.num_pages - 1)
+    row = lax.rem(base + j * chunk, jnp.int32(problem.page_size))
+    # The page as a whole is a simpler copy than all of its rows.
+    rows = (pl.ds(row, chunk),) if chunk < problem.page_size else ()
+    at, place = (page, head, *rows), (slot, pl.ds(j * chunk, chunk))
+    # Rows that lie as they come, where TMA's tiles could not.
+    plain = dict(oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+    plgpu.copy_gmem_to_smem(
+      getattr(gmem, which).at[at],
+      getattr(smem, f"{which}_smem").at[*place, pl.ds(0, problem.head_dim)],
+      loaded.at[slot],
+      **plain if problem.is_quantised else {},
+    )
+    if problem.is_quantised:
+      plgpu.copy_gmem_to_smem(
+        getattr(gmem, f"{which}_scales").at[at],
+        getattr(smem, f"{which}_scales_smem").at[place],
+        loaded.at[slot],
+        **plain,
+      )
+
+
+def drain(problem: Problem, smem, num_tiles) -> None:
+  """Waits until all tiles were taken.
+
+  No barrier may be left with a completion that nobody waited for.
+  """
+
+  @pl.loop(jnp.maximum(num_tiles - problem.config.num_stages, 0), num_tiles)
+  def _(nth):
+    for which in (K, V):
+      _, consumed = _barriers(smem, which)
+      plgpu.barrier_wait(consumed.at[_slot(problem, nth)])
+
+
+def wait(problem: Problem, smem, which: str, nth):
+  """Waits for the program's nth tile of K or V, and makes its operand.
+
+  There is one operand for all tiles of 8-bit numbers: wgmma must be done with
+  the last, and sees the new one after `commit_smem`.
+  """
+  loaded, _ = _barriers(smem, which)
+  slot = _slot(problem, nth)
+  ring = getattr(smem, f"{which}_smem").at[slot]
+  plgpu.barrier_wait(loaded.at[slot])
+  if problem.is_quantised:
+    widen.to_float16(
+      ring,
+      operand(problem, smem, which, nth),
+      problem.operand_transforms,
+      interpreted=problem.interpret is not None,
+    )
+
+
+def operand(problem: Problem, smem, which: str, nth):
+  """Returns the operand of the program's nth tile of K or V."""
+  if problem.is_quantised:
+    return getattr(smem, f"wide_{which}_smem")
+  return getattr(smem, f"{which}_smem").at[_slot(problem, nth)]
+
+
+def scales(problem: Problem, smem, which: str, nth):
+  """Returns the scales of the rows of a tile of 8-bit numbers."""
+  return plgpu.load(
+    getattr(smem, f"{which}_scales_smem").at[_slot(problem, nth)],
+    layout=plgpu.Layout.WGMMA.reduce(1),
+    optimized=False,
+  )
+
+
+def give_back(problem: Problem, smem, which: str, nth) -> None:
+  """Lets the next tile take the place of one in the ring."""
+  _, consumed = _barriers(smem, which)
+  plgpu.barrier_arrive(consumed.at[_slot(problem, nth)])
+
+
+def _slot(problem, nth):
+  return lax.rem(nth, jnp.int32(problem.config.num_stages))
+
+
+def _barriers(smem, which):
+  return getattr(smem, f"{which}_loaded"), getattr(smem, f"{which}_consumed")
