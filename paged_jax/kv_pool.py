@@ -212,10 +212,8 @@ def copy_pages(
   """
   if src.ndim != 1 or src.shape != dst.shape:
     raise ValueError(f"{src.shape=} and {dst.shape=} must be one length.")
-  by_kernel = (
-    devices.why_not_hopper() is None
-    and pool.k_scales is None
-    and page_copy.unsupported(pool.k.shape[1:], pool.k.dtype) is None
+  by_kernel = devices.why_not_hopper() is None and not any(
+    page_copy.unsupported(x.shape[1:], x.dtype) for x in jax.tree.leaves(pool)
   )
   if not by_kernel:
     return _copy_in_a_loop(pool, src, dst)
@@ -226,8 +224,9 @@ def copy_pages(
 
 
 def _copy_by_kernel(pool: KVPool, src: Array, dst: Array) -> KVPool:
-  k, v = page_copy.copy_pages((pool.k, pool.v), src, dst)
-  return KVPool(k=k, v=v)
+  arrays, structure = jax.tree.flatten(pool)
+  copied = page_copy.copy_pages(tuple(arrays), src, dst)
+  return jax.tree.unflatten(structure, copied)
 
 
 def _copy_in_a_loop(pool: KVPool, src: Array, dst: Array) -> KVPool:
