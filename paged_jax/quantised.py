@@ -24,6 +24,16 @@ def is_quantised(dtype: DTypeLike) -> bool:
   return jnp.dtype(dtype) in _LARGEST
 
 
+def query_dtype(dtype: DTypeLike, kv_dtype: DTypeLike) -> np.dtype:
+  """Returns the dtype in which queries attend to pages of `kv_dtype`.
+
+  Args:
+    dtype: Of the computation around the attention.
+    kv_dtype: Of the pages.
+  """
+  return jnp.dtype(dtype if is_quantised(kv_dtype) else kv_dtype)
+
+
 def quantise(
   x: Float[Array, "*rows head_dim"], dtype: DTypeLike
 ) -> tuple[Real[Array, "*rows head_dim"], Float32[Array, "*rows"]]:

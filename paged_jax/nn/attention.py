@@ -112,8 +112,7 @@ class PagedAttention(nnx.Module):
     k = apply_rotary(k, step.positions, self.rope_theta)
     pool = kv_pool.write(cache.pool, self.layer, k, v, step.slots)
     cache = dataclasses.replace(cache, pool=pool)
-    if not quantised.is_quantised(pool.k.dtype):
-      q = q.astype(pool.k.dtype)
+    q = q.astype(quantised.query_dtype(q.dtype, pool.k.dtype))
     out = self._attend(q, cache, step)
     out = out.astype(x.dtype).reshape(num_tokens, -1)
     return self.o_proj(out), cache
