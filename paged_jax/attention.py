@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int, Real
 
-from paged_jax import attention_checks, attention_xla, devices
+from paged_jax import attention_checks, attention_xla, devices, quantised
 from pallas_kernels import decode_config, paged_decode, short_queries
 
 IMPLEMENTATIONS = ("mosaic_gpu", "xla")
@@ -25,11 +25,13 @@ IMPLEMENTATIONS = ("mosaic_gpu", "xla")
 
 def paged_attention(
   q: Float[Array, "num_seqs num_q_heads head_dim"],
-  k_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
-  v_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
+  k_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
+  v_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
   kv_lens: Int[Array, " num_seqs"],
   page_indices: Int[Array, "num_seqs pages_per_seq"],
   *,
+  k_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None = None,
+  v_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None = None,
   scale: float | None = None,
   sliding_window: int | None = None,
   num_sink_tokens: int = 0,
@@ -44,13 +46,17 @@ def paged_attention(
   in the pool already.
 
   Args:
-    q: [num_seqs, num_q_heads, head_dim].
-    k_pages: [num_pages, num_kv_heads, page_size, head_dim], dtype of `q`.
+    q: [num_seqs, num_q_heads, head_dim], bfloat16, float16 or float32.
+    k_pages: [num_pages, num_kv_heads, page_size, head_dim], dtype of `q`, or
+      int8 or float8_e4m3fn with scales.
     v_pages: The same of the values.
     kv_lens: i32[num_seqs], tokens stored; 0 or less gives an output of 0. Of
       more than the table has room for, only what the table names is seen.
     page_indices: i32[num_seqs, pages_per_seq], physical page of each logical
       page. Pages out of `[0, num_pages)` are holes: their keys are not seen.
+    k_scales: f32[num_pages, num_kv_heads, page_size], factors of the keys of
+      int8 or float8_e4m3fn pages; None for other pages.
+    v_scales: The same of the values.
     scale: Multiplies the logits; `head_dim ** -0.5` if None.
     sliding_window: If given, a query at `pos` sees keys in
       `(pos - sliding_window, pos]` only.
@@ -72,6 +78,7 @@ def paged_attention(
     NotImplementedError: If `implementation` cannot serve these arguments here.
   """
   attention_checks.check_pools(q, k_pages, v_pages, kv_lens, page_indices)
+  attention_checks.check_scales(k_pages, k_scales, v_scales)
   attention_checks.check_options(
     q, scale, sliding_window, num_sink_tokens, logits_soft_cap, sinks
   )
@@ -86,6 +93,8 @@ def paged_attention(
     v_pages,
     kv_lens,
     page_indices,
+    k_scales,
+    v_scales,
     sinks,
     scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
     sliding_window=sliding_window,
@@ -100,14 +109,16 @@ def paged_attention(
 
 def ragged_paged_attention(
   q: Float[Array, "num_tokens num_q_heads head_dim"],
-  k_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
-  v_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
+  k_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
+  v_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
   kv_lens: Int[Array, " num_seqs"],
   page_indices: Int[Array, "num_seqs pages_per_seq"],
   cu_q_lens: Int[Array, " num_seqs+1"],
   num_active: Int[Array, ""] | int,
   *,
   max_q_len: int | None = None,
+  k_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None = None,
+  v_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None = None,
   scale: float | None = None,
   sliding_window: int | None = None,
   num_sink_tokens: int = 0,
@@ -136,7 +147,9 @@ def ragged_paged_attention(
       kernel takes them, as for the verification of speculative tokens. It is
       not checked: what a sequence has beyond it may be left at 0 and -inf.
       Without it, plain JAX takes them.
-    scale: See `paged_attention`, as for the other options.
+    k_scales: See `paged_attention`, as for the other options.
+    v_scales: See `paged_attention`.
+    scale: See `paged_attention`.
     sliding_window: See `paged_attention`.
     num_sink_tokens: See `paged_attention`.
     logits_soft_cap: See `paged_attention`.
@@ -154,6 +167,7 @@ def ragged_paged_attention(
     NotImplementedError: If `implementation` cannot serve these arguments here.
   """
   attention_checks.check_pools(q, k_pages, v_pages, kv_lens, page_indices)
+  attention_checks.check_scales(k_pages, k_scales, v_scales)
   attention_checks.check_options(
     q, scale, sliding_window, num_sink_tokens, logits_soft_cap, sinks
   )
@@ -178,6 +192,8 @@ def ragged_paged_attention(
     page_indices,
     cu_q_lens,
     jnp.reshape(active, ()),
+    k_scales,
+    v_scales,
     sinks,
     scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
     sliding_window=sliding_window,
@@ -201,10 +217,9 @@ def _paged_attention(*args, implementation: str, **options):
   if implementation == "xla":
     return xla(*args)
 
-  def mosaic(q, k_pages, v_pages, kv_lens, page_indices, sinks):
-    return paged_decode.paged_decode(
-      q, k_pages, v_pages, kv_lens, page_indices, sinks=sinks, **options
-    )
+  def mosaic(*args):
+    *args, _, _, sinks = args  # no scales: see why_not_mosaic_gpu
+    return paged_decode.paged_decode(*args, sinks=sinks, **options)
 
   # A process with a GPU may still compile for its CPU.
   return lax.platform_dependent(*args, cuda=mosaic, default=xla)
@@ -222,7 +237,7 @@ def _ragged_paged_attention(
     return xla(*args)
 
   def mosaic(*args):
-    *args, sinks = args
+    *args, _, _, sinks = args
     return short_queries.attend(
       *args, max_q_len=max_q_len, sinks=sinks, **options
     )
@@ -247,6 +262,8 @@ def why_not_mosaic_gpu(
     return f"without a max_q_len of at most {most}, no kernel takes it yet."
   if device := devices.why_not_hopper():
     return device
+  if quantised.is_quantised(k_pages.dtype):
+    return f"no kernel takes pages of {k_pages.dtype} yet."
   _, num_kv_heads, page_size, head_dim = k_pages.shape
   return decode_config.unsupported(
     head_dim,

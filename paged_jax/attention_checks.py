@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from paged_jax import kv_pool
+from paged_jax import kv_pool, quantised
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -16,15 +16,8 @@ def check_pools(q, k_pages, v_pages, kv_lens, page_indices) -> None:
   for name, (x, ndim) in ranks.items():
     if jnp.ndim(x) != ndim:
       raise ValueError(f"{name}.shape={jnp.shape(x)} must have {ndim} axes.")
+  _check_dtypes(q, k_pages, v_pages)
   for name, x in (("k_pages", k_pages), ("v_pages", v_pages), ("q", q)):
-    if x.dtype not in kv_pool.DTYPES:
-      raise ValueError(
-        f"{name}.dtype={x.dtype} must be float32, bfloat16 or float16."
-      )
-    if x.dtype != k_pages.dtype:
-      raise ValueError(
-        f"{name}.dtype={x.dtype} must be that of {k_pages.dtype=}."
-      )
     if 0 in x.shape[1:]:
       raise ValueError(f"{name}.shape={x.shape} has an empty axis.")
   if k_pages.shape != v_pages.shape:
@@ -47,6 +40,43 @@ def check_pools(q, k_pages, v_pages, kv_lens, page_indices) -> None:
     raise ValueError(
       f"{page_indices.shape=} must have one row for each of {kv_lens.shape=}."
     )
+
+
+def _check_dtypes(q, k_pages, v_pages) -> None:
+  for name, x in (("k_pages", k_pages), ("v_pages", v_pages)):
+    if x.dtype not in kv_pool.DTYPES:
+      raise ValueError(f"{name}.dtype={x.dtype} must be {kv_pool.DTYPE_NAMES}.")
+  if q.dtype not in kv_pool.FLOAT_DTYPES:
+    raise ValueError(f"q.dtype={q.dtype} must be float32, bfloat16 or float16.")
+  alike = dict(v_pages=v_pages)
+  if not quantised.is_quantised(k_pages.dtype):
+    alike |= dict(q=q)
+  for name, x in alike.items():
+    if x.dtype != k_pages.dtype:
+      raise ValueError(
+        f"{name}.dtype={x.dtype} must be that of {k_pages.dtype=}."
+      )
+
+
+def check_scales(k_pages, k_scales, v_scales) -> None:
+  """Raises a ValueError if scales do not fit pages that were checked."""
+  needed = quantised.is_quantised(k_pages.dtype)
+  for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
+    if (scales is not None) != needed:
+      raise ValueError(
+        f"{name} must be {'an array' if needed else 'None'} for "
+        f"{k_pages.dtype=}."
+      )
+    if scales is None:
+      continue
+    check_arrays(**{name: scales})
+    if scales.dtype != quantised.SCALE_DTYPE:
+      raise ValueError(f"{name}.dtype={scales.dtype} must be float32.")
+    if scales.shape != k_pages.shape[:-1]:
+      raise ValueError(
+        f"{name}.shape={scales.shape} must be {k_pages.shape[:-1]}: that of "
+        "the pages without head_dim."
+      )
 
 
 def check_arrays(**arrays) -> None:
@@ -88,7 +118,7 @@ def check_options(
     raise ValueError(
       f"sinks.shape={jnp.shape(sinks)} must be ({q.shape[1]},): num_q_heads."
     )
-  if sinks.dtype not in kv_pool.DTYPES:
+  if sinks.dtype not in kv_pool.FLOAT_DTYPES:
     raise ValueError(
       f"sinks.dtype={sinks.dtype} must be float32, bfloat16 or float16."
     )

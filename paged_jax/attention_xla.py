@@ -6,13 +6,18 @@ work are blocks of query tokens of one sequence: one token for decode, up to
 128 for prefill; sequences that are shorter, or windowed, skip the tiles that
 none of their queries sees.
 
+The narrow numbers of quantised pages are exact in the dtype of the queries.
+Their scales join in float32: those of K the scores, those of V the softmax.
+
 Masking selects, it never multiplies: what lies in unread page tails, holes and
 other sequences' pages leaves no trace, not even NaN.
 """
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int, Real
+
+from paged_jax import quantised
 
 _DECODE_TILE = 128  # tokens of K and V in flight for each row
 _PREFILL_TILE = 256
@@ -22,10 +27,12 @@ _BLOCKS_PER_WAVE = 8
 
 def paged_attention(
   q: Float[Array, "num_seqs num_q_heads head_dim"],
-  k_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
-  v_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
+  k_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
+  v_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
   kv_lens: Int[Array, " num_seqs"],
   page_indices: Int[Array, "num_seqs pages_per_seq"],
+  k_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None,
+  v_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None,
   sinks: Float[Array, " num_q_heads"] | None,
   **options,
 ) -> tuple[Array, Array]:
@@ -37,6 +44,8 @@ def paged_attention(
     page_indices,
     jnp.arange(q.shape[0], dtype=jnp.int32),
     kv_lens[:, None] - 1,
+    k_scales,
+    v_scales,
     sinks,
     tile_tokens=_DECODE_TILE,
     **options,
@@ -46,12 +55,14 @@ def paged_attention(
 
 def ragged_paged_attention(
   q: Float[Array, "num_tokens num_q_heads head_dim"],
-  k_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
-  v_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
+  k_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
+  v_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
   kv_lens: Int[Array, " num_seqs"],
   page_indices: Int[Array, "num_seqs pages_per_seq"],
   cu_q_lens: Int[Array, " num_seqs+1"],
   num_active: Int[Array, ""],
+  k_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None,
+  v_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None,
   sinks: Float[Array, " num_q_heads"] | None,
   **options,
 ) -> tuple[Array, Array]:
@@ -79,6 +90,8 @@ def ragged_paged_attention(
       page_indices,
       seq_ids,
       positions,
+      k_scales,
+      v_scales,
       sinks,
       tile_tokens=_PREFILL_TILE,
       **options,
@@ -134,6 +147,8 @@ def _attend(
   page_indices,
   seq_ids,  # i32[num_rows], row of page_indices
   positions,  # i32[num_rows, block_q]; a query below 0 sees nothing
+  k_scales,
+  v_scales,
   sinks,
   *,
   scale: float,
@@ -156,6 +171,9 @@ def _attend(
     num_sink_tokens,
   )
   q = q.reshape(num_rows, block_q, num_kv_heads, group, head_dim)
+  # Probabilities times scales of V can lie outside of what float16 holds.
+  narrow = v_scales is None or q.dtype == jnp.bfloat16
+  product_dtype = q.dtype if narrow else jnp.float32
 
   def fold(i, state):
     m, l, acc = state
@@ -173,12 +191,17 @@ def _attend(
       sliding_window,
       num_sink_tokens,
     )  # [num_rows, block_q, pages_per_tile, page_size]
+    # 0 * NaN is NaN: V that no query of the block sees is selected away.
+    seen = visible.any(1)[:, :, None]
     page = jnp.where(mapped, page, 0)
-    k = k_pages.at[page].get(mode="clip")
-    v = v_pages.at[page].get(mode="clip")
+    k = _gather(k_pages, page).astype(q.dtype)
+    v = _gather(v_pages, page).astype(product_dtype)
+    v = jnp.where(seen[..., None], v, 0)
     s = scale * jnp.einsum(
       "rqhgd,rphsd->rhgqps", q, k, preferred_element_type=jnp.float32
     )
+    if k_scales is not None:
+      s *= _by_key(k_scales, page, seen)
     if logits_soft_cap is not None:
       s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
     s = jnp.where(visible[:, None, None], s, -jnp.inf)
@@ -187,11 +210,10 @@ def _attend(
     shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)
     alpha = jnp.exp(m - shift)
     p = jnp.exp(s - shift[..., None, None])
-    # 0 * NaN is NaN: what no query of the block sees is selected away.
-    v = jnp.where(visible.any(1)[:, :, None, :, None], v, 0)
+    weights = p if v_scales is None else p * _by_key(v_scales, page, seen)
     acc = acc * alpha[..., None] + jnp.einsum(
       "rhgqps,rphsd->rhgqd",
-      p.astype(v.dtype),
+      weights.astype(product_dtype),
       v,
       preferred_element_type=jnp.float32,
     )
@@ -215,6 +237,16 @@ def _attend(
     num_rows, block_q, num_q_heads, head_dim
   )
   return out, jnp.moveaxis(lse, 3, 1).reshape(num_rows, block_q, num_q_heads)
+
+
+def _gather(pages, page):
+  return quantised.move(lambda x, i: x.at[i].get(mode="clip"), pages, page)
+
+
+def _by_key(scales, page, seen):
+  """Gathers scales, 0 where not `seen`, as factors of [r, h, g, q, p, s]."""
+  scales = jnp.where(seen, _gather(scales, page), 0.0)
+  return scales.swapaxes(1, 2)[:, :, None, None]
 
 
 def _visible(pos, key, sliding_window, num_sink_tokens):

@@ -6,6 +6,9 @@ array for K and one for V. Seen flat, layer `l` of page `p` is row
 flat array, with its page indices moved: no slice of a layer is ever made, and
 the sentinel `num_pages` stays out of range in every layer.
 
+A pool of a quantised dtype holds a scale for each token and KV head besides
+(`quantised`), laid out like the pages and treated with them.
+
 A step writes first, then attends, and never reads the old pool again: XLA then
 updates the donated pool in place.
 """
@@ -18,11 +21,13 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from paged_jax import devices
+from paged_jax import devices, quantised
 from paged_jax.pytree import Leaf
 from pallas_kernels import page_copy
 
-DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+FLOAT_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
+DTYPES = FLOAT_DTYPES + quantised.DTYPES
+DTYPE_NAMES = "bfloat16, float16, float32, int8 or float8_e4m3fn"
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +37,9 @@ class KVPool:
 
   k: Leaf  # [num_pages, num_layers, num_kv_heads, page_size, head_dim]
   v: Leaf  # [num_pages, num_layers, num_kv_heads, page_size, head_dim]
+  # f32[num_pages, num_layers, num_kv_heads, page_size] of quantised pages.
+  k_scales: Leaf | None = None
+  v_scales: Leaf | None = None
 
   @property
   def num_pages(self) -> int:
@@ -42,6 +50,18 @@ class KVPool:
   def page_size(self) -> int:
     """Tokens a page holds."""
     return self.k.shape[3]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerPages:
+  """The pages of one layer, as the attention ops take them."""
+
+  k_pages: Leaf  # [num_pages, num_kv_heads, page_size, head_dim]
+  v_pages: Leaf  # [num_pages, num_kv_heads, page_size, head_dim]
+  k_scales: Leaf | None  # f32[num_pages, num_kv_heads, page_size] if quantised
+  v_scales: Leaf | None  # f32[num_pages, num_kv_heads, page_size] if quantised
+  page_indices: Leaf  # i32[num_seqs, pages_per_seq]
 
 
 def init(
@@ -60,7 +80,8 @@ def init(
     num_kv_heads: Key and value heads, at least 1.
     page_size: Tokens a page holds; a positive multiple of 8.
     head_dim: Width of one head, at least 1.
-    dtype: bfloat16, float16 or float32.
+    dtype: bfloat16, float16 or float32; int8 or float8_e4m3fn for quantised
+      pages, which have scales.
 
   Raises:
     ValueError: If an argument is out of its range, or if the pool would have
@@ -68,7 +89,11 @@ def init(
   """
   shape = (num_pages, num_layers, num_kv_heads, page_size, head_dim)
   _check_sizes(shape, dtype)
-  return KVPool(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+  zeros = lambda: jnp.zeros(shape, dtype)
+  if not quantised.is_quantised(dtype):
+    return KVPool(k=zeros(), v=zeros())
+  scales = lambda: jnp.zeros(shape[:-1], quantised.SCALE_DTYPE)
+  return KVPool(k=zeros(), v=zeros(), k_scales=scales(), v_scales=scales())
 
 
 def page_bytes(
@@ -78,9 +103,11 @@ def page_bytes(
   head_dim: int,
   dtype: DTypeLike,
 ) -> int:
-  """Returns the bytes of one page: K and V of all layers."""
-  tokens = num_layers * num_kv_heads * page_size
-  return 2 * tokens * head_dim * jnp.dtype(dtype).itemsize
+  """Returns the bytes of one page: K and V of all layers, and their scales."""
+  row = head_dim * jnp.dtype(dtype).itemsize
+  if quantised.is_quantised(dtype):
+    row += quantised.SCALE_DTYPE.itemsize
+  return 2 * num_layers * num_kv_heads * page_size * row
 
 
 def write(
@@ -98,7 +125,7 @@ def write(
     pool: The pool; donate it, and do not read the old one after the write.
     layer: Which layer, in `[0, num_layers)`.
     k: [num_tokens, num_kv_heads, head_dim], new keys, rotated already. Cast to
-      the dtype of the pool.
+      the dtype of the pool, or quantised.
     v: The same of the values.
     slots: i32[num_tokens], `page * page_size + offset` (see
       `page_table.slots`). Slots out of range are dropped; the others must
@@ -119,23 +146,23 @@ def write(
   rows = _flat_rows(slots, layer, pool.k.shape)
 
   def put(pages: Array, x: Array) -> Array:
-    flat = pages.reshape(-1, head_dim)
-    flat = flat.at[rows].set(
-      x.reshape(-1, head_dim).astype(pages.dtype),
-      mode="drop",
-      unique_indices=True,
+    scatter = lambda pages, rows, x: pages.at[rows].set(
+      x, mode="drop", unique_indices=True
     )
+    row = x.shape[2:]  # none of scales
+    flat = pages.reshape(-1, *row)
+    flat = quantised.move(scatter, flat, rows, x.reshape(-1, *row))
     return flat.reshape(pages.shape)
 
-  return KVPool(k=put(pool.k, k), v=put(pool.v, v))
+  return jax.tree.map(put, pool, _stored(pool, k, v))
 
 
 def layer_pages(
   pool: KVPool,
   layer: int,
   page_indices: Int[Array, "num_seqs pages_per_seq"],
-) -> tuple[Array, Array, Int[Array, "num_seqs pages_per_seq"]]:
-  """Returns the K pages, V pages and page indices by which to read a layer.
+) -> LayerPages:
+  """Returns the pages, scales and page indices by which to read a layer.
 
   Args:
     pool: The pool.
@@ -144,18 +171,21 @@ def layer_pages(
 
   Returns:
     K and V as [num_pages * num_layers, num_kv_heads, page_size, head_dim] (a
-    view of the whole pool) and the indices of this layer's pages in them.
+    view of the whole pool), their scales in the same way, and the indices of
+    this layer's pages in them.
 
   Raises:
     ValueError: If `layer` is out of range.
   """
   _check_layer(pool, layer)
-  num_pages, num_layers, *tile = pool.k.shape
-  flat = (num_pages * num_layers, *tile)
-  return (
-    pool.k.reshape(flat),
-    pool.v.reshape(flat),
-    page_indices * num_layers + layer,
+  num_layers = pool.k.shape[1]
+  flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pool)
+  return LayerPages(
+    k_pages=flat.k,
+    v_pages=flat.v,
+    k_scales=flat.k_scales,
+    v_scales=flat.v_scales,
+    page_indices=page_indices * num_layers + layer,
   )
 
 
@@ -182,9 +212,8 @@ def copy_pages(
   """
   if src.ndim != 1 or src.shape != dst.shape:
     raise ValueError(f"{src.shape=} and {dst.shape=} must be one length.")
-  by_kernel = (
-    devices.why_not_hopper() is None
-    and page_copy.unsupported(pool.k.shape[1:], pool.k.dtype) is None
+  by_kernel = devices.why_not_hopper() is None and not any(
+    page_copy.unsupported(x.shape[1:], x.dtype) for x in jax.tree.leaves(pool)
   )
   if not by_kernel:
     return _copy_in_a_loop(pool, src, dst)
@@ -195,8 +224,9 @@ def copy_pages(
 
 
 def _copy_by_kernel(pool: KVPool, src: Array, dst: Array) -> KVPool:
-  k, v = page_copy.copy_pages((pool.k, pool.v), src, dst)
-  return KVPool(k=k, v=v)
+  arrays, structure = jax.tree.flatten(pool)
+  copied = page_copy.copy_pages(tuple(arrays), src, dst)
+  return jax.tree.unflatten(structure, copied)
 
 
 def _copy_in_a_loop(pool: KVPool, src: Array, dst: Array) -> KVPool:
@@ -205,10 +235,12 @@ def _copy_in_a_loop(pool: KVPool, src: Array, dst: Array) -> KVPool:
   src, dst = jnp.clip(src[first], 0, pool.num_pages - 1), dst[first]
 
   def copy(i: Array, pool: KVPool) -> KVPool:
-    put = lambda pages: lax.dynamic_update_index_in_dim(
-      pages, lax.dynamic_index_in_dim(pages, src[i]), dst[i], 0
+    put = lambda pages, src, dst: lax.dynamic_update_index_in_dim(
+      pages, lax.dynamic_index_in_dim(pages, src), dst, 0
     )
-    return KVPool(k=put(pool.k), v=put(pool.v))
+    return jax.tree.map(
+      lambda pages: quantised.move(put, pages, src[i], dst[i]), pool
+    )
 
   num_copies = jnp.sum(wanted, dtype=jnp.int32)
   return lax.fori_loop(0, num_copies, copy, pool)
@@ -230,10 +262,8 @@ def zero_pages(pool: KVPool, pages: Int[Array, " num_zeroed"]) -> KVPool:
   if pages.ndim != 1:
     raise ValueError(f"{pages.shape=} must be one length.")
   pages = _nowhere_if_outside(pages, pool.num_pages)
-  return KVPool(
-    k=pool.k.at[pages].set(0, mode="drop"),
-    v=pool.v.at[pages].set(0, mode="drop"),
-  )
+  zero = lambda x, pages: x.at[pages].set(0, mode="drop")
+  return jax.tree.map(lambda x: quantised.move(zero, x, pages), pool)
 
 
 def resize(pool: KVPool, num_pages: int) -> KVPool:
@@ -247,13 +277,15 @@ def resize(pool: KVPool, num_pages: int) -> KVPool:
   Raises:
     ValueError: If `num_pages` is out of its range (as in `init`).
   """
-  tile = pool.k.shape[1:]
-  _check_sizes((num_pages, *tile), pool.k.dtype)
+  _check_sizes((num_pages, *pool.k.shape[1:]), pool.k.dtype)
   kept = min(pool.num_pages, num_pages)
-  grown = ((0, num_pages - kept), *[(0, 0)] * len(tile))
-  return KVPool(
-    k=jnp.pad(pool.k[:kept], grown), v=jnp.pad(pool.v[:kept], grown)
-  )
+
+  def grown(pages: Array) -> Array:
+    return jnp.pad(
+      pages[:kept], ((0, num_pages - kept), *[(0, 0)] * (pages.ndim - 1))
+    )
+
+  return jax.tree.map(grown, pool)
 
 
 def _check_sizes(shape: tuple[int, ...], dtype: DTypeLike) -> None:
@@ -265,7 +297,7 @@ def _check_sizes(shape: tuple[int, ...], dtype: DTypeLike) -> None:
   if page_size % 8:
     raise ValueError(f"{page_size=} must be a multiple of 8.")
   if jnp.dtype(dtype) not in DTYPES:
-    raise ValueError(f"{dtype=} must be bfloat16, float16 or float32.")
+    raise ValueError(f"{dtype=} must be {DTYPE_NAMES}.")
   num_rows = num_pages * num_layers * num_kv_heads * page_size
   if num_rows >= 2**31:
     raise ValueError(
@@ -277,6 +309,16 @@ def _check_sizes(shape: tuple[int, ...], dtype: DTypeLike) -> None:
 def _nowhere_if_outside(pages: Array, num_pages: int) -> Array:
   """Returns `pages`, `num_pages` for all that are none: -1 would wrap."""
   return jnp.where((pages >= 0) & (pages < num_pages), pages, num_pages)
+
+
+def _stored(pool: KVPool, k: Array, v: Array) -> KVPool:
+  """Returns tokens as the pool stores them: cast, or quantised."""
+  dtype = pool.k.dtype
+  if not quantised.is_quantised(dtype):
+    return KVPool(k=k.astype(dtype), v=v.astype(dtype))
+  k, k_scales = quantised.quantise(k, dtype)
+  v, v_scales = quantised.quantise(v, dtype)
+  return KVPool(k=k, v=v, k_scales=k_scales, v_scales=v_scales)
 
 
 def _check_layer(pool: KVPool, layer: int) -> None:

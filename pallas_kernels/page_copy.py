@@ -5,6 +5,9 @@ tile: enough programs are on a multiprocessor to keep its copy engine busy. A
 program whose copy does not exist ends at once, so that many places for copies
 cost little: 256 places of pages of 1 MiB took 26 us in a loop of XLA that had
 none to make, and 22 us more for each that it had (H200).
+
+A page is contiguous, and is copied as rows that are as wide as TMA takes,
+whatever its shape: the small pages of scales go along with those of the data.
 """
 
 import functools
@@ -16,50 +19,54 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Real
 
 _TILE_BYTES = 32_768
-_MAX_ROWS = 256  # of a copy by TMA
+_MAX_ROWS = 256  # of a copy by TMA; and columns
 _NUM_PARTS = 8  # of a page
 
 
 def unsupported(page_shape: tuple[int, ...], dtype: DTypeLike) -> str | None:
   """Returns why the kernel does not take pages of this shape, or None."""
-  row = page_shape[-1]
-  if row > _MAX_ROWS or row * jnp.dtype(dtype).itemsize % 16:
-    return f"rows of {row} elements are not whole 16 bytes, up to {_MAX_ROWS}."
+  if _columns(math.prod(page_shape), dtype) is None:
+    return f"pages of {page_shape} {jnp.dtype(dtype)} are not whole 16 bytes."
   return None
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def copy_pages(
-  pools: tuple[Float[Array, "num_pages ..."], ...],
+  pools: tuple[Real[Array, "num_pages ..."], ...],
   src: Int[Array, " num_copies"],
   dst: Int[Array, " num_copies"],
   *,
   interpret: plgpu.InterpretGPUParams | None = None,
-) -> tuple[Float[Array, "num_pages ..."], ...]:
+) -> tuple[Real[Array, "num_pages ..."], ...]:
   """Returns the pools with pages copied; in place if they are donated.
 
   Args:
-    pools: arrays of the same shape, at least 2-D, which all get the copies.
+    pools: arrays of as many pages, of any shapes and dtypes that are not
+      `unsupported`, which all get the copies.
     src: pages to copy; clipped to the pool.
     dst: where to; no copy is made where it is not in [0, num_pages).
     interpret: parameters of the interpreter that stands in for a GPU.
+
+  Raises:
+    NotImplementedError: if the kernel does not take the pages of an array.
   """
   if dst.shape[0] == 0:
     return pools
-  num_pages, *page = pools[0].shape
-  rows, columns = math.prod(page[:-1]), page[-1]
-  most = min(_MAX_ROWS, _TILE_BYTES // (columns * pools[0].dtype.itemsize))
-  tile = max(n for n in range(1, most + 1) if rows % n == 0)
-  num_tiles = rows // tile
-  num_parts = min(num_tiles, _NUM_PARTS)
+  page_bytes = max(pool.nbytes // pool.shape[0] for pool in pools)
+  num_parts = min(pl.cdiv(page_bytes, _TILE_BYTES), _NUM_PARTS)
+  tiles = [_tile(pool.shape[1:], pool.dtype, num_parts) for pool in pools]
+  kinds = [(tile, pool.dtype) for tile, pool in zip(tiles, pools, strict=True)]
+  buffers = list(dict.fromkeys(kinds))  # alike pools share one
   kernel = plgpu.kernel(
-    functools.partial(_body, num_parts),
+    functools.partial(
+      _body, num_parts, [buffers.index(kind) for kind in kinds]
+    ),
     out_type=(),
     scratch_types={
-      "tile_smem": plgpu.SMEM((tile, columns), pools[0].dtype),
+      "tiles_smem": [plgpu.SMEM(tile, dtype) for tile, dtype in buffers],
       "loaded": plgpu.Barrier(),
     },
     grid=(dst.shape[0], num_parts),
@@ -70,29 +77,63 @@ def copy_pages(
     interpret=interpret,
     kernel_name="copy_pages",
   )
-  tiled = num_pages, num_tiles, tile, columns
-  refs = [jax.new_ref(pool.reshape(tiled)) for pool in pools]
+  refs = [
+    jax.new_ref(pool.reshape(pool.shape[0], -1, *tile))
+    for pool, tile in zip(pools, tiles, strict=True)
+  ]
   kernel(src.astype(jnp.int32), dst.astype(jnp.int32), *refs)
-  return tuple(ref[...].reshape(pools[0].shape) for ref in refs)
+  return tuple(
+    ref[...].reshape(pool.shape) for ref, pool in zip(refs, pools, strict=True)
+  )
 
 
-def _body(num_parts, src_gmem, dst_gmem, *pools, tile_smem, loaded):
+def _columns(num_elements: int, dtype: DTypeLike) -> int | None:
+  """Returns the widest row into which TMA can cut so many elements, if any."""
+  itemsize = jnp.dtype(dtype).itemsize
+  fitting = (
+    n
+    for n in range(1, _MAX_ROWS + 1)
+    if num_elements % n == 0 and n * itemsize % 16 == 0
+  )
+  return max(fitting, default=None)
+
+
+def _tile(
+  page_shape: tuple[int, ...], dtype: DTypeLike, num_parts: int
+) -> tuple[int, int]:
+  """Returns rows and columns that are moved at once, the same in each tile."""
+  num_elements = math.prod(page_shape)
+  columns = _columns(num_elements, dtype)
+  if columns is None:
+    raise NotImplementedError(unsupported(page_shape, dtype))
+  row_bytes = columns * jnp.dtype(dtype).itemsize
+  rows = num_elements // columns
+  tile_bytes = min(_TILE_BYTES, rows * row_bytes // num_parts)
+  most = max(1, min(_MAX_ROWS, tile_bytes // row_bytes))
+  return max(n for n in range(1, most + 1) if rows % n == 0), columns
+
+
+def _body(num_parts, buffers, src_gmem, dst_gmem, *pools, tiles_smem, loaded):
   """Moves a part of a page, in every pool."""
   copy, part = lax.axis_index("copy"), lax.axis_index("part")
   src, dst = src_gmem[copy], dst_gmem[copy]
-  num_pages, num_tiles = pools[0].shape[:2]
+  num_pages = pools[0].shape[0]
   src = jnp.clip(src, 0, num_pages - 1)
-  first = lax.div(part * num_tiles, jnp.int32(num_parts))
-  end = lax.div((part + 1) * num_tiles, jnp.int32(num_parts))
+
+  def move(pool_gmem, tile_smem):
+    num_tiles = pool_gmem.shape[1]
+    first = lax.div(part * num_tiles, jnp.int32(num_parts))
+    end = lax.div((part + 1) * num_tiles, jnp.int32(num_parts))
+
+    @pl.loop(first, end)
+    def _(i):
+      plgpu.copy_gmem_to_smem(pool_gmem.at[src, i], tile_smem, loaded)
+      plgpu.barrier_wait(loaded)
+      plgpu.copy_smem_to_gmem(tile_smem, pool_gmem.at[dst, i])
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   @pl.when((dst >= 0) & (dst < num_pages))
   def _():
-    @pl.loop(first, end)
-    def _(i):
-      for pool_gmem in pools:
-        plgpu.copy_gmem_to_smem(pool_gmem.at[src, i], tile_smem, loaded)
-        plgpu.barrier_wait(loaded)
-        plgpu.copy_smem_to_gmem(tile_smem, pool_gmem.at[dst, i])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
+    for pool_gmem, buffer in zip(pools, buffers, strict=True):
+      move(pool_gmem, tiles_smem[buffer])
     plgpu.wait_smem_to_gmem(0)

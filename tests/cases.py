@@ -95,6 +95,33 @@ def make(
   )
 
 
+def quantise(problem, kv_dtype):
+  """Returns a Problem of quantised pages, and their scales as options.
+
+  Of a row that is not finite, all of the data is poison too: 127, or NaN.
+  """
+  pages, scales = {}, {}
+  for name in ("k", "v"):
+    rows = getattr(problem, f"{name}_pages").astype(np.float64)
+    data, scale = quantise_rows(rows, kv_dtype)
+    pages[f"{name}_pages"], scales[f"{name}_scales"] = data, scale
+  return dataclasses.replace(problem, **pages), scales
+
+
+def quantise_rows(rows, kv_dtype):
+  """Returns data and f32 scales of float64 rows, in NumPy."""
+  kv_dtype = jnp.dtype(kv_dtype)
+  largest, poison = (127, 127) if kv_dtype == np.int8 else (448, np.nan)
+  scales = (np.abs(rows).max(-1) / largest).astype(np.float32)
+  usable = np.isfinite(scales) & (scales > 0)
+  data = rows / np.where(usable, scales, 1).astype(np.float64)[..., None]
+  if kv_dtype == np.int8:
+    data = np.rint(data)
+  data = np.clip(data, -largest, largest)
+  data = np.where(np.isfinite(scales)[..., None], data, poison)
+  return data.astype(kv_dtype), scales
+
+
 def relative_error(out, expected):
   """Returns ||out - expected|| / ||expected||; NaN or Inf in `out` is Inf."""
   out = np.asarray(out, np.float64)

@@ -40,8 +40,11 @@ def attend_one(
   return out, lse
 
 
-def context_of(pages, row, kv_len):
-  """Gathers a context [kv_len, num_kv_heads, head_dim], and what is mapped."""
+def context_of(pages, row, kv_len, scales=None):
+  """Gathers a context [kv_len, num_kv_heads, head_dim], and what is mapped.
+
+  Scales [num_pages, num_kv_heads, page_size] multiply quantised pages.
+  """
   num_pages, num_kv_heads, page_size, head_dim = pages.shape
   context = np.zeros((kv_len, num_kv_heads, head_dim), np.float64)
   mapped = np.zeros(kv_len, bool)
@@ -49,6 +52,9 @@ def context_of(pages, row, kv_len):
     page = int(row[position // page_size])
     if 0 <= page < num_pages:
       context[position] = pages[page, :, position % page_size]
+      if scales is not None:
+        factors = np.float64(scales[page, :, position % page_size])
+        context[position] *= factors[:, None]
       mapped[position] = True
   return context, mapped
 
@@ -62,6 +68,8 @@ def ragged_paged_attention(
   cu_q_lens,
   num_active,
   *,
+  k_scales=None,
+  v_scales=None,
   scale=None,
   sliding_window=None,
   num_sink_tokens=0,
@@ -78,8 +86,9 @@ def ragged_paged_attention(
   lse = np.full(q.shape[:2], -np.inf)
   for seq in range(int(num_active)):
     kv_len = int(kv_lens[seq])
-    keys, mapped = context_of(k_pages, page_indices[seq], kv_len)
-    values, _ = context_of(v_pages, page_indices[seq], kv_len)
+    row = page_indices[seq]
+    keys, mapped = context_of(k_pages, row, kv_len, k_scales)
+    values, _ = context_of(v_pages, row, kv_len, v_scales)
     start, end = int(cu_q_lens[seq]), int(cu_q_lens[seq + 1])
     for i in range(end - start):
       pos = kv_len - (end - start) + i

@@ -206,11 +206,12 @@ def test_options_reach_the_generation(asked, model):
   argv = ["--page-size", "8", "--num-pages", "4", "--max-len", "32"]
   argv += ["--prefill-chunk", "3", "--max-new-tokens", "5", "--seed", "7"]
   argv += ["--temperature", "0.5", "--top-k", "6", "--top-p", "0.7"]
+  argv += ["--kv-dtype", "int8"]
   argv += ["--min-p", "0.1", "--json", "--logprobs", *PROMPTS]
   assert main(["generate", "--model", model, *argv]) == 0
   (call,) = asked
   assert call["cache"] == CacheConfig(
-    page_size=8, num_pages=4, max_len=32, prefill_chunk=3
+    page_size=8, num_pages=4, max_len=32, dtype="int8", prefill_chunk=3
   )
   assert call["with_logprobs"]
   assert call["params"] == [

@@ -97,6 +97,10 @@ def untouched(monkeypatch):
       "argument --dtype: invalid choice: 'int8' (choose from",
     ),
     (
+      [*PROMPT, "--kv-dtype", "int4"],
+      "argument --kv-dtype: invalid choice: 'int4' (choose from",
+    ),
+    (
       [*PROMPT, "--implementation", "cuda"],
       "argument --implementation: invalid choice: 'cuda' (choose from",
     ),

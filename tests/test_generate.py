@@ -62,6 +62,18 @@ def test_a_sequence_is_the_same_alone():
     assert list(alone.token_ids) == _expected(length)[0]
 
 
+@pytest.mark.parametrize(
+  ("dtype", "most"), [("int8", 0.02), ("float8_e4m3fn", 0.1)]
+)
+def test_quantised_pages_hardly_change_probabilities(dtype, most):
+  result = _greedy(num_new=2, with_logprobs=True, dtype=dtype, prefill_chunk=7)
+  errors = [
+    completion.logprobs[0] - _expected(length)[1][0]
+    for length, completion in zip(LENS, result, strict=True)
+  ]
+  assert 1e-5 < np.abs(errors).max() < most
+
+
 def test_untied_heads_are_used():
   config = dataclasses.replace(tiny_llama.CONFIG, tie_word_embeddings=False)
   (prompt,) = tiny_llama.prompts([5])
@@ -176,7 +188,9 @@ def test_sampled_tokens_depend_on_the_seed_and_not_on_the_batch():
 class _Loop:
   """The compiled loops on the tiny model, as `generate` runs them."""
 
-  def __init__(self, lens, num_new, num_pages=64, rows=4, config=None):
+  def __init__(
+    self, lens, num_new, num_pages=64, rows=4, config=None, kv_dtype=None
+  ):
     dtype = "float32" if config is None else "bfloat16"
     config = config or tiny_llama.CONFIG
     self.model = tiny_llama.model(config, dtype)
@@ -191,7 +205,7 @@ class _Loop:
       num_layers=config.num_layers,
       num_kv_heads=config.num_kv_heads,
       head_dim=config.head_dim,
-      dtype=dtype,
+      dtype=kv_dtype or dtype,
     )
     flat = [token for prompt in _prompts(lens) for token in prompt]
     self.tokens = (
@@ -289,8 +303,9 @@ def _assert_keeps_one_pool(compiled, pool):
       assert elements < pool.size, line
 
 
-def test_the_decode_loop_keeps_one_pool_and_calls_no_host():
-  run = _Loop([30, 9, 1], [3, 20, 7], num_pages=4096)
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_the_decode_loop_keeps_one_pool_and_calls_no_host(kv_dtype):
+  run = _Loop([30, 9, 1], [3, 20, 7], num_pages=4096, kv_dtype=kv_dtype)
   compiled, pool = _compiled_decode(run)
   _assert_keeps_one_pool(compiled, pool)
   hlo = compiled.as_text()
@@ -336,7 +351,7 @@ def test_wrong_prompts_are_named(prompts, message):
     (dict(num_pages=0), "num_pages=0"),
     (dict(max_len=-1), "max_len=-1"),
     (dict(prefill_chunk=0), "prefill_chunk=0"),
-    (dict(dtype=jnp.int8), "dtype="),
+    (dict(dtype=jnp.int16), "dtype="),
   ],
 )
 def test_wrong_cache_sizes_are_named(changes, message):

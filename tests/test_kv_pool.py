@@ -54,14 +54,15 @@ def test_layer_pages_read_what_was_written_and_keep_the_sentinel_out():
   pool = kv_pool.write(pool, 1, k, v, jnp.array([8, 17], jnp.int32))
   table = jnp.array([[1, 2, 3]], jnp.int32)
   for layer in range(2):
-    k_pages, v_pages, pages = kv_pool.layer_pages(pool, layer, table)
-    assert k_pages.shape == (6, 2, 8, 16)
-    assert int(pages[0, 2]) >= k_pages.shape[0]
+    pages = kv_pool.layer_pages(pool, layer, table)
+    assert pages.k_pages.shape == (6, 2, 8, 16)
+    row = pages.page_indices[0]
+    assert int(row[2]) >= pages.k_pages.shape[0]
     np.testing.assert_array_equal(
-      np.asarray(k_pages[pages[0, 0]]), np.asarray(pool.k[1, layer])
+      np.asarray(pages.k_pages[row[0]]), np.asarray(pool.k[1, layer])
     )
     np.testing.assert_array_equal(
-      np.asarray(v_pages[pages[0, 1]]), np.asarray(pool.v[2, layer])
+      np.asarray(pages.v_pages[row[1]]), np.asarray(pool.v[2, layer])
     )
 
 
@@ -136,7 +137,7 @@ def test_page_bytes_is_what_a_page_takes():
     (dict(num_pages=0), "num_pages=0"),
     (dict(page_size=12), "page_size=12"),
     (dict(head_dim=0), "head_dim=0"),
-    (dict(dtype=jnp.int8), "dtype="),
+    (dict(dtype=jnp.int16), "dtype="),
     (dict(num_pages=2**27), "rows"),
   ],
 )

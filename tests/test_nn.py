@@ -1,5 +1,6 @@
 import dataclasses
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,7 @@ def _module(layer=0, **options):
   )
 
 
-def _cache(num_seqs=2, num_pages=12):
+def _cache(num_seqs=2, num_pages=12, dtype=jnp.float32):
   return paged_cache.init(
     num_pages=num_pages,
     page_size=8,
@@ -35,7 +36,7 @@ def _cache(num_seqs=2, num_pages=12):
     num_layers=2,
     num_kv_heads=NUM_KV,
     head_dim=HEAD_DIM,
-    dtype=jnp.float32,
+    dtype=dtype,
   )
 
 
@@ -48,14 +49,25 @@ def _causal(positions, i):
   return positions <= i
 
 
-def _expected(module, x, visible=_causal, scale=HEAD_DIM**-0.5, **options):
-  """The module on one whole sequence, in float64, from its parameters."""
+def _expected(
+  module,
+  x,
+  visible=_causal,
+  scale=HEAD_DIM**-0.5,
+  stored=lambda rows: rows,
+  **options,
+):
+  """The module on one whole sequence, in float64, from its parameters.
+
+  K and V come back from the cache as `stored`.
+  """
   qkv = np.asarray(x, np.float64) @ np.asarray(module.qkv_proj.kernel[...])
   q, k, v = np.split(
     qkv.reshape(len(x), -1, HEAD_DIM), [NUM_Q, NUM_Q + NUM_KV], axis=1
   )
   positions = np.arange(len(x))
   q, k = (oracle.rotate(part, positions, 50.0) for part in (q, k))
+  k, v = stored(k), stored(v)
   out = [
     oracle.attend_one(
       q[i], k, v, visible(positions, i), scale=scale, **options
@@ -119,6 +131,23 @@ def test_options_reach_the_op(options, expected):
   np.testing.assert_allclose(
     got, _expected(module, x, **expected), rtol=0, atol=2e-5
   )
+  assert np.abs(_expected(module, x) - got).max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_only_k_and_v_are_rounded_to_a_quantised_cache(dtype):
+  def stored(rows):
+    data, scales = cases.quantise_rows(rows, dtype)
+    return data.astype(np.float64) * scales[..., None]
+
+  module, x = _module(), _tokens(12)
+  cache = _cache(1, dtype=jnp.dtype(dtype))
+  outs, cache = _prefill(module, cache, [x[:11]])
+  cache, step = paged_cache.begin_decode(cache, jnp.ones(1, bool))
+  last, _ = module(x[11:], cache, step)
+  got = np.concatenate([outs[0], np.asarray(last)])
+  expected = _expected(module, x, stored=stored)
+  np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
   assert np.abs(_expected(module, x) - got).max() > 1e-3
 
 

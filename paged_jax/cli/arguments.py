@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import NoReturn
 
+from paged_jax import kv_pool
 from paged_jax.attention import IMPLEMENTATIONS
 from paged_jax.cli.errors import CommandError
 
@@ -190,7 +191,13 @@ def _add_cache(group) -> None:
   group.add_argument(
     "--dtype",
     choices=("float32", "bfloat16", "float16"),
-    help="of model and cache (default: bfloat16 on a GPU, else float32)",
+    help="of the model (default: bfloat16 on a GPU, else float32)",
+  )
+  group.add_argument(
+    "--kv-dtype",
+    choices=tuple(dtype.name for dtype in kv_pool.DTYPES),
+    help="of the cache; int8 and float8_e4m3fn are quantised, in half the "
+    "memory of bfloat16 (default: that of the model)",
   )
   group.add_argument(
     "--implementation",

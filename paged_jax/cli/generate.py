@@ -98,7 +98,11 @@ def _check_kernel(
     names = ("head_dim", "num_q_heads", "num_kv_heads")
     shape = {name: getattr(config, name) for name in names}
   reason = why_not_kernel(
-    "decode", dtype=dtype, page_size=args.page_size, **shape
+    "decode",
+    dtype=dtype,
+    kv_dtype=args.kv_dtype,
+    page_size=args.page_size,
+    **shape,
   )
   if reason is not None:
     raise CommandError(
@@ -155,6 +159,7 @@ def _stream(
     page_size=args.page_size,
     num_pages=args.num_pages,
     max_len=args.max_len,
+    dtype=args.kv_dtype,
     prefill_chunk=args.prefill_chunk,
   )
   interval = _BATCH_INTERVAL

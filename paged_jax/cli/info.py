@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from paged_jax import attention, devices
+from paged_jax import attention, devices, quantised
 from paged_jax.cli.errors import CommandError
 from paged_jax.models import demo
 
@@ -65,6 +65,7 @@ def why_not_kernel(
   op: str,
   *,
   dtype: DTypeLike,
+  kv_dtype: DTypeLike | None = None,
   head_dim: int = 64,
   num_q_heads: int = 1,
   num_kv_heads: int = 1,
@@ -74,14 +75,18 @@ def why_not_kernel(
 
   Args:
     op: `"decode"` or `"prefill"`.
-    dtype: Of the queries and the pages.
+    dtype: Of the model.
+    kv_dtype: Of the pages; None is that of the model.
     head_dim: Width of one head.
     num_q_heads: Query heads.
     num_kv_heads: Key and value heads.
     page_size: Tokens a page.
   """
-  q = jax.ShapeDtypeStruct((1, num_q_heads, head_dim), dtype)
-  pages = jax.ShapeDtypeStruct((1, num_kv_heads, page_size, head_dim), dtype)
+  kv_dtype = jnp.dtype(kv_dtype or dtype)
+  q = jax.ShapeDtypeStruct(
+    (1, num_q_heads, head_dim), quantised.query_dtype(dtype, kv_dtype)
+  )
+  pages = jax.ShapeDtypeStruct((1, num_kv_heads, page_size, head_dim), kv_dtype)
   return attention.why_not_mosaic_gpu(q, pages, _MAX_Q_LENS[op])
 
 

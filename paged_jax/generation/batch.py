@@ -32,7 +32,8 @@ class CacheConfig:
     num_pages: Pages of the pool; None takes what the batch can need at most,
       rounded up to a power of two, within a share of the free memory.
     max_len: Longest sequence, prompt included; None is the model's own.
-    dtype: Of K and V; None is that of the model.
+    dtype: Of K and V; None is that of the model. int8 and float8_e4m3fn are
+      quantised, and take half the memory of bfloat16.
     prefill_chunk: Prompt tokens a step, at least 1.
   """
 
@@ -46,7 +47,7 @@ class CacheConfig:
     if self.page_size < 1 or self.page_size % 8:
       raise ValueError(f"{self.page_size=} must be a positive multiple of 8.")
     if self.dtype is not None and jnp.dtype(self.dtype) not in kv_pool.DTYPES:
-      raise ValueError(f"{self.dtype=} must be bfloat16, float16 or float32.")
+      raise ValueError(f"{self.dtype=} must be {kv_pool.DTYPE_NAMES}.")
     for name in ("num_pages", "max_len", "prefill_chunk"):
       value = getattr(self, name)
       if value is not None and value < 1:

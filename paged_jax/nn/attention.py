@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from paged_jax import attention, kv_pool
+from paged_jax import attention, kv_pool, quantised
 from paged_jax.cache import PagedCache, Step
 from paged_jax.nn.rotary import apply_rotary
 
@@ -112,21 +112,24 @@ class PagedAttention(nnx.Module):
     k = apply_rotary(k, step.positions, self.rope_theta)
     pool = kv_pool.write(cache.pool, self.layer, k, v, step.slots)
     cache = dataclasses.replace(cache, pool=pool)
-    out = self._attend(q.astype(pool.k.dtype), cache, step)
+    q = q.astype(quantised.query_dtype(q.dtype, pool.k.dtype))
+    out = self._attend(q, cache, step)
     out = out.astype(x.dtype).reshape(num_tokens, -1)
     return self.o_proj(out), cache
 
   def _attend(self, q: Array, cache: PagedCache, step: Step) -> Array:
-    k_pages, v_pages, page_indices = kv_pool.layer_pages(
+    pages = kv_pool.layer_pages(
       cache.pool, self.layer, cache.table.page_indices
     )
     options = dict(
+      k_scales=pages.k_scales,
+      v_scales=pages.v_scales,
       scale=self.scale,
       sliding_window=self.sliding_window,
       num_sink_tokens=self.num_sink_tokens,
       logits_soft_cap=self.logits_soft_cap,
     )
-    paged = (k_pages, v_pages, step.kv_lens, page_indices)
+    paged = (pages.k_pages, pages.v_pages, step.kv_lens, pages.page_indices)
     if step.is_decode:
       out = attention.paged_attention(
         q, *paged, implementation=self.implementation, **options
