@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import decode_config, paged_decode
+from pallas_kernels import decode_config, decode_table, gpu, paged_decode
 from pallas_kernels.decode_config import Config
 
 PLAIN = dict(
@@ -83,6 +83,28 @@ def test_lowers_to_hopper_with_options(options):
   assert "mosaic_gpu" in _lower(**shapes, **options)
 
 
+def test_tuned_configs_lower_to_hopper():
+  # One beside those of the table, which may be empty.
+  tuned = [((512, 32, 64, "float16"), (128, 3, 264))]
+  tuned += [x for table in decode_table.CONFIGS.values() for x in table.items()]
+  for key, fields in tuned:
+    num_items, num_queries, head_dim, dtype = key
+    assert decode_table.key(*key) == key
+    assert decode_config.padded_queries(num_queries) == num_queries
+    config = Config(*fields)
+    shapes = num_queries, head_dim, dtype
+    assert decode_config.programs_per_sm(config, *shapes) >= 1
+    text = _lower(
+      heads=(num_queries, 1),
+      head_dim=head_dim,
+      page_size=16,
+      dtype=dtype,
+      num_seqs=num_items,
+      config=config,
+    )
+    assert "mosaic_gpu" in text
+
+
 @pytest.mark.parametrize(
   ("changed", "reason"),
   [
@@ -125,7 +147,7 @@ def test_default_config_fits_and_fills_the_device(head_dim, dtype):
     if decode_config.unsupported(head_dim, 8, 2 * group, 2, dtype):
       continue
     config = decode_config.default_config(
-      num_seqs, 2, group, head_dim, dtype, num_sms=100
+      num_seqs, 2, group, head_dim, dtype, device=gpu.Gpu("", 100)
     )
     needed = decode_config.smem_bytes(config, group, head_dim, dtype)
     assert needed <= decode_config.SMEM_LIMIT
