@@ -1,6 +1,7 @@
 """What decode attention costs on a GPU, in microseconds.
 
-  page_sizes  the same tokens in pages of 8 to 256, beside what such pages waste
+  page_sizes  the same tokens in pages of 8 to 256, beside what such pages
+              waste: of equal lengths that fill them, and of chats
   window      131,072 tokens with a sliding window, beside the window's length
   queries     1 to 8 query tokens a sequence, as to verify speculative tokens
   rows_apart  1,000 steps of growing sequences: one program, no transfer

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 from jax import lax
 
 DTYPE = jnp.bfloat16
+_CHATS = pathlib.Path(__file__).parent / "data/sharegpt_like_lengths.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Sizes:
   page_sizes: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
   same: tuple[int, int] = (64, 8192)  # sequences, tokens of each
   ragged: tuple[int, int, int] = (128, 128, 16384)  # sequences, log-uniform
+  chats: int = 256  # sequences
   window: tuple[int, int, int] = (16, 131072, 4096)  # and tokens that are seen
   num_sink_tokens: int = 16
   batches: tuple[tuple[int, int], ...] = (
@@ -56,6 +60,7 @@ SMALL = Sizes(
   page_sizes=(8, 16),
   same=(3, 64),
   ragged=(5, 3, 70),
+  chats=3,
   window=(2, 256, 32),
   num_sink_tokens=4,
   batches=((2, 128),),
@@ -177,6 +182,12 @@ def log_uniform(batch: tuple[int, int, int]) -> np.ndarray:
   num_seqs, low, high = batch
   rng = np.random.default_rng(0)
   return np.exp(rng.uniform(np.log(low), np.log(high), num_seqs)).astype(int)
+
+
+def chats(num_seqs: int) -> np.ndarray:
+  """Returns lengths like those of chats, prompt and answer, at their end."""
+  lens = json.loads(_CHATS.read_text())
+  return np.add(lens["prompt_lens"], lens["output_lens"])[:num_seqs]
 
 
 def num_bytes(sizes: Sizes, num_tokens: float) -> float:

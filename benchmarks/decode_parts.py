@@ -14,6 +14,7 @@ from decode_batches import (
   DTYPE,
   Batch,
   Sizes,
+  chats,
   log_uniform,
   make,
   random_queries,
@@ -99,6 +100,12 @@ def loop_alone(sizes: Sizes) -> dict:
   return side
 
 
+def waste_percent(lens: np.ndarray, page_size: int) -> float:
+  """Returns the slots without a token, of the pages of the sequences."""
+  slots = (-(-lens // page_size) * page_size).sum()
+  return 100 * (1 - float(lens.sum() / slots))
+
+
 def page_sizes(sizes: Sizes) -> dict:
   """Times the same tokens in pages of all sizes."""
 
@@ -111,15 +118,15 @@ def page_sizes(sizes: Sizes) -> dict:
     expected = reference(decode(sizes, "xla"), make(sizes, lens))
     sides = {}
     for size in sizes.page_sizes:
-      slots = (-(-lens // size) * size).sum()
-      waste = 100 * (1 - float(lens.sum() / slots))
       side = attempt(one, lens, size, expected)
-      sides[str(size)] = side | {"waste_percent": waste}
+      waste = {"waste_percent": waste_percent(lens, size)}
+      sides[str(size)] = side | waste
     return sides
 
   return {
     "same": attempt(all_sizes, same(sizes.same)),
     "ragged": attempt(all_sizes, log_uniform(sizes.ragged)),
+    "chats": attempt(all_sizes, chats(sizes.chats)),
   }
 
 

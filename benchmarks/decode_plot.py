@@ -2,6 +2,15 @@
 
 import pathlib
 
+import numpy as np
+
+# Of page_sizes: colour and name.
+BATCHES = {
+  "same": ("#1f5fa8", "{} x {:,} tokens"),
+  "ragged": ("#b5482a", "{} x {:,} to {:,} tokens"),
+  "chats": ("#3d7d3d", "{} chats"),
+}
+
 
 def plot(record: dict, path: pathlib.Path) -> pathlib.Path:
   """Draws time and waste over the page size, and returns the path.
@@ -16,26 +25,29 @@ def plot(record: dict, path: pathlib.Path) -> pathlib.Path:
   mpl.rcParams.update({"svg.hashsalt": "decode", "font.size": 10})
   figure = Figure(figsize=(9.6, 3.9), layout="constrained")
   left, right = figure.subplots(1, 2)
-  parts = record["page_sizes"]
-  labels = {"same": "{} x {:,} tokens", "ragged": "{} x {:,} to {:,} tokens"}
-  for name, color in (("same", "#1f5fa8"), ("ragged", "#b5482a")):
+  settings, parts = record["settings"], record["page_sizes"]
+  for name, (color, label) in BATCHES.items():
     sides = {
       int(size): side
       for size, side in parts.get(name, {}).items()
       if "us" in side
     }
-    label = labels[name].format(*record["settings"][name])
-    us = [side["us"]["median"] for side in sides.values()]
-    left.plot(list(sides), us, "o-", color=color, label=label)
-    if name == "ragged":
-      waste = [side["waste_percent"] for side in sides.values()]
-      right.plot(list(sides), waste, "o-", color=color, label=label)
+    if not sides:
+      continue
+    us = {size: side["us"]["median"] for size, side in sides.items()}
+    best = min(us.values())
+    label = label.format(*np.atleast_1d(settings[name]).tolist())
+    more = [100 * (time / best - 1) for time in us.values()]
+    waste = [side["waste_percent"] for side in sides.values()]
+    fastest = f"{label}: {best:.0f} us"
+    left.plot(list(sides), more, "o-", color=color, label=fastest)
+    right.plot(list(sides), waste, "o-", color=color, label=label)
   left.set_title("Time of decode attention")
-  left.set_ylabel("time of a call (us)")
+  left.set_ylabel("more than the shortest time (%)")
   right.set_title("Memory wasted in last pages")
   right.set_ylabel("slots without a token (%)")
   for axes in (left, right):
-    ticks = record["settings"]["page_sizes"]
+    ticks = settings["page_sizes"]
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(size) for size in ticks])
     axes.set_xlabel("page size (tokens)")

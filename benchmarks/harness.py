@@ -32,7 +32,11 @@ def environment(packages: list[str], *, on_cpu: bool) -> dict:
 
 
 def start_on_gpu(
-  description: str, packages: list[str], *, on_cpu: bool
+  description: str,
+  packages: list[str],
+  *,
+  on_cpu: bool,
+  flags: dict[str, str] | None = None,
 ) -> tuple[argparse.Namespace, dict]:
   """Reads the arguments of a benchmark whose figures are of a GPU.
 
@@ -41,9 +45,11 @@ def start_on_gpu(
     packages: As for `environment`.
     on_cpu: Whether there is no GPU; it ends with an error then, but for
       `--small`.
+    flags: More options, without a value, and what they are for.
 
   Returns:
-    The arguments `small` and `out`, and the environment, which it prints.
+    The arguments `small`, `out` and those of `flags`, and the environment,
+    which it prints.
   """
   parser = argparse.ArgumentParser(description=description)
   parser.add_argument(
@@ -52,6 +58,8 @@ def start_on_gpu(
   parser.add_argument(
     "--out", type=pathlib.Path, default=RESULTS, help="folder of the results"
   )
+  for name, purpose in (flags or {}).items():
+    parser.add_argument(f"--{name}", action="store_true", help=purpose)
   args = parser.parse_args()
   if on_cpu and not args.small:
     parser.error("the figures are of a GPU, and there is none; try --small")

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Real
 
-from paged_jax import attention_checks, attention_xla, devices, quantised
+from paged_jax import attention_checks, attention_xla, devices
 from pallas_kernels import decode_config, paged_decode, short_queries
 
 IMPLEMENTATIONS = ("mosaic_gpu", "xla")
@@ -36,6 +36,7 @@ def paged_attention(
   sliding_window: int | None = None,
   num_sink_tokens: int = 0,
   logits_soft_cap: float | None = None,
+  batch_invariant: bool = False,
   sinks: Float[Array, " num_q_heads"] | None = None,
   return_lse: bool = False,
   implementation: str | None = None,
@@ -63,6 +64,11 @@ def paged_attention(
     num_sink_tokens: The first tokens of a sequence that stay visible besides
       the window.
     logits_soft_cap: If given, logits become `cap * tanh(logits / cap)`.
+    batch_invariant: Whether what a sequence gets must be the same, bit for bit,
+      whatever the other sequences are and however many. It costs the kernel
+      memory for up to 16 partial results of each sequence and head, and a few
+      per cent of its speed. Plain JAX computes rows alike anyway, as far as XLA
+      does for arrays of another size.
     sinks: [num_q_heads], one more logit per head in the denominator.
     return_lse: Whether to return the log-sum-exp too.
     implementation: `"mosaic_gpu"`, `"xla"`, or None to choose.
@@ -100,6 +106,7 @@ def paged_attention(
     sliding_window=sliding_window,
     num_sink_tokens=num_sink_tokens,
     logits_soft_cap=logits_soft_cap,
+    batch_invariant=batch_invariant,
     implementation=_choose(
       implementation, lambda: why_not_mosaic_gpu(q, k_pages)
     ),
@@ -123,6 +130,7 @@ def ragged_paged_attention(
   sliding_window: int | None = None,
   num_sink_tokens: int = 0,
   logits_soft_cap: float | None = None,
+  batch_invariant: bool = False,
   sinks: Float[Array, " num_q_heads"] | None = None,
   return_lse: bool = False,
   implementation: str | None = None,
@@ -153,6 +161,7 @@ def ragged_paged_attention(
     sliding_window: See `paged_attention`.
     num_sink_tokens: See `paged_attention`.
     logits_soft_cap: See `paged_attention`.
+    batch_invariant: See `paged_attention`.
     sinks: See `paged_attention`.
     return_lse: See `paged_attention`.
     implementation: See `paged_attention`.
@@ -213,13 +222,15 @@ def ragged_paged_attention(
   static_argnames=(*paged_decode.OPTIONS, "implementation"),
 )
 def _paged_attention(*args, implementation: str, **options):
-  xla = functools.partial(attention_xla.paged_attention, **options)
+  xla = _xla(attention_xla.paged_attention, **options)
   if implementation == "xla":
     return xla(*args)
 
   def mosaic(*args):
-    *args, _, _, sinks = args  # no scales: see why_not_mosaic_gpu
-    return paged_decode.paged_decode(*args, sinks=sinks, **options)
+    *args, k_scales, v_scales, sinks = args
+    return paged_decode.paged_decode(
+      *args, k_scales=k_scales, v_scales=v_scales, sinks=sinks, **options
+    )
 
   # A process with a GPU may still compile for its CPU.
   return lax.platform_dependent(*args, cuda=mosaic, default=xla)
@@ -232,17 +243,27 @@ def _paged_attention(*args, implementation: str, **options):
 def _ragged_paged_attention(
   *args, max_q_len: int | None, implementation: str, **options
 ):
-  xla = functools.partial(attention_xla.ragged_paged_attention, **options)
+  xla = _xla(attention_xla.ragged_paged_attention, **options)
   if implementation == "xla":
     return xla(*args)
 
   def mosaic(*args):
-    *args, _, _, sinks = args
+    *args, k_scales, v_scales, sinks = args
     return short_queries.attend(
-      *args, max_q_len=max_q_len, sinks=sinks, **options
+      *args,
+      max_q_len=max_q_len,
+      k_scales=k_scales,
+      v_scales=v_scales,
+      sinks=sinks,
+      **options,
     )
 
   return lax.platform_dependent(*args, cuda=mosaic, default=xla)
+
+
+def _xla(attend: Callable, *, batch_invariant: bool, **options) -> Callable:
+  del batch_invariant  # it folds the tiles of each row in their order
+  return functools.partial(attend, **options)
 
 
 def why_not_mosaic_gpu(
@@ -262,8 +283,6 @@ def why_not_mosaic_gpu(
     return f"without a max_q_len of at most {most}, no kernel takes it yet."
   if device := devices.why_not_hopper():
     return device
-  if quantised.is_quantised(k_pages.dtype):
-    return f"no kernel takes pages of {k_pages.dtype} yet."
   _, num_kv_heads, page_size, head_dim = k_pages.shape
   return decode_config.unsupported(
     head_dim,
@@ -271,6 +290,7 @@ def why_not_mosaic_gpu(
     q.shape[1],
     num_kv_heads,
     q.dtype,
+    kv_dtype=k_pages.dtype,
     max_q_len=max_q_len,
   )
 

@@ -1,14 +1,12 @@
 """What the machine at hand can run."""
 
 import jax
+from jax.extend import backend
 
 
 def default_device() -> jax.Device:
   """Returns the device on which jit runs unless told otherwise."""
-  device = jax.config.jax_default_device
-  if isinstance(device, jax.Device):
-    return device
-  return jax.devices(device)[0]
+  return backend.get_default_device()
 
 
 def why_not_hopper() -> str | None:
@@ -19,8 +17,8 @@ def why_not_hopper() -> str | None:
   capability = getattr(device, "compute_capability", "unknown")
   if capability != "9.0":
     return (
-      f"{device.device_kind!r} has compute capability {capability}; the "
-      "kernels are for Hopper (9.0)."
+      f"{device.device_kind!r} has compute capability {capability}, and the "
+      "kernels multiply with wgmma, which only Hopper (9.0) has."
     )
   return None
 

@@ -6,10 +6,11 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels import decode_table, gpu
+
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 SMEM_LIMIT = 232_448  # bytes a program may have on Hopper
 SM_SMEM = 233_472  # bytes of a multiprocessor, for all its programs
-NUM_SMS = 132  # of an H200, or an H100 SXM; others are served, slower
 QUANTISED_DTYPES = ("int8", "float8_e4m3fn")  # of pages that have scales
 MAX_Q_LEN = 8  # query tokens of a sequence
 _MAX_QUERIES = 64  # of an item, which the accumulators have room for
@@ -36,37 +37,81 @@ class Config:
 
 
 def default_config(
-  num_seqs: int,
-  num_kv_heads: int,
+  num_items: int,
   num_queries: int,
   head_dim: int,
   dtype: DTypeLike,
   *,
-  num_sms: int = NUM_SMS,
+  device: gpu.Gpu | None = None,
 ) -> Config:
   """Returns a good Config for these shapes; it does not depend on lengths.
 
+  It is that of `decode_table` if there is one, and else that of `default_rule`.
+
   Args:
-    num_seqs: rows of the batch.
-    num_kv_heads: KV heads.
-    num_queries: queries of an item: of a KV head of a sequence.
+    num_items: KV heads of all sequences.
+    num_queries: queries of each of them.
     head_dim: width of a head.
     dtype: of the pool.
-    num_sms: multiprocessors of the device.
+    device: the GPU; that at hand if None.
   """
+  device = device or gpu.at_hand()
+  key = decode_table.key(
+    num_items, padded_queries(num_queries), head_dim, jnp.dtype(dtype).name
+  )
+  fields = decode_table.CONFIGS.get(device.kind, {}).get(key)
+  if fields is not None:
+    return Config(*fields)
+  return default_rule(num_items, num_queries, head_dim, dtype, device=device)
+
+
+def default_rule(
+  num_items: int,
+  num_queries: int,
+  head_dim: int,
+  dtype: DTypeLike,
+  *,
+  device: gpu.Gpu | None = None,
+) -> Config:
+  """Returns a Config that is good for many shapes.
+
+  Its tiles depend on the width and the dtype alone.
+
+  Args:
+    num_items: KV heads of all sequences.
+    num_queries: queries of each of them.
+    head_dim: width of a head.
+    dtype: of the pool.
+    device: the GPU; that at hand if None.
+  """
+  num_sms = (device or gpu.at_hand()).num_sms
+  shapes = num_queries, head_dim, dtype
+  if jnp.dtype(dtype).itemsize == 1:
+    # What it takes to widen numbers is hidden by another program.
+    for num_stages in (3, 2):
+      config = Config(64, num_stages, 2 * num_sms)
+      if programs_per_sm(config, *shapes) >= 2:
+        return config
+    return Config(64, 2, num_sms)
   block_kv = 128 if head_dim <= 64 else 64
   # About 100 KB in flight on a multiprocessor are best: with twice as much,
   # reads take 2 % longer (H200). Many items hide their ends better in two
   # programs; few leave fewer partials in one.
-  if num_seqs * num_kv_heads >= 2 * num_sms:
-    config = Config(block_kv, 2, 2 * num_sms)
-    needed = smem_bytes(config, num_queries, head_dim, dtype)
-    if 2 * (needed + _ALLOCATION) <= SM_SMEM:
-      return config
+  config = Config(block_kv, 2, 2 * num_sms)
+  if num_items >= 2 * num_sms and programs_per_sm(config, *shapes) >= 2:
+    return config
   config = Config(block_kv, 3, num_sms)
-  if smem_bytes(config, num_queries, head_dim, dtype) <= SMEM_LIMIT:
+  if programs_per_sm(config, *shapes):
     return config
   return dataclasses.replace(config, num_stages=2)
+
+
+def programs_per_sm(
+  config: Config, num_queries: int, head_dim: int, dtype: DTypeLike
+) -> int:
+  """Returns how many programs a multiprocessor has shared memory for."""
+  needed = smem_bytes(config, num_queries, head_dim, dtype)
+  return SM_SMEM // (needed + _ALLOCATION)
 
 
 def smem_bytes(

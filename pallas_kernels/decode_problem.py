@@ -40,6 +40,7 @@ class Problem:
   num_sink_tokens: int
   logits_soft_cap: float | None
   has_sinks: bool
+  batch_invariant: bool
   interpret: plgpu.InterpretGPUParams | None
 
   def __post_init__(self):

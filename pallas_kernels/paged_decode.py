@@ -39,7 +39,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from pallas_kernels import kv_ring, online_softmax, partials, schedule
 from pallas_kernels.decode_config import (
@@ -47,20 +47,27 @@ from pallas_kernels.decode_config import (
   REDUCTION_BYTES,
   Config,
   default_config,
+  default_rule,
   unsupported,
 )
 from pallas_kernels.decode_problem import Problem, scratch
 
 _COLUMNS = 64  # of V that are rewritten at once, to spare registers
 _TINY = 1e-30  # scale of values that are all 0, whose logarithm is finite
-OPTIONS = ("scale", "sliding_window", "num_sink_tokens", "logits_soft_cap")
+OPTIONS = (
+  "scale",
+  "sliding_window",
+  "num_sink_tokens",
+  "logits_soft_cap",
+  "batch_invariant",
+)
 
 
 @functools.partial(jax.jit, static_argnames=(*OPTIONS, "config", "interpret"))
 def paged_decode(
   q: Float[Array, "num_seqs num_q_heads head_dim"],
-  k_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
-  v_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
+  k_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
+  v_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
   kv_lens: Int[Array, " num_seqs"],
   page_indices: Int[Array, "num_seqs pages_per_seq"],
   *,
@@ -68,6 +75,7 @@ def paged_decode(
   sliding_window: int | None,
   num_sink_tokens: int,
   logits_soft_cap: float | None,
+  batch_invariant: bool = False,
   sinks: Float[Array, " num_q_heads"] | None,
   k_scales: Float[Array, "num_pages num_kv_heads page_size"] | None = None,
   v_scales: Float[Array, "num_pages num_kv_heads page_size"] | None = None,
@@ -90,6 +98,8 @@ def paged_decode(
     sliding_window: positions a query sees, its own among them, or None.
     num_sink_tokens: first positions that are seen besides the window.
     logits_soft_cap: scores become cap * tanh(score / cap), or None.
+    batch_invariant: whether what a sequence gets must not depend, bit for bit,
+      on the others; with the default config.
     sinks: a logit per query head that only the denominator counts, or None.
     k_scales: f32, what multiplies a token's key of 8-bit numbers, else None.
     v_scales: the same of the values.
@@ -126,6 +136,7 @@ def paged_decode(
     sliding_window=sliding_window,
     num_sink_tokens=num_sink_tokens,
     logits_soft_cap=logits_soft_cap,
+    batch_invariant=batch_invariant,
     sinks=sinks,
     scales=None if k_scales is None else (k_scales, v_scales),
     config=config,
@@ -137,8 +148,8 @@ def paged_decode(
 def attend(
   q: Float[Array, "num_seqs num_kv_heads queries head_dim"],
   q_lens: Int[Array, " num_seqs"] | None,
-  k_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
-  v_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
+  k_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
+  v_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
   kv_lens: Int[Array, " num_seqs"],
   page_indices: Int[Array, "num_seqs pages_per_seq"],
   *,
@@ -146,6 +157,7 @@ def attend(
   scales: tuple[Array, Array] | None,
   config: Config | None,
   max_q_len: int = 1,
+  batch_invariant: bool = False,
   **options,
 ) -> tuple[
   Float[Array, "num_seqs num_kv_heads queries head_dim"],
@@ -166,6 +178,7 @@ def attend(
     scales: of keys and of values, or None; see `paged_decode`.
     config: see `paged_decode`.
     max_q_len: most query tokens of a sequence.
+    batch_invariant: see `paged_decode`.
     options: the other options of `paged_decode`.
 
   Returns:
@@ -182,11 +195,13 @@ def attend(
   num_seqs, num_kv_heads, num_queries, head_dim = q.shape
   if 0 in (num_seqs, k_pages.shape[0], page_indices.shape[1]):
     return jnp.zeros_like(q), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+  if config is None:
+    # The rule cuts tiles alike whatever the number of items.
+    choose = default_rule if batch_invariant else default_config
+    shape = num_seqs * num_kv_heads, num_queries, head_dim
+    config = choose(*shape, k_pages.dtype)
   problem = Problem(
-    config=config
-    or default_config(
-      num_seqs, num_kv_heads, num_queries, head_dim, k_pages.dtype
-    ),
+    config=config,
     dtype=q.dtype,
     kv_dtype=k_pages.dtype,
     num_seqs=num_seqs,
@@ -198,6 +213,7 @@ def attend(
     page_size=k_pages.shape[2],
     pages_per_seq=page_indices.shape[1],
     has_sinks=sinks is not None,
+    batch_invariant=batch_invariant,
     **options,
   )
   if sinks is not None:
@@ -216,8 +232,17 @@ def _launch(problem: Problem, q, pages, sinks, kv_lens, table, *q_lens):
   config, num_queries = problem.config, problem.num_queries
   # A sequence without tokens has a tile too, which writes its output of 0.
   tiles = jnp.maximum(problem.visit(kv_lens, *q_lens).num_visited, 1)
-  plan = schedule.deal(tiles, problem.num_kv_heads, config.num_programs)
+  fixed_splits = problem.batch_invariant
+  plan = schedule.deal(
+    tiles,
+    problem.num_kv_heads,
+    config.num_programs,
+    fixed_splits=fixed_splits,
+  )
   items = problem.num_seqs, problem.num_kv_heads
+  places = 2, config.num_programs
+  if fixed_splits:
+    places = math.prod(items), schedule.MAX_SPLITS
   kernel = plgpu.kernel(
     functools.partial(_body, problem),
     out_type=(
@@ -225,7 +250,7 @@ def _launch(problem: Problem, q, pages, sinks, kv_lens, table, *q_lens):
         (*items, problem.num_rows, problem.head_dim), problem.dtype
       ),
       jax.ShapeDtypeStruct((*items, num_queries), jnp.float32),
-      *partials.shapes(config.num_programs, problem.head_dim, num_queries),
+      *partials.shapes(places, problem.head_dim, num_queries),
     ),
     scratch_types=scratch(problem),
     grid=(config.num_programs,),
@@ -243,14 +268,16 @@ def _launch(problem: Problem, q, pages, sinks, kv_lens, table, *q_lens):
   q = _rows_of_queries(problem, q)
   more = *q_lens, *(() if sinks is None else (sinks,))
   out, lse, *parts = kernel(*plan, table, kv_lens, q, *pages, *more)
+  # Few items are in many parts, many items in few.
+  are_few = 8 * math.prod(items) < config.num_programs
   return partials.merge(
-    plan.firsts,
+    plan,
     partials.Partials(*parts),
     sinks,
     out,
     lse,
-    # Few items are in many parts, many items in few.
-    unroll=16 if 8 * items[0] * items[1] < config.num_programs else 4,
+    fixed_splits=fixed_splits,
+    unroll=16 if are_few and not fixed_splits else 4,
     interpret=problem.interpret,
   )
 
@@ -288,9 +315,15 @@ def _body(problem, *refs, **smem):
   gmem = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
   smem = types.SimpleNamespace(**smem)
   plan = schedule.Plan(gmem.starts, gmem.firsts)
-  for_each_piece = functools.partial(
-    schedule.for_each_piece, plan, problem.num_kv_heads
-  )
+
+  def for_each_piece(carry, step):
+    return schedule.for_each_piece(
+      plan,
+      problem.num_kv_heads,
+      carry,
+      step,
+      fixed_splits=problem.batch_invariant,
+    )
 
   @pl.when(lax.axis_index("warpgroup") == 0)
   def _compute():
@@ -413,6 +446,8 @@ def _attend_piece(problem, gmem, smem, piece, num_before):
   def _():
     kind = jnp.where(piece.nth == 0, partials.FIRST, partials.LAST)
     at = kind, lax.axis_index("program")
+    if problem.batch_invariant:
+      at = piece.seq * problem.num_kv_heads + piece.head, piece.split
     refs = partials.Partials(gmem.acc, gmem.m, gmem.l)
     partials.write_partial(state, refs, at)
 

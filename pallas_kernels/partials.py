@@ -9,10 +9,15 @@ item, in their order, and writes the output in place.
   programs  |   4   |   5   |   6   |   7   |
   items         a  |          b       | c |     6 merges b: last of 4, first
   partials    F|  L|F       |F     |L         of 5 and first of 6
+
+In fixed splits, an item has a place for each of its parts, and merging has a
+program for each item. The parts are folded in the same order, in the same
+groups, whatever else is in the batch.
 """
 
 import functools
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels import online_softmax
-from pallas_kernels.schedule import Line
+from pallas_kernels import online_softmax, schedule
 
 FIRST, LAST = 0, 1  # of a program's items
 _QUERIES = plgpu.Layout.WGMMA.reduce(0)
@@ -32,7 +36,8 @@ _QUERIES = plgpu.Layout.WGMMA.reduce(0)
 class Partials(NamedTuple):
   """A softmax for the first and for the last item of each program.
 
-  Arrays, their shapes, or in a kernel references to them.
+  In fixed splits: for the parts of each item. Arrays, their shapes, or in a
+  kernel references to them.
   """
 
   acc: Any  # f32[2, num_programs, head_dim, num_queries]
@@ -40,10 +45,18 @@ class Partials(NamedTuple):
   l: Any  # f32[2, num_programs, num_queries]
 
 
-def shapes(num_programs: int, head_dim: int, num_queries: int) -> Partials:
-  """Returns the shapes of the partials."""
-  rows = 2, num_programs, num_queries
-  acc = 2, num_programs, head_dim, num_queries
+def shapes(
+  places: tuple[int, int], head_dim: int, num_queries: int
+) -> Partials:
+  """Returns the shapes of the partials.
+
+  Args:
+    places: 2 and the programs, or the items and `schedule.MAX_SPLITS`.
+    head_dim: width of a head.
+    num_queries: queries of an item.
+  """
+  rows = *places, num_queries
+  acc = *places, head_dim, num_queries
   return Partials(
     *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (acc, rows, rows))
   )
@@ -120,29 +133,38 @@ def write_output(state: online_softmax.Summed, sinks, out_gmem, lse_gmem, smem):
 
 
 def merge(
-  firsts, partials: Partials, sinks, out, lse, *, unroll: int, interpret
+  plan: schedule.Plan,
+  partials: Partials,
+  sinks,
+  out,
+  lse,
+  *,
+  fixed_splits: bool,
+  unroll: int,
+  interpret,
 ):
   """Merges the partials of items that were split into their outputs.
 
   Args:
-    firsts: see `schedule.Plan`.
+    plan: the schedule.
     partials: what the programs left.
     sinks: f32[num_kv_heads, num_queries], logits in base 2, or None.
     out: [num_seqs, num_kv_heads, num_rows, head_dim], whose missing items are
       filled in.
     lse: f32[num_seqs, num_kv_heads, num_queries], the same.
+    fixed_splits: see `schedule.deal`.
     unroll: partials to load at once.
     interpret: parameters of the interpreter, or None.
 
   Returns:
     The output and the log-sum-exp.
   """
-  _, num_programs, head_dim, num_queries = partials.acc.shape
+  *places, head_dim, num_queries = partials.acc.shape
   kernel = plgpu.kernel(
-    functools.partial(_body, unroll, sinks is not None),
+    functools.partial(_body, fixed_splits, unroll, sinks is not None),
     out_type=(),
     scratch_types=output_scratch(head_dim, num_queries, out.dtype),
-    grid=(num_programs,),
+    grid=(places[0] if fixed_splits else places[1],),
     grid_names=("program",),
     compiler_params=plgpu.CompilerParams(
       approx_math=True,
@@ -153,40 +175,74 @@ def merge(
   )
   out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
   sinks = () if sinks is None else (sinks,)
-  kernel(firsts, *partials, *sinks, out_ref, lse_ref)
+  kernel(*plan, *partials, *sinks, out_ref, lse_ref)
   return out_ref[...], lse_ref[...]
 
 
-def _body(
-  unroll, has_sinks, firsts_gmem, acc_gmem, m_gmem, l_gmem, *refs, **smem
-):
-  """Merges the item in which the program's share begins, if it ends there."""
-  *sinks_gmem, out_gmem, lse_gmem = refs
-  program = lax.axis_index("program")
-  num_programs = acc_gmem.shape[1]
+class _Parts(NamedTuple):
+  """An item whose partials a program merges."""
+
+  exist: jax.Array
+  seq: jax.Array
+  head: jax.Array
+  count: jax.Array
+  place: Callable[[Any], tuple]  # of a partial: its indices
+
+
+def _dealt_parts(plan: schedule.Plan) -> _Parts:
+  """Returns the item in which the program's share begins, if it ends there."""
+  firsts_gmem = plan.firsts
+  program, num_programs = lax.axis_index("program"), firsts_gmem.shape[0] - 1
   begin, end = firsts_gmem[program, 0], firsts_gmem[program + 1, 0]
   seq, head, tile, tiles = (firsts_gmem[program, i] for i in range(1, 5))
-  line = Line(firsts_gmem[num_programs, 0], num_programs)
+  line = schedule.Line(firsts_gmem[num_programs, 0], num_programs)
   item = begin - tile
+  first = line.program_of(item)
+  kind_of_first = jnp.where(line.start(first) < item, LAST, FIRST)
 
-  @pl.when((begin < end) & (tile > 0) & (item + tiles <= end))
+  def place(i):
+    return jnp.where(i == 0, kind_of_first, FIRST), first + i
+
+  exist = (begin < end) & (tile > 0) & (item + tiles <= end)
+  return _Parts(exist, seq, head, program - first + 1, place)
+
+
+def _fixed_parts(plan: schedule.Plan, num_kv_heads: int) -> _Parts:
+  """Returns the program's item, if it has several parts."""
+  item = lax.axis_index("program")
+  seq = lax.div(item, jnp.int32(num_kv_heads))
+  tiles = plan.starts[seq + 1] - plan.starts[seq]
+  size = schedule.split_size(tiles)
+  count = lax.div(tiles + size - 1, size)
+  head = lax.rem(item, jnp.int32(num_kv_heads))
+  return _Parts(count > 1, seq, head, count, lambda i: (item, i))
+
+
+def _body(fixed_splits, unroll, has_sinks, *refs, **smem):
+  """Merges the partials of the program's item."""
+  starts_gmem, firsts_gmem, acc_gmem, m_gmem, l_gmem, *more = refs
+  *sinks_gmem, out_gmem, lse_gmem = more
+  plan = schedule.Plan(starts_gmem, firsts_gmem)
+  all_partials = Partials(acc_gmem, m_gmem, l_gmem)
+  parts = (
+    _fixed_parts(plan, lse_gmem.shape[1])
+    if fixed_splits
+    else _dealt_parts(plan)
+  )
+
+  @pl.when(parts.exist)
   def _():
-    first = line.program_of(item)
-    kind_of_first = jnp.where(line.start(first) < item, LAST, FIRST)
-    all_partials = Partials(acc_gmem, m_gmem, l_gmem)
-
-    def load(p):
-      at = jnp.where(p == first, kind_of_first, FIRST), jnp.minimum(p, program)
-      return _load(all_partials, at, p <= program)
+    def load(i):
+      at = parts.place(jnp.minimum(i, parts.count - 1))
+      return _load(all_partials, at, i < parts.count)
 
     def step(i, state):
-      more = (load(first + i * unroll + j) for j in range(unroll))
-      return _fold([state, *more])
+      return _fold([state, *(load(i * unroll + j) for j in range(unroll))])
 
-    num_steps = lax.div(program - first + unroll, jnp.int32(unroll))
+    num_steps = lax.div(parts.count + unroll - 1, jnp.int32(unroll))
     state = lax.fori_loop(0, num_steps, step, _nothing(*acc_gmem.shape[2:]))
-    sinks = load_queries(sinks_gmem[0].at[head]) if has_sinks else None
-    at = seq, head
+    sinks = load_queries(sinks_gmem[0].at[parts.head]) if has_sinks else None
+    at = parts.seq, parts.head
     write_output(
       state,
       sinks,

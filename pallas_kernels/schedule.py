@@ -9,6 +9,10 @@ on a line, and program p of P attends the p-th of P shares of it:
 Only items that cross an end of a share leave partial results: at most two a
 program, those of its first and of its last item.
 
+Where items are cut then depends on all of them. In fixed splits, an item is
+cut by its own length alone, into at most `MAX_SPLITS` parts; shares begin where
+a part does, and every part of an item that has several is a partial result.
+
 The line depends on lengths, so it is laid out on the device, and once for all
 layers of a step: they ask for the same, and the compiler computes it once.
 """
@@ -22,6 +26,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
+
+MAX_SPLITS = 16  # of an item: for a sequence alone to occupy the device
+_LEAST_SPLIT = 4  # tiles
+
+
+def split_size(num_tiles):
+  """Returns the tiles of a part of an item, in fixed splits."""
+  parts = lax.div(num_tiles + (MAX_SPLITS - 1), jnp.int32(MAX_SPLITS))
+  return jnp.maximum(parts, _LEAST_SPLIT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +89,8 @@ def deal(
   num_tiles: Int[Array, " num_seqs"],
   num_kv_heads: int,
   num_programs: int,
+  *,
+  fixed_splits: bool = False,
 ) -> Plan:
   """Lays out the line.
 
@@ -83,6 +98,7 @@ def deal(
     num_tiles: tiles of each sequence, for one KV head; at least 1.
     num_kv_heads: KV heads.
     num_programs: programs that share the tiles.
+    fixed_splits: whether items are cut by their own length.
   """
   num_seqs = num_tiles.shape[0]
   # Sums over pairs are one kernel; a running sum would be a chain of them.
@@ -91,20 +107,31 @@ def deal(
   before = jnp.where(column < row, num_tiles[None], 0)
   starts = jnp.sum(before, axis=1, dtype=jnp.int32)
   line = Line(starts[-1] * num_kv_heads, num_programs)
-  programs = jnp.arange(num_programs + 1, dtype=jnp.int32)
-  first = line.start(programs)
+  firsts = line.start(jnp.arange(num_programs + 1, dtype=jnp.int32))
+  at = _find(starts, num_kv_heads, firsts)
+  if fixed_splits:
+    tile, tiles = at[3], at[4]
+    size = split_size(tiles)
+    whole = lax.div(tile + size - 1, size) * size
+    firsts += jnp.minimum(whole, tiles) - tile
+    at = _find(starts, num_kv_heads, firsts)
+  return Plan(starts, jnp.stack(at, axis=1))
+
+
+def _find(starts, num_kv_heads, first):
+  """Returns the columns of `Plan.firsts` for tiles of the line."""
+  last_seq = starts.shape[0] - 2
   passed = starts[None, 1:] * num_kv_heads <= first[:, None]
-  seq = jnp.minimum(jnp.sum(passed, axis=1, dtype=jnp.int32), num_seqs - 1)
+  seq = jnp.minimum(jnp.sum(passed, axis=1, dtype=jnp.int32), last_seq)
   start = jnp.max(jnp.where(passed, starts[None, 1:], 0), axis=1)
   end = jnp.min(jnp.where(passed, starts[-1], starts[None, 1:]), axis=1)
   tiles = jnp.maximum(end - start, 1)
   place = first - start * num_kv_heads
-  head, tile = lax.div(place, tiles), lax.rem(place, tiles)
-  return Plan(starts, jnp.stack([first, seq, head, tile, tiles], axis=1))
+  return first, seq, lax.div(place, tiles), lax.rem(place, tiles), tiles
 
 
 class Piece(NamedTuple):
-  """The part of an item that lies in the share of a program."""
+  """A part of an item that lies in the share of a program."""
 
   seq: jax.Array
   head: jax.Array
@@ -112,10 +139,16 @@ class Piece(NamedTuple):
   first: jax.Array  # tile of the item
   num_tiles: jax.Array
   is_whole: jax.Array  # the item
+  split: jax.Array  # part of the item, in fixed splits
 
 
 def for_each_piece[C](
-  plan: Plan, num_kv_heads: int, carry: C, step: Callable[[Piece, C], C]
+  plan: Plan,
+  num_kv_heads: int,
+  carry: C,
+  step: Callable[[Piece, C], C],
+  *,
+  fixed_splits: bool = False,
 ) -> C:
   """Folds `step(piece, carry)` over the pieces of a program, in a kernel.
 
@@ -124,6 +157,7 @@ def for_each_piece[C](
     num_kv_heads: as in `deal`.
     carry: what is folded.
     step: the function.
+    fixed_splits: as in `deal`.
   """
   starts_gmem, firsts_gmem = plan
   last_seq = starts_gmem.shape[0] - 2
@@ -133,17 +167,24 @@ def for_each_piece[C](
 
   def attend(state):
     begin, seq, head, tile, tiles, nth, carry = state
-    num_tiles = jnp.minimum(tiles - tile, end - begin)
+    num_tiles, split = jnp.minimum(tiles - tile, end - begin), jnp.int32(0)
+    if fixed_splits:
+      size = split_size(tiles)
+      num_tiles, split = jnp.minimum(num_tiles, size), lax.div(tile, size)
     is_whole = num_tiles == tiles
-    carry = step(Piece(seq, head, nth, tile, num_tiles, is_whole), carry)
-    is_last_head = head == num_kv_heads - 1
+    piece = Piece(seq, head, nth, tile, num_tiles, is_whole, split)
+    carry = step(piece, carry)
+    next_tile = tile + num_tiles
+    goes_on = next_tile < tiles  # in the next piece, or in the next share
+    is_last_head = jnp.logical_not(goes_on) & (head == num_kv_heads - 1)
+    next_head = jnp.where(goes_on, head, head + 1)
     next_seq = jnp.where(is_last_head, seq + 1, seq)
     at = jnp.minimum(next_seq, last_seq)
     return (
       begin + num_tiles,
       next_seq,
-      jnp.where(is_last_head, 0, head + 1),
-      jnp.int32(0),
+      jnp.where(is_last_head, 0, next_head),
+      jnp.where(goes_on, next_tile, 0),
       starts_gmem[at + 1] - starts_gmem[at],
       nth + 1,
       carry,

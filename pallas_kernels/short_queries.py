@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from pallas_kernels import decode_config, paged_decode
 
@@ -26,8 +26,8 @@ from pallas_kernels import decode_config, paged_decode
 )
 def attend(
   q: Float[Array, "num_tokens num_q_heads head_dim"],
-  k_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
-  v_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
+  k_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
+  v_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
   kv_lens: Int[Array, " num_seqs"],
   page_indices: Int[Array, "num_seqs pages_per_seq"],
   cu_q_lens: Int[Array, " num_seqs+1"],

@@ -20,8 +20,9 @@ def test_figures_of_every_kind_are_taken_and_failures_show(tmp_path):
   record = json.loads(json.dumps(bench_decode.figures(SIZES)))
   assert not bench_decode.failures(record)
   assert record["rows_apart"]["traces"] == 1
-  waste = record["page_sizes"]["ragged"]
-  assert waste["8"]["waste_percent"] < waste["16"]["waste_percent"]
+  for name in ("ragged", "chats"):
+    waste = record["page_sizes"][name]
+    assert waste["8"]["waste_percent"] < waste["16"]["waste_percent"]
   (batch,) = record["batches"].values()
   assert "error" in batch[decode_parts.RIVAL]  # it needs a GPU
   timed = dict(bench_decode.cases(record))
@@ -40,8 +41,20 @@ def test_what_fails_is_named_and_the_others_are_timed():
   record = {"page_sizes": decode_parts.page_sizes(sizes)}
   record["ceiling"] = decode_parts.ceiling(sizes)
   failed = bench_decode.failures(record)
-  assert failed == ["page_sizes, same, 8", "page_sizes, ragged, 8"]
+  assert failed == [
+    f"page_sizes, {name}, 8" for name in ("same", "ragged", "chats")
+  ]
   assert "NotImplementedError" in bench_decode.table(record)
+
+
+def test_chats_waste_from_one_to_a_quarter_of_the_slots():
+  lens = decode_batches.chats(decode_batches.FULL.chats)
+  assert len(lens) == 256
+  waste = [decode_parts.waste_percent(lens, size) for size in (8, 16, 256)]
+  assert waste == pytest.approx([0.86, 1.85, 24.16], abs=0.01)
+  filled = decode_batches.same(decode_batches.FULL.same)
+  assert decode_parts.waste_percent(filled, 256) == 0
+  assert decode_parts.waste_percent(np.array([33, 7]), 40) == 50
 
 
 def test_sequences_hold_the_same_in_pages_of_every_size():

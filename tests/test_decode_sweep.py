@@ -20,6 +20,7 @@ pytestmark = pytest.mark.gpu
 
 NUM_PROGRAMS, NUM_BATCHES, NUM_SEQS = 56, 8, 5
 MOST = 700  # tokens of a sequence
+KV_DTYPES = None, None, "int8", "float8_e4m3fn"
 GROUPS = (1, 2, 3, 4, 7, 8, 9, 16, 32, 64)
 
 
@@ -47,9 +48,10 @@ def _sample(seed):
     sliding_window=window,
     num_sink_tokens=0 if window is None else pick(0, 1, 5, 100),
     logits_soft_cap=pick(None, None, 2.0, 30.0),
+    batch_invariant=pick(False, False, True),
   )
-  has_sinks = pick(False, True)
-  return shapes, options, has_sinks, max_q_len, rng
+  more = dict(has_sinks=pick(False, True), kv_dtype=pick(*KV_DTYPES))
+  return shapes, options, max_q_len, rng, more
 
 
 def _problem(shapes, max_q_len, rng):
@@ -88,12 +90,12 @@ def _without_pages(problem, window, num_sink_tokens, max_q_len):
     row[-(-num_sink_tokens // size) : first] = len(problem.k_pages)
 
 
-def _shuffled(problem, rng):
-  """Returns the same problem with its pages in another order."""
+def _shuffled(problem, scales, rng):
+  """Returns the same problem and scales with pages in another order."""
   num_pages = len(problem.k_pages)
   place = rng.permutation(num_pages)
   source = np.argsort(place)
-  return dataclasses.replace(
+  shuffled = dataclasses.replace(
     problem,
     k_pages=problem.k_pages[source],
     v_pages=problem.v_pages[source],
@@ -101,13 +103,14 @@ def _shuffled(problem, rng):
       np.int32
     ),
   )
+  return shuffled, {name: x[source] for name, x in scales.items()}
 
 
 @pytest.mark.parametrize("seed", range(NUM_PROGRAMS))
 def test_sampled_options_match_the_oracle(seed):
-  shapes, options, has_sinks, max_q_len, rng = _sample(seed)
+  shapes, options, max_q_len, rng, sampled = _sample(seed)
   sinks = None
-  if has_sinks:
+  if sampled["has_sinks"]:
     sinks = rng.normal(size=shapes["num_q_heads"]).astype(np.float32)
   more = options | dict(
     sinks=None if sinks is None else jnp.asarray(sinks),
@@ -115,28 +118,36 @@ def test_sampled_options_match_the_oracle(seed):
     implementation="mosaic_gpu",
   )
 
-  def attend(*args):
+  def attend(args, scales):
     if max_q_len == 1:
-      return paged_jax.paged_attention(*args[:5], **more)
-    return paged_jax.ragged_paged_attention(*args, max_q_len=max_q_len, **more)
+      return paged_jax.paged_attention(*args[:5], **more, **scales)
+    return paged_jax.ragged_paged_attention(
+      *args, max_q_len=max_q_len, **more, **scales
+    )
 
-  compiled = None
+  compiled, judged = None, dict(options)
+  del judged["batch_invariant"]
   for _ in range(NUM_BATCHES):
-    problem = _problem(shapes, max_q_len, rng)
+    problem, scales = _problem(shapes, max_q_len, rng), {}
     window = options["sliding_window"]
     if window is not None:
       _without_pages(problem, window, options["num_sink_tokens"], max_q_len)
-    args = problem.args()
+    if sampled["kv_dtype"] is not None:
+      problem, scales = cases.quantise(problem, sampled["kv_dtype"])
+    on_device = {name: jnp.asarray(x) for name, x in scales.items()}
     if compiled is None:
-      compiled = jax.jit(attend).lower(*args).compile()
+      lowered = jax.jit(attend).lower(problem.args(), on_device)
+      compiled = lowered.compile()
       assert "mosaic_gpu" in compiled.as_text()
-    out, lse = compiled(*args)
+    out, lse = compiled(problem.args(), on_device)
     expected = oracle.ragged_paged_attention(
-      *dataclasses.astuple(problem), sinks=sinks, **options
+      *dataclasses.astuple(problem), sinks=sinks, **judged, **scales
     )
     cases.assert_matches(out, lse, *expected, shapes["dtype"])
-    for again in (problem, _shuffled(problem, rng)):
-      for x, y in zip(compiled(*again.args()), (out, lse), strict=True):
+    for again in ((problem, on_device), _shuffled(problem, on_device, rng)):
+      for x, y in zip(
+        compiled(again[0].args(), again[1]), (out, lse), strict=True
+      ):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 

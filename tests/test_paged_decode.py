@@ -1,6 +1,7 @@
 """The decode kernel: on a Hopper GPU as it is, elsewhere interpreted."""
 
 import dataclasses
+import functools
 
 import cases
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 
-from pallas_kernels import paged_decode
+from pallas_kernels import decode_config, paged_decode
 from pallas_kernels.decode_config import Config
 
 # The default has a program for each multiprocessor, which takes the
@@ -63,13 +64,21 @@ def _run(
   return np.asarray(out), np.asarray(lse)
 
 
-def _check(problem, *, config=SMALL, sinks=None, **options):
+def _check(problem, *, config=SMALL, sinks=None, scales=None, **options):
+  scales, judged = scales or {}, cases.PLAIN | options
+  judged.pop("batch_invariant", None)  # is not about the result
   expected = oracle.paged_attention(
-    *dataclasses.astuple(problem)[:5], sinks=sinks, **cases.PLAIN | options
+    *dataclasses.astuple(problem)[:5], sinks=sinks, **judged, **scales
   )
+  scales = {name: jnp.asarray(x) for name, x in scales.items()}
   for each in [config] + [None] * cases.ON_HOPPER:
-    out, lse = _run(problem, config=each, sinks=sinks, **options)
-    cases.assert_matches(out, lse, *expected, problem.k_pages.dtype)
+    out, lse = _run(problem, config=each, sinks=sinks, **options, **scales)
+    cases.assert_matches(out, lse, *expected, problem.q.dtype)
+
+
+def _check_quantised(problem, kv_dtype, **options):
+  problem, scales = cases.quantise(problem, kv_dtype)
+  _check(problem, scales=scales, **options)
 
 
 def _assert_same_bits(a, b):
@@ -116,6 +125,65 @@ def test_matches_oracle_for_shapes(head_dim, heads, page_size, dtype, config):
 )
 def test_matches_oracle_for_options(options, sinks):
   _check(_make([0, 64, 330]), sinks=sinks, **options)
+
+
+@pytest.mark.parametrize("kv_dtype", decode_config.QUANTISED_DTYPES)
+@pytest.mark.parametrize(
+  ("head_dim", "page_size", "dtype"),
+  [
+    (64, 8, "float16"),
+    (80, 16, "bfloat16"),
+    (96, 24, "bfloat16"),
+    (128, 16, "bfloat16"),
+    (192, 64, "bfloat16"),
+    (256, 32, "float16"),
+  ],
+)
+def test_quantised_pages_match_oracle(head_dim, page_size, dtype, kv_dtype):
+  problem = _make(
+    [0, 1, page_size + 1, 200],
+    head_dim=head_dim,
+    page_size=page_size,
+    dtype=dtype,
+  )
+  _check_quantised(problem, kv_dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", decode_config.QUANTISED_DTYPES)
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_quantised_pages_take_every_option(kv_dtype, batch_invariant):
+  problem = _make_shared(330, 64, 300)
+  problem.page_indices[0, 3] = len(problem.k_pages)
+  _check_quantised(
+    problem,
+    kv_dtype,
+    **SHARED,
+    sliding_window=150,
+    num_sink_tokens=20,
+    logits_soft_cap=30.0,
+    batch_invariant=batch_invariant,
+  )
+
+
+def test_values_of_any_size_weigh_as_they_should():
+  problem = _make([200, 130], dtype="float16")
+  rng = np.random.default_rng(0)
+  rows = problem.v_pages.astype(np.float64)
+  sizes = 10.0 ** rng.uniform(-12, 12, rows.shape[:3])
+  data, v_scales = cases.quantise_rows(rows * sizes[..., None], "int8")
+  problem, scales = cases.quantise(problem, "int8")
+  problem.v_pages = data
+  problem.q = problem.q.astype(jnp.bfloat16)  # in whose range the output lies
+  _check(problem, scales=scales | dict(v_scales=v_scales))
+
+
+def test_values_that_are_all_zero_count_in_the_denominator():
+  problem, scales = cases.quantise(_make([70, 130]), "int8")
+  for position in range(64):
+    page = problem.page_indices[1, position // 16]
+    problem.v_pages[page, :, position % 16] = 0
+    scales["v_scales"][page, :, position % 16] = 0
+  _check(problem, scales=scales)
 
 
 # In comments: the shares of the tiles of sequences a, b and c.
@@ -234,6 +302,32 @@ def test_row_in_one_share_does_not_depend_on_its_batchmates():
   together = _run(_make_shared(400, 64, 64), **SHARED)  # aaa|aaa|abc
   apart = _run(_make_shared(0, 64, 333), **SHARED)  # abc|ccc|cc
   _assert_same_bits([x[1] for x in together], [x[1] for x in apart])
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_fixed_splits_do_not_depend_on_the_batch(kv_dtype):
+  kv_lens = [1100, 64, 333, 0, 700]  # 18, 1, 6, 1 and 11 tiles: 5, 1, 2, 1, 3
+  problem, scales = _make(kv_lens), {}
+  if kv_dtype:
+    problem, scales = cases.quantise(problem, kv_dtype)
+  run = functools.partial(
+    _run,
+    batch_invariant=True,
+    **{name: jnp.asarray(x) for name, x in scales.items()},
+  )
+  together = run(problem, config=Config(64, 2, 4))
+  if kv_dtype is None:
+    _check(problem, config=Config(64, 2, 4), batch_invariant=True)
+  rows = [4, 0, 1]
+  fewer = dataclasses.replace(
+    problem,
+    q=problem.q[rows],
+    kv_lens=problem.kv_lens[rows],
+    page_indices=problem.page_indices[rows],
+  )
+  for num_programs in (1, 7):
+    apart = run(fewer, config=Config(64, 3, num_programs))
+    _assert_same_bits([x[rows] for x in together], apart)
 
 
 def test_lengths_out_of_range_are_cut():

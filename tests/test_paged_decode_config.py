@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import decode_config, paged_decode
+from pallas_kernels import decode_config, decode_table, gpu, paged_decode
 from pallas_kernels.decode_config import Config
 
 PLAIN = dict(
@@ -15,16 +15,36 @@ PLAIN = dict(
 
 
 def _lower(
-  *, heads, head_dim, page_size, dtype, num_seqs=3, config=None, **options
+  *,
+  heads,
+  head_dim,
+  page_size,
+  dtype,
+  kv_dtype=None,
+  num_seqs=3,
+  config=None,
+  **options,
 ):
   """Lowers the kernel to Hopper, which needs no GPU."""
-  pages = jax.ShapeDtypeStruct((99, heads[1], page_size, head_dim), dtype)
-  return (
-    jax.jit(
-      lambda *args: paged_decode.paged_decode(
-        *args[:5], sinks=args[5], config=config, **PLAIN | options
-      )
+  page = heads[1], page_size, head_dim
+  pages = jax.ShapeDtypeStruct((99, *page), kv_dtype or dtype)
+  scales = None
+  if kv_dtype is not None:
+    scales = jax.ShapeDtypeStruct(pages.shape[:3], jnp.float32)
+
+  def run(*args):
+    *args, sinks, k_scales, v_scales = args
+    return paged_decode.paged_decode(
+      *args,
+      sinks=sinks,
+      k_scales=k_scales,
+      v_scales=v_scales,
+      config=config,
+      **PLAIN | options,
     )
+
+  return (
+    jax.jit(run)
     .trace(
       jax.ShapeDtypeStruct((num_seqs, heads[0], head_dim), dtype),
       pages,
@@ -32,6 +52,8 @@ def _lower(
       jax.ShapeDtypeStruct((num_seqs,), jnp.int32),
       jax.ShapeDtypeStruct((num_seqs, 40), jnp.int32),
       jax.ShapeDtypeStruct((heads[0],), jnp.float32),
+      scales,
+      scales,
     )
     .lower(lowering_platforms=("cuda",))
     .as_text()
@@ -65,6 +87,21 @@ def test_lowers_to_hopper(head_dim, num_seqs, heads, page_size, dtype):
   assert "mosaic_gpu" in text
 
 
+@pytest.mark.parametrize("kv_dtype", decode_config.QUANTISED_DTYPES)
+@pytest.mark.parametrize("head_dim", decode_config.HEAD_DIMS)
+def test_quantised_pages_lower_to_hopper(head_dim, kv_dtype):
+  text = _lower(
+    head_dim=head_dim,
+    num_seqs=300,
+    heads=(8, 2),
+    page_size=8,
+    dtype="bfloat16",
+    kv_dtype=kv_dtype,
+    batch_invariant=True,
+  )
+  assert "mosaic_gpu" in text
+
+
 @pytest.mark.parametrize(
   "options",
   [
@@ -81,6 +118,28 @@ def test_lowers_to_hopper(head_dim, num_seqs, heads, page_size, dtype):
 def test_lowers_to_hopper_with_options(options):
   shapes = dict(heads=(8, 2), head_dim=128, page_size=16, dtype="bfloat16")
   assert "mosaic_gpu" in _lower(**shapes, **options)
+
+
+def test_tuned_configs_lower_to_hopper():
+  # One beside those of the table, which may be empty.
+  tuned = [((512, 32, 64, "float16"), (128, 3, 264))]
+  tuned += [x for table in decode_table.CONFIGS.values() for x in table.items()]
+  for key, fields in tuned:
+    num_items, num_queries, head_dim, dtype = key
+    assert decode_table.key(*key) == key
+    assert decode_config.padded_queries(num_queries) == num_queries
+    config = Config(*fields)
+    shapes = num_queries, head_dim, dtype
+    assert decode_config.programs_per_sm(config, *shapes) >= 1
+    text = _lower(
+      heads=(num_queries, 1),
+      head_dim=head_dim,
+      page_size=16,
+      dtype=dtype,
+      num_seqs=num_items,
+      config=config,
+    )
+    assert "mosaic_gpu" in text
 
 
 @pytest.mark.parametrize(
@@ -118,14 +177,14 @@ def test_config_beyond_shared_memory_is_refused():
     )
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("head_dim", decode_config.HEAD_DIMS)
 def test_default_config_fits_and_fills_the_device(head_dim, dtype):
   for group, num_seqs in itertools.product(range(1, 65), (1, 20, 300)):
-    if decode_config.unsupported(head_dim, 8, 2 * group, 2, dtype):
+    if decode_config.unsupported(head_dim, 8, 2 * group, 2, "bfloat16"):
       continue
     config = decode_config.default_config(
-      num_seqs, 2, group, head_dim, dtype, num_sms=100
+      2 * num_seqs, group, head_dim, dtype, device=gpu.Gpu("", 100)
     )
     needed = decode_config.smem_bytes(config, group, head_dim, dtype)
     assert needed <= decode_config.SMEM_LIMIT

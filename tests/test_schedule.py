@@ -81,3 +81,24 @@ def test_one_sequence_fills_all_programs():
     [12, 0, 1, 1, 11],
     [17, 0, 1, 6, 11],
   ]
+
+
+@pytest.mark.parametrize("num_programs", [1, 5, 64])
+def test_fixed_splits_cut_an_item_by_its_own_length(num_programs):
+  @jax.jit
+  def deal(num_tiles):
+    return schedule.deal(num_tiles, 3, num_programs, fixed_splits=True)
+
+  rng = np.random.default_rng(0)
+  for most in (1, 4, 5, 63, 64, 65, 2000):
+    num_tiles = rng.integers(1, most, 6, endpoint=True)
+    line = _line_up(num_tiles, 3)
+    starts = np.asarray(deal(jnp.asarray(num_tiles, jnp.int32)).firsts)[:, 0]
+    assert starts[0] == 0
+    assert starts[-1] == len(line)
+    sizes = [max(4, -(-tiles // 16)) for _, _, _, tiles in line]
+    for start in starts[:-1]:
+      assert start == len(line) or line[start][2] % sizes[start] == 0
+    shares = np.diff(starts)
+    assert (shares >= 0).all()
+    assert shares.max() <= -(-len(line) // num_programs) + max(sizes) - 1

@@ -1,0 +1,137 @@
+"""What is said of machines that are not at hand, and what is made for them."""
+
+import types
+
+import jax.numpy as jnp
+import pytest
+from jax.extend import backend
+
+from paged_jax import devices
+from paged_jax.cli import info, main
+from pallas_kernels import decode_config, decode_table, gpu
+from pallas_kernels.decode_config import Config
+
+OTHERS = [
+  ("NVIDIA A100-SXM4-80GB", "8.0"),
+  ("NVIDIA RTX 6000 Ada Generation", "8.9"),
+  ("NVIDIA B200", "10.0"),
+  ("NVIDIA GeForce RTX 5090", "12.0"),
+]
+HOPPERS = [
+  ("NVIDIA H100 80GB HBM3", 132),
+  ("NVIDIA H100 PCIe", 114),
+  ("NVIDIA H200", 132),
+  ("NVIDIA GH200 480GB", 132),
+]
+
+
+@pytest.fixture
+def become(monkeypatch, unchecked_shapes):
+  """Makes the default device another one."""
+
+  def run(kind, platform="gpu", **attributes):
+    device = types.SimpleNamespace(
+      device_kind=kind, platform=platform, **attributes
+    )
+    monkeypatch.setattr(backend, "get_default_device", lambda: device)
+
+  return run
+
+
+def _info(capsys):
+  assert main(["info"]) == 0
+  out = capsys.readouterr().out
+  return dict(line.split(": ", 1) for line in out.splitlines())
+
+
+@pytest.mark.parametrize(("kind", "capability"), OTHERS)
+def test_other_gpus_take_xla_for_want_of_wgmma(
+  become, capsys, kind, capability
+):
+  become(kind, compute_capability=capability, core_count=100)
+  lines = _info(capsys)
+  assert lines["decode attention"] == (
+    f"xla, since {kind!r} has compute capability {capability}, and the kernels "
+    "multiply with wgmma, which only Hopper (9.0) has."
+  )
+  assert lines["prefill attention"].startswith("xla, since")
+
+
+@pytest.mark.parametrize(("kind", "num_sms"), HOPPERS)
+def test_hopper_takes_the_kernel_for_its_multiprocessors(
+  become, capsys, monkeypatch, kind, num_sms
+):
+  monkeypatch.setattr(decode_table, "CONFIGS", {})
+  become(kind, compute_capability="9.0", core_count=num_sms)
+  assert _info(capsys)["decode attention"] == (
+    "mosaic_gpu, since its kernel serves bfloat16 with head_dim=64 on "
+    f"{kind!r}."
+  )
+  assert gpu.at_hand() == gpu.Gpu(kind, num_sms)
+  few, many = (
+    decode_config.default_config(8 * num_seqs, 4, 80, jnp.bfloat16)
+    for num_seqs in (1, 300)
+  )
+  assert few.num_programs == num_sms
+  assert many.num_programs == 2 * num_sms
+
+
+def test_a_cpu_takes_xla_and_lowers_for_an_h200(become, capsys):
+  become("cpu", platform="cpu")
+  assert _info(capsys)["decode attention"] == (
+    "xla, since the default device is 'cpu', not an NVIDIA GPU."
+  )
+  assert gpu.at_hand() == gpu.Gpu(kind="", num_sms=132)
+
+
+def test_a_gpu_that_does_not_tell_its_multiprocessors_counts_as_an_h200(
+  become,
+):
+  become("NVIDIA H200", compute_capability="9.0")
+  assert gpu.at_hand() == gpu.Gpu("NVIDIA H200", 132)
+
+
+def test_a_kernel_that_is_not_served_says_which_shape(become):
+  become("NVIDIA H200", compute_capability="9.0", core_count=132)
+  assert devices.why_not_hopper() is None
+  reason = info.why_not_kernel("decode", dtype=jnp.bfloat16, head_dim=72)
+  assert reason.startswith("head_dim=72 is not one of")
+
+
+def test_the_table_comes_before_the_rule_for_its_own_keys_alone(
+  become, monkeypatch
+):
+  found, h200 = Config(128, 2, 7), gpu.Gpu("NVIDIA H200", 132)
+  tables = {h200.kind: {(512, 8, 128, "bfloat16"): (128, 2, 7)}}
+  monkeypatch.setattr(decode_table, "CONFIGS", tables)
+
+  def config(num_seqs, num_queries=4, head_dim=128, dtype="bfloat16", on=h200):
+    return decode_config.default_config(
+      8 * num_seqs, num_queries, head_dim, dtype, device=on
+    )
+
+  # 257 to 512 items, and 1 to 8 queries, have one key.
+  for same in (config(64), config(33), config(64, 1), config(64, 8)):
+    assert same == found
+  for other in (
+    config(32),
+    config(65),
+    config(64, 9),
+    config(64, head_dim=96),
+    config(64, dtype="float16"),
+    config(64, on=gpu.Gpu("NVIDIA H100 PCIe", 132)),
+    config(64, on=gpu.Gpu()),
+  ):
+    assert other != found
+  become(h200.kind, compute_capability="9.0", core_count=132)
+  assert config(64, on=None) == found
+  become("cpu", platform="cpu")
+  assert config(64, on=None) != found
+
+
+@pytest.mark.parametrize(
+  ("num_items", "bucket"), [(1, 1), (2, 2), (3, 4), (512, 512), (513, 1024)]
+)
+def test_items_are_rounded_up_to_powers_of_two(num_items, bucket):
+  key = decode_table.key(num_items, 8, 64, "float16")
+  assert key == (bucket, 8, 64, "float16")
