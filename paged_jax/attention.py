@@ -66,9 +66,9 @@ def paged_attention(
     logits_soft_cap: If given, logits become `cap * tanh(logits / cap)`.
     batch_invariant: Whether what a sequence gets must be the same, bit for bit,
       whatever the other sequences are and however many. It costs the kernel
-      memory for up to 16 partial results of each sequence and head, and a few
-      per cent of its speed. Plain JAX computes rows alike anyway, as far as XLA
-      does for arrays of another size.
+      about a tenth of its speed, and memory for 16 partial results of each
+      sequence and KV head. Plain JAX folds the keys of each row in their order
+      anyway, and is as invariant as XLA's products are.
     sinks: [num_q_heads], one more logit per head in the denominator.
     return_lse: Whether to return the log-sum-exp too.
     implementation: `"mosaic_gpu"`, `"xla"`, or None to choose.
@@ -208,6 +208,7 @@ def ragged_paged_attention(
     sliding_window=sliding_window,
     num_sink_tokens=num_sink_tokens,
     logits_soft_cap=logits_soft_cap,
+    batch_invariant=batch_invariant,
     max_q_len=max_q_len,
     implementation=_choose(
       implementation, lambda: why_not_mosaic_gpu(q, k_pages, max_q_len)
