@@ -3,6 +3,7 @@
   page_sizes  the same tokens in pages of 8 to 256, beside what such pages
               waste: of equal lengths that fill them, and of chats
   window      131,072 tokens with a sliding window, beside the window's length
+  quantised   pages of int8 and float8, beside bfloat16
   queries     1 to 8 query tokens a sequence, as to verify speculative tokens
   rows_apart  1,000 steps of growing sequences: one program, no transfer
   batches     from one sequence to 256, beside plain JAX and the Triton kernel
@@ -39,6 +40,7 @@ PARTS = (
   decode_parts.loop_alone,
   decode_parts.page_sizes,
   decode_parts.window,
+  decode_parts.quantised,
   decode_parts.queries,
   decode_parts.rows_apart,
   decode_parts.batches,
@@ -96,6 +98,7 @@ def settings(sizes: Sizes) -> dict:
       relative_error="of a head's output, at most, to plain JAX",
       waste_percent="slots without a token, of the pages of the sequences",
       more_than_plain_percent="that the window takes, by the medians",
+      speedup="of quantised pages over those of bfloat16, by the medians",
       traces="times that the loop was compiled",
     ),
     dtype=jnp.dtype(DTYPE).name,
@@ -142,6 +145,8 @@ def table(record: dict) -> str:
       speed += f"  waste {side['waste_percent']:.1f} %"
     if "more_than_plain_percent" in side:
       speed += f"  {side['more_than_plain_percent']:+.1f} % time"
+    if "speedup" in side:
+      speed += f"  x {side['speedup']:.2f}"
     lines.append(f"{name:64}{side['us']['median']:9.1f}{speed}")
   return "\n".join(lines)
 

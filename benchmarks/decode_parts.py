@@ -34,6 +34,7 @@ from decode_loop import (
 from jax import lax
 
 import paged_jax
+from paged_jax.quantised import quantise
 
 RIVAL = "pallas.ops.gpu.paged_attention"  # of JAX
 MAX_RIVAL_ERROR = 5e-2  # the rival merges in bfloat16
@@ -182,6 +183,53 @@ def queries(sizes: Sizes) -> dict:
   lens = same(sizes.queries)
   batch = make(sizes, lens)
   return {str(count): attempt(one, count) for count in sizes.query_lens}
+
+
+def quantised(sizes: Sizes) -> dict:
+  """Times pages of 8-bit numbers, beside those of bfloat16."""
+
+  def attend(implementation: str) -> Callable:
+    def call(q, k_pages, v_pages, kv_lens, page_indices, *scales):
+      pools = k_pages, v_pages, kv_lens, page_indices
+      names = ("k_scales", "v_scales")[: len(scales)]
+      return paged_jax.paged_attention(
+        q,
+        *pools,
+        implementation=implementation,
+        **dict(zip(names, scales, strict=True)),
+      )
+
+    return call
+
+  def one(dtype: str) -> dict:
+    batch = make(sizes, lens)
+    if dtype != wide_name:
+      narrow = jax.jit(functools.partial(quantise, dtype=dtype))
+      k_pages, k_scales = narrow(batch.k_pages)
+      v_pages, v_scales = narrow(batch.v_pages)
+      batch = dataclasses.replace(
+        batch, k_pages=k_pages, v_pages=v_pages, more=(k_scales, v_scales)
+      )
+    expected = reference(attend("xla"), batch)
+    side, _ = timed(
+      sizes,
+      batch,
+      attend(sizes.implementation),
+      lens.sum(),
+      functools.partial(relative_error, expected),
+    )
+    del side["gb_per_s"]  # counts the bytes of bfloat16
+    return side
+
+  lens = same(sizes.same)
+  wide_name = jnp.dtype(DTYPE).name
+  names = wide_name, "int8", "float8_e4m3fn"
+  figures = {name: attempt(one, name) for name in names}
+  wide = figures[wide_name]
+  for side in figures.values():
+    if "us" in side and "us" in wide:
+      side["speedup"] = wide["us"]["median"] / side["us"]["median"]
+  return figures
 
 
 def rows_apart(sizes: Sizes) -> dict:

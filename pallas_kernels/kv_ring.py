@@ -11,6 +11,8 @@ scores than there are numbers.
   operand  |  tile 3, in 16 bits   |                     or the ring itself
 """
 
+from typing import Any
+
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -60,7 +62,7 @@ def _load(problem, gmem, smem, which, head, nth, base, ids):
     rows = (pl.ds(row, chunk),) if chunk < problem.page_size else ()
     at, place = (page, head, *rows), (slot, pl.ds(j * chunk, chunk))
     # Rows that lie as they come, where TMA's tiles could not.
-    plain = dict(oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+    plain: Any = dict(oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
     plgpu.copy_gmem_to_smem(
       getattr(gmem, which).at[at],
       getattr(smem, f"{which}_smem").at[*place, pl.ds(0, problem.head_dim)],

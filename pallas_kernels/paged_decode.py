@@ -53,7 +53,9 @@ from pallas_kernels.decode_config import (
 from pallas_kernels.decode_problem import Problem, scratch
 
 _COLUMNS = 64  # of V that are rewritten at once, to spare registers
-_TINY = 1e-30  # scale of values that are all 0, whose logarithm is finite
+# Smaller scales of values, as those of zeros, count as this: 2^100 times the
+# greatest weight of a key is still a number.
+_TINY = 2.0**-100
 OPTIONS = (
   "scale",
   "sliding_window",
@@ -138,7 +140,7 @@ def paged_decode(
     logits_soft_cap=logits_soft_cap,
     batch_invariant=batch_invariant,
     sinks=sinks,
-    scales=None if k_scales is None else (k_scales, v_scales),
+    scales=(k_scales, v_scales),
     config=config,
     interpret=interpret,
   )
@@ -154,7 +156,7 @@ def attend(
   page_indices: Int[Array, "num_seqs pages_per_seq"],
   *,
   sinks: Float[Array, " num_q_heads"] | None,
-  scales: tuple[Array, Array] | None,
+  scales: tuple[Array | None, Array | None],
   config: Config | None,
   max_q_len: int = 1,
   batch_invariant: bool = False,
@@ -175,7 +177,7 @@ def attend(
     kv_lens: see `paged_decode`.
     page_indices: see `paged_decode`.
     sinks: see `paged_decode`.
-    scales: of keys and of values, or None; see `paged_decode`.
+    scales: of keys and of values; see `paged_decode`.
     config: see `paged_decode`.
     max_q_len: most query tokens of a sequence.
     batch_invariant: see `paged_decode`.
@@ -189,9 +191,9 @@ def attend(
   """
   if k_pages.dtype != v_pages.dtype:
     raise ValueError(f"{k_pages.dtype=} and {v_pages.dtype=} must be the same.")
-  is_quantised = k_pages.dtype.name in QUANTISED_DTYPES
-  if is_quantised != (scales is not None):
-    raise ValueError(f"{k_pages.dtype=} and {scales=} do not go together.")
+  given = [x for x in scales if x is not None]
+  if len(given) != 2 * (k_pages.dtype.name in QUANTISED_DTYPES):
+    raise ValueError(f"{len(given)} arrays of scales beside {k_pages.dtype=}.")
   num_seqs, num_kv_heads, num_queries, head_dim = q.shape
   if 0 in (num_seqs, k_pages.shape[0], page_indices.shape[1]):
     return jnp.zeros_like(q), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
@@ -222,7 +224,7 @@ def attend(
     sinks = problem.pad_queries(sinks)
   lens = kv_lens, page_indices, *(() if q_lens is None else (q_lens,))
   lens = [x.astype(jnp.int32) for x in lens]
-  pages = k_pages, v_pages, *(scales or ())
+  pages = k_pages, v_pages, *given
   out, lse = _launch(problem, q, pages, sinks, *lens)
   return out, lse[..., :num_queries]
 

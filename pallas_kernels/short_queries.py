@@ -104,7 +104,7 @@ def attend(
     page_indices,
     max_q_len=max_q_len,
     sinks=sinks,
-    scales=None if k_scales is None else (k_scales, v_scales),
+    scales=(k_scales, v_scales),
     config=config,
     interpret=interpret,
     **options,

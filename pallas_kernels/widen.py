@@ -13,6 +13,7 @@ float16 holds all values of int8 and of float8_e4m3fn exactly.
 """
 
 import itertools
+from typing import Any
 
 import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -148,7 +149,7 @@ def _store(numbers, targets, is_int):
 def _convert(word, is_int):
   """Returns two registers of float16 for one of 8-bit numbers."""
   i32 = ir.IntegerType.get_signless(32)
-  pair = llvm.inline_asm(
+  pair: Any = llvm.inline_asm(
     llvm.StructType.get_literal([i32, i32]),
     [word],
     _FROM_INT8 if is_int else _FROM_FLOAT8,
@@ -161,5 +162,5 @@ def _at(pointer, offset):
   return utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8))
 
 
-def _i32(value):
+def _i32(value: int) -> Any:
   return mgpu.c(value, ir.IntegerType.get_signless(32))

@@ -1,3 +1,5 @@
+import os
+
 import jax
 import jaxtyping
 import pytest
@@ -5,6 +7,9 @@ import pytest
 from paged_jax import devices
 from paged_jax.models import demo
 
+# Threads of XLA. The interpreter of kernels blocks one for each warpgroup that
+# waits; with one for each of two cores, it can come to wait for ever.
+os.environ.setdefault("NPROC", "8")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # On a GPU the default multiplies float32 in TF32.
