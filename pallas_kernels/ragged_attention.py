@@ -1,0 +1,493 @@
+"""Paged attention of many query tokens a sequence, for Hopper.
+
+Prefill, chunks on top of a context, decode, and mixtures: queries of all
+sequences lie one after the other on a token axis, and are the last tokens of
+their sequences. Persistent programs attend items (`ragged_schedule`): a tile of
+query tokens of one sequence, for one KV head. The rows of a tile are the query
+heads of the KV head, token by token, so that K and V are read once for all of
+them. A program has a warpgroup for memory and others that compute:
+
+  memory   reads page ids from the page table as scalars, and copies Q, and K
+           and V chunk by chunk (TMA) into a ring of `num_stages` tiles
+  compute  64 rows each: S = Q K^T, mask, online softmax in base 2, O += P V
+           (wgmma); two take turns, so that one multiplies while the other
+           exponentiates
+
+  turn        |    |    |    |    |    |    |
+  compute 0   QK   soft PV,QK soft PV,QK soft
+  compute 1        QK   soft PV,QK soft PV,QK
+
+A tile of K is `block_kv` consecutive positions, copied in chunks that never
+straddle a page: `chunk = gcd(page_size, block_kv)`. Which tiles are visited is
+as in decode (`kv_tiles`); most of them are seen whole by every row, and need no
+mask.
+
+A key counts if its page is mapped and the query sees its position. Scores of
+other keys are selected away, and rows of V that no query of the item sees are
+zeroed in shared memory (0 * NaN is NaN).
+"""
+
+import functools
+import math
+import types
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import (
+  online_softmax,
+  ragged_config,
+  ragged_schedule,
+  ragged_softmax,
+)
+from pallas_kernels.ragged_config import ROWS, Config, default_config
+from pallas_kernels.ragged_problem import Problem, scratch
+from pallas_kernels.ragged_schedule import Item
+
+_COLUMNS = 64  # of V that are rewritten at once, to spare registers
+OPTIONS = (
+  "scale",
+  "sliding_window",
+  "num_sink_tokens",
+  "logits_soft_cap",
+  "causal",
+)
+
+
+@functools.partial(jax.jit, static_argnames=(*OPTIONS, "config", "interpret"))
+def attend(
+  q: Float[Array, "num_tokens num_q_heads head_dim"],
+  k_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
+  v_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
+  kv_lens: Int[Array, " num_seqs"],
+  page_indices: Int[Array, "num_seqs pages_per_seq"],
+  cu_q_lens: Int[Array, " num_seqs+1"],
+  num_active: Int[Array, ""],
+  *,
+  scale: float,
+  sliding_window: int | None,
+  num_sink_tokens: int,
+  logits_soft_cap: float | None,
+  sinks: Float[Array, " num_q_heads"] | None,
+  causal: bool = True,
+  config: Config | None = None,
+  interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[
+  Float[Array, "num_tokens num_q_heads head_dim"],
+  Float[Array, "num_tokens num_q_heads"],
+]:
+  """Attends the last tokens of each sequence over pages.
+
+  Args:
+    q: queries of all sequences, one sequence after the other, bfloat16 or
+      float16.
+    k_pages: the pool of keys, in the dtype of q.
+    v_pages: the pool of values, in the dtype of q.
+    kv_lens: tokens stored of each sequence, the queries' own among them.
+    page_indices: physical page of each logical page. A page that is not in
+      [0, num_pages) is unmapped, and its positions are skipped.
+    cu_q_lens: offsets of the sequences on the token axis.
+    num_active: sequences from this one on have no queries.
+    scale: factor of the scores.
+    sliding_window: positions a query sees, its own among them, or None.
+    num_sink_tokens: first positions that are seen besides the window.
+    logits_soft_cap: scores become cap * tanh(score / cap), or None.
+    sinks: a logit per query head that only the denominator counts, or None.
+    causal: whether a query sees no position past its own; if not, it sees all
+      tokens of its sequence.
+    config: tile sizes; `default_config` if None.
+    interpret: parameters of the interpreter that stands in for a GPU.
+
+  Returns:
+    The output in the dtype of q, and the natural log-sum-exp of the scores,
+    sinks included, in f32; 0 and -inf for tokens that see nothing or are of no
+    sequence.
+
+  Raises:
+    NotImplementedError: if the kernel does not take these shapes.
+    ValueError: if dtypes differ, the config exceeds shared memory or has fewer
+      rows than a KV head has queries, or there is a window that is not causal.
+  """
+  if not q.dtype == k_pages.dtype == v_pages.dtype:
+    raise ValueError(
+      f"{q.dtype=}, {k_pages.dtype=} and {v_pages.dtype=} must be the same."
+    )
+  if not causal and sliding_window is not None:
+    raise ValueError(f"{sliding_window=} must be None with {causal=}.")
+  num_tokens, num_q_heads, head_dim = q.shape
+  num_pages, num_kv_heads, page_size, _ = k_pages.shape
+  if reason := ragged_config.unsupported(
+    head_dim, page_size, num_q_heads, num_kv_heads, k_pages.dtype
+  ):
+    raise NotImplementedError(reason)
+  num_seqs, pages_per_seq = page_indices.shape
+  if 0 in (num_tokens, num_seqs, num_pages, pages_per_seq):
+    return jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
+  problem = Problem(
+    config=config or default_config(head_dim),
+    dtype=q.dtype,
+    num_tokens=num_tokens,
+    num_seqs=num_seqs,
+    num_kv_heads=num_kv_heads,
+    group=ragged_config.padded_group(num_q_heads, num_kv_heads),
+    head_dim=head_dim,
+    num_pages=num_pages,
+    page_size=page_size,
+    pages_per_seq=pages_per_seq,
+    scale=scale,
+    sliding_window=sliding_window,
+    num_sink_tokens=num_sink_tokens,
+    logits_soft_cap=logits_soft_cap,
+    has_sinks=sinks is not None,
+    causal=causal,
+    interpret=interpret,
+  )
+  ints = [
+    x.astype(jnp.int32) for x in (cu_q_lens, kv_lens, num_active, page_indices)
+  ]
+  return _launch(problem, q, k_pages, v_pages, sinks, *ints)
+
+
+def _launch(
+  problem: Problem, q, k_pages, v_pages, sinks, cu_q_lens, kv_lens, active, ids
+):
+  """Lists the items, lays their queries out, and runs the kernel."""
+  sizes, block_q = problem.sizes, problem.config.block_q
+  group = q.shape[1] // problem.num_kv_heads
+  holes = _has_holes(problem, cu_q_lens, kv_lens, ids)
+  seqs = ragged_schedule.order(sizes, kv_lens, cu_q_lens, active, holes)
+  plan = ragged_schedule.plan(sizes, seqs)
+  kernel = plgpu.kernel(
+    functools.partial(_body, problem),
+    out_type=(
+      jax.ShapeDtypeStruct(
+        (sizes.num_items, block_q, problem.head_dim), problem.dtype
+      ),
+      jax.ShapeDtypeStruct((sizes.num_items, block_q), jnp.float32),
+    ),
+    scratch_types=scratch(problem),
+    grid=(problem.config.num_programs,),
+    grid_names=("program",),
+    num_threads=problem.config.num_compute_wgs + 1,
+    thread_name="warpgroup",
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True,
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    ),
+    interpret=problem.interpret,
+    kernel_name="ragged_attention",
+  )
+  more = ()
+  if sinks is not None:
+    sinks = sinks.astype(jnp.float32) * online_softmax.LOG2_E
+    rows = _pad_group(problem, sinks.reshape(problem.num_kv_heads, group))
+    more = (jnp.tile(rows, (1, sizes.tile_tokens)),)
+  tiles = _tiles_of_queries(problem, plan, q)
+  out, lse = kernel(*plan, ids, tiles, k_pages, v_pages, *more)
+  # Back to the token axis.
+  at = ragged_schedule.places(sizes, seqs)
+  head = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+  nth = at.item[:, None] + lax.div(head, group) * at.items_per_head[:, None]
+  row = at.nth[:, None] * problem.group + lax.rem(head, group)
+  return out[nth, row], lse[nth, row]
+
+
+def _pad_group(problem, x):
+  """Pads the query heads of a KV head, the second axis, to a power of two."""
+  padding = [(0, 0)] * x.ndim
+  padding[1] = 0, problem.group - x.shape[1]
+  return jnp.pad(x, padding)
+
+
+def _tiles_of_queries(problem, plan, q):
+  """Returns the rows of each item: [num_items, block_q, head_dim]."""
+  sizes = problem.sizes
+  items = Item(*plan.items.T)
+  nth = jnp.arange(sizes.tile_tokens, dtype=jnp.int32)[None]
+  token = jnp.clip(items.token[:, None] + nth, 0, sizes.num_tokens - 1)
+  q = q.reshape(sizes.num_tokens, sizes.num_kv_heads, -1, problem.head_dim)
+  q = q[token, items.head[:, None]]  # [num_items, tile_tokens, group, head_dim]
+  q = jnp.pad(q, ((0, 0), (0, 0), (0, problem.group - q.shape[2]), (0, 0)))
+  return q.reshape(-1, problem.config.block_q, problem.head_dim)
+
+
+def _has_holes(problem, cu_q_lens, kv_lens, ids):
+  """Tells, 0 or 1, of which sequences a query may see an unmapped page."""
+  first = jnp.arange(problem.pages_per_seq, dtype=jnp.int32)
+  first = first[None] * problem.page_size
+  seen = first < kv_lens[:, None]
+  if problem.sliding_window is not None:
+    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
+    start = kv_lens - q_lens + 1 - problem.sliding_window
+    in_window = first + problem.page_size > start[:, None]
+    seen &= in_window | (first < problem.num_sink_tokens)
+  is_hole = seen & ((ids < 0) | (ids >= problem.num_pages))
+  return jnp.any(is_hole, axis=1).astype(jnp.int32)
+
+
+def _body(problem, *refs, **smem):
+  """Runs a program: its warpgroups over its items."""
+  names = "num_items", "items", "table", "q", "k", "v"
+  names += ("sinks",) * problem.has_sinks + ("out", "lse")
+  gmem = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
+  smem = types.SimpleNamespace(**smem)
+  num_wgs = problem.config.num_compute_wgs
+  wg = lax.axis_index("warpgroup")
+
+  @pl.when(wg < num_wgs)
+  def _compute():
+    if num_wgs > 1:
+      plgpu.set_max_registers(232 if num_wgs == 2 else 160, action="increase")
+      pl.when(wg > 0)(lambda: _take_turns(problem, smem))
+    _for_each_item(
+      problem,
+      gmem,
+      jnp.int32(0),
+      functools.partial(_attend_item, problem, gmem, smem),
+    )
+    if num_wgs > 1:
+      pl.when(wg == 0)(lambda: _take_turns(problem, smem))
+    plgpu.wait_smem_to_gmem(0)
+
+  @pl.when(wg == num_wgs)
+  def _memory():
+    if num_wgs > 1:
+      plgpu.set_max_registers(40 if num_wgs == 2 else 32, action="decrease")
+    num_tiles = _for_each_item(
+      problem,
+      gmem,
+      jnp.int32(0),
+      functools.partial(_load_item, problem, gmem, smem),
+    )
+    num_stages = problem.config.num_stages
+
+    # No barrier may be left with a completion that nobody waited for.
+    @pl.when(num_tiles > 0)
+    def _():
+      plgpu.barrier_wait(smem.q_consumed)
+
+    @pl.loop(jnp.maximum(num_tiles - num_stages, 0), num_tiles)
+    def _(i):
+      slot = lax.rem(i, jnp.int32(num_stages))
+      plgpu.barrier_wait(smem.k_consumed.at[slot])
+      plgpu.barrier_wait(smem.v_consumed.at[slot])
+
+
+def _take_turns(problem, smem):
+  """Waits until the other warpgroup is done with its half of a step."""
+  if problem.config.num_compute_wgs > 1:
+    plgpu.barrier_arrive(smem.turn)
+    plgpu.barrier_wait(smem.turn)
+
+
+def _for_each_item(problem, gmem, carry, step):
+  """Folds `step(nth, Item, tiles, carry)` over the items of a program.
+
+  `nth` is the place of the item in the list, `tiles` those of K it visits.
+  """
+  program, num_programs = lax.axis_index("program"), problem.config.num_programs
+  num_items = gmem.num_items[0]
+
+  def take(i, carry):
+    nth = program + i * num_programs
+    item = Item(*(gmem.items[nth, j] for j in range(len(Item._fields))))
+    return step(nth, item, problem.visit(item.kv_len, item.num_earlier), carry)
+
+  count = lax.div(num_items - program + (num_programs - 1), num_programs)
+  return lax.fori_loop(0, count, take, carry)
+
+
+def _page_ids(problem, gmem, seq, base):
+  """Returns the page of each chunk of the tile at a position.
+
+  Past the table's end, it is any page: it will be masked.
+  """
+  starts = (base + j * problem.chunk for j in range(problem.num_chunks))
+  columns = [lax.div(start, jnp.int32(problem.page_size)) for start in starts]
+  last = problem.pages_per_seq - 1
+  return [gmem.table[seq, jnp.minimum(column, last)] for column in columns]
+
+
+def _load_item(problem, gmem, smem, nth, item, tiles, num_before):
+  """Copies Q, and the tiles of K and V into their rings."""
+
+  @pl.when(tiles.num_visited > 0)
+  def _():
+    pl.when(num_before > 0)(lambda: plgpu.barrier_wait(smem.q_consumed))
+    for wg in range(problem.config.num_compute_wgs):
+      rows = gmem.q.at[nth, pl.ds(wg * ROWS, ROWS)]
+      plgpu.copy_gmem_to_smem(rows, smem.q_smem.at[wg], smem.q_loaded)
+
+  # The page ids of the next tile are on their way while this one waits.
+  def load(i, ids):
+    next_ids = _page_ids(problem, gmem, item.seq, tiles.base(i + 1))
+    _load_tile(
+      problem, gmem, smem, item.head, num_before + i, tiles.base(i), ids
+    )
+    return next_ids
+
+  ids = _page_ids(problem, gmem, item.seq, tiles.base(0))
+  lax.fori_loop(0, tiles.num_visited, load, ids)
+  return num_before + tiles.num_visited
+
+
+def _load_tile(problem, gmem, smem, head, nth, base, ids):
+  """Copies the program's nth tile of K and of V into their rings."""
+  chunk, num_stages = problem.chunk, problem.config.num_stages
+  slot = lax.rem(nth, jnp.int32(num_stages))
+  pages = [jnp.clip(page, 0, problem.num_pages - 1) for page in ids]
+  for source, ring, loaded, consumed in (
+    (gmem.k, smem.k_smem, smem.k_loaded, smem.k_consumed),
+    (gmem.v, smem.v_smem, smem.v_loaded, smem.v_consumed),
+  ):
+
+    @pl.when(nth >= num_stages)
+    def _(consumed=consumed):
+      plgpu.barrier_wait(consumed.at[slot])
+
+    for j, page in enumerate(pages):
+      rows = source.at[page, head]
+      if chunk < problem.page_size:
+        row = lax.rem(base + j * chunk, jnp.int32(problem.page_size))
+        rows = source.at[page, head, pl.ds(row, chunk)]
+      place = ring.at[slot, pl.ds(j * chunk, chunk)]
+      plgpu.copy_gmem_to_smem(rows, place, loaded.at[slot])
+
+
+def _attend_item(problem, gmem, smem, nth, item, tiles, num_before):
+  """Attends the tiles of an item, and writes its output."""
+  pl.when(tiles.num_visited > 0)(lambda: plgpu.barrier_wait(smem.q_loaded))
+
+  def fold(i, state):
+    slot = lax.rem(num_before + i, jnp.int32(problem.config.num_stages))
+    plgpu.barrier_wait(smem.k_loaded.at[slot])
+    s = ragged_softmax.matmul(
+      smem.q_smem.at[lax.axis_index("warpgroup")],
+      smem.k_smem.at[slot].T,
+      lambda: _take_turns(problem, smem),
+    )
+    plgpu.barrier_arrive(smem.k_consumed.at[slot])
+
+    # Not later: the other warpgroup may need the next Q to end its turn.
+    @pl.when(i == tiles.num_visited - 1)
+    def _():
+      plgpu.barrier_arrive(smem.q_consumed)
+
+    return _fold_scores(
+      problem, gmem, smem, item, tiles, slot, tiles.base(i), s, state
+    )
+
+  state = ragged_softmax.init(ROWS, problem.head_dim)
+  state = lax.fori_loop(0, tiles.num_visited, fold, state)
+  _write_output(problem, gmem, smem, nth, item, state)
+  return num_before + tiles.num_visited
+
+
+def _fold_scores(problem, gmem, smem, item, tiles, slot, base, qk, state):
+  """Folds the tile at base into the softmax."""
+  sees_all = tiles.sees_all(base) & (item.has_holes == 0)
+  s = lax.cond(
+    sees_all,
+    lambda s: s,
+    lambda s: _mask_scores(problem, gmem, item, tiles, base, s),
+    problem.scores(qk),
+  )
+  (acc, m, l), p = ragged_softmax.fold(state, s, problem.factor)
+  p = p.astype(problem.dtype)
+  plgpu.barrier_wait(smem.v_loaded.at[slot])
+  _clean_values(problem, gmem, smem, item, tiles, slot, base)
+  _take_turns(problem, smem)
+  acc = ragged_softmax.accumulate(
+    acc, p, smem.v_smem.at[slot], interpreted=problem.interpret is not None
+  )
+  plgpu.barrier_arrive(smem.v_consumed.at[slot])
+  return ragged_softmax.State(acc, m, l)
+
+
+def _iota(shape, axis):
+  return plgpu.broadcasted_iota(
+    jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA
+  )
+
+
+def _mask_scores(problem, gmem, item, tiles, base, s):
+  """Returns the scores, -inf where the key of a column is not seen."""
+  column = _iota(s.shape, 1)
+  before = 0
+  if problem.causal:
+    first_row = lax.axis_index("warpgroup") * ROWS
+    token = (_iota(s.shape, 0) + first_row) >> _log2(problem.group)
+    before = item.num_earlier - token
+  sees = tiles.sees(base + column, before)
+  sees &= _are_mapped(problem, gmem, item, base, column)
+  return jnp.where(sees, s, -jnp.inf)
+
+
+def _are_mapped(problem, gmem, item, base, positions):
+  """Tells of which positions of the tile at base the page is mapped."""
+  ids = _page_ids(problem, gmem, item.seq, base)
+  mapped = [(page >= 0) & (page < problem.num_pages) for page in ids]
+  bits = sum(bit.astype(jnp.int32) << j for j, bit in enumerate(mapped))
+  bits = lax.broadcast_in_dim(bits, positions.shape, [])
+  return ((bits >> (positions >> _log2(problem.chunk))) & 1) != 0
+
+
+def _log2(power: int) -> int:
+  return int(math.log2(power))
+
+
+def _clean_values(problem, gmem, smem, item, tiles, slot, base):
+  """Zeroes the rows of V that no query of the item sees."""
+  wg = lax.axis_index("warpgroup")
+  last = jnp.minimum(base + problem.config.block_kv, tiles.kv_end) - 1
+  is_clean = base + problem.config.block_kv <= tiles.kv_end
+  if problem.sliding_window is not None:
+    # What is seen of a tile without its ends is seen with them.
+    is_clean &= tiles.are_seen(base) & tiles.are_seen(last)
+  is_clean &= item.has_holes == 0
+
+  @pl.when(jnp.logical_not(is_clean))
+  def _():
+    @pl.when(wg == 0)
+    def _():
+      v_smem = smem.v_smem.at[slot]
+      for column in range(0, problem.head_dim, _COLUMNS):
+        size = min(_COLUMNS, problem.head_dim - column)
+        v = v_smem.at[:, pl.ds(column, size)]
+        rows = _iota(v.shape, 0)
+        sees = tiles.are_seen(base + rows)
+        sees &= _are_mapped(problem, gmem, item, base, rows)
+        v[...] = jnp.where(sees, v[...], 0.0)
+      plgpu.commit_smem()
+
+    if problem.config.num_compute_wgs > 1:
+      pl.when(wg == 0)(lambda: plgpu.barrier_arrive(smem.v_cleaned))
+      pl.when(wg > 0)(lambda: plgpu.barrier_wait(smem.v_cleaned))
+
+
+def _write_output(problem, gmem, smem, nth, item, state):
+  """Writes the rows of a warpgroup."""
+  wg = lax.axis_index("warpgroup")
+  first = wg * ROWS
+  sinks = None
+  if problem.has_sinks:
+    sinks = plgpu.load(
+      gmem.sinks.at[item.head, pl.ds(first, ROWS)],
+      layout=ragged_softmax.QUERIES,
+      optimized=False,
+    )
+  out, lse = ragged_softmax.finish(state, sinks)
+  gmem.lse.at[nth, pl.ds(first, ROWS)][...] = lse
+  out_smem = smem.out_smem.at[wg]
+  num_columns = out_smem.shape[1]
+  for column in range(0, problem.head_dim, num_columns):
+    # The copy of the columns before may still be reading.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    out_smem[...] = out[:, column : column + num_columns].astype(problem.dtype)
+    plgpu.commit_smem()
+    place = gmem.out.at[nth, pl.ds(first, ROWS), pl.ds(column, num_columns)]
+    plgpu.copy_smem_to_gmem(out_smem, place)

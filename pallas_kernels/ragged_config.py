@@ -1,0 +1,95 @@
+"""Sizes of the ragged kernel: what it takes, and how it is tiled."""
+
+import dataclasses
+
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels.decode_config import HEAD_DIMS, NUM_SMS
+
+ROWS = 64  # of a compute warpgroup: what wgmma takes
+_ALLOCATION = 1024  # bytes: shared memory is handed out in these
+_MAX_GROUP = 128  # query heads of a KV head: rows of a tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Tile sizes of the kernel, and how many programs share the items."""
+
+  block_kv: int  # positions in a tile
+  num_stages: int  # tiles in flight
+  num_compute_wgs: int = 2  # warpgroups, of 64 rows each
+  num_programs: int = NUM_SMS  # that share all items
+
+  def __post_init__(self):
+    if self.block_kv not in (64, 128):
+      raise ValueError(f"{self.block_kv=} must be 64 or 128.")
+    if self.num_stages < 2:
+      raise ValueError(f"{self.num_stages=} must be at least 2.")
+    if self.num_compute_wgs not in (1, 2, 3):
+      raise ValueError(f"{self.num_compute_wgs=} must be 1, 2 or 3.")
+    if self.num_programs < 1:
+      raise ValueError(f"{self.num_programs=} must be at least 1.")
+
+  @property
+  def block_q(self) -> int:
+    """Rows of a tile of queries."""
+    return ROWS * self.num_compute_wgs
+
+
+def default_config(head_dim: int, *, num_sms: int = NUM_SMS) -> Config:
+  """Returns a good Config for a width of heads.
+
+  Args:
+    head_dim: width of a head.
+    num_sms: multiprocessors of the device.
+  """
+  block_kv = 128 if head_dim <= 128 else 64
+  return Config(block_kv, 2, num_programs=num_sms)
+
+
+def smem_bytes(config: Config, head_dim: int, dtype: DTypeLike) -> int:
+  """Returns the bytes of shared memory that a program takes."""
+  itemsize = jnp.dtype(dtype).itemsize
+  ring = config.num_stages * config.block_kv * itemsize
+  buffers = (
+    config.block_q * head_dim * itemsize,  # Q
+    config.block_q * output_columns(head_dim) * itemsize,  # O
+    ring * head_dim,  # K
+    ring * head_dim,  # V
+  )
+  barriers = 8 * (8 + 4 * config.num_stages)
+  return sum(pl.cdiv(b, _ALLOCATION) * _ALLOCATION for b in buffers) + barriers
+
+
+def output_columns(head_dim: int) -> int:
+  """Returns the columns of the output that are on their way at once."""
+  return head_dim if head_dim <= 192 else head_dim // 2
+
+
+def padded_group(num_q_heads: int, num_kv_heads: int) -> int:
+  """Returns the rows of a token: its query heads of a KV head, padded."""
+  return 1 << (num_q_heads // num_kv_heads - 1).bit_length()
+
+
+def unsupported(
+  head_dim: int,
+  page_size: int,
+  num_q_heads: int,
+  num_kv_heads: int,
+  dtype: DTypeLike,
+) -> str | None:
+  """Returns why the kernel does not take these shapes, or None if it does."""
+  if jnp.dtype(dtype) not in (jnp.dtype("bfloat16"), jnp.dtype("float16")):
+    return f"dtype={jnp.dtype(dtype).name} is not bfloat16 or float16."
+  if head_dim not in HEAD_DIMS:
+    return f"{head_dim=} is not one of {HEAD_DIMS}."
+  if page_size < 1 or page_size % 8:
+    return f"{page_size=} is not a multiple of 8."
+  if num_q_heads % num_kv_heads:
+    return f"{num_q_heads=} is not a multiple of {num_kv_heads=}."
+  if padded_group(num_q_heads, num_kv_heads) > _MAX_GROUP:
+    group = num_q_heads // num_kv_heads
+    return f"{group=} query heads a KV head are more than {_MAX_GROUP}."
+  return None
