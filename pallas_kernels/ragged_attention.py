@@ -397,13 +397,20 @@ def _fold_scores(problem, gmem, smem, item, tiles, slot, base, qk, state):
     problem.scores(qk),
   )
   (acc, m, l), p = ragged_softmax.fold(state, s, problem.factor)
-  p = p.astype(problem.dtype)
+  p, v_smem = p.astype(problem.dtype), smem.v_smem.at[slot]
+  if problem.p_in_smem:
+    p_smem = smem.p_smem.at[lax.axis_index("warpgroup")]
+    p_smem[...] = p
+    plgpu.commit_smem()
   plgpu.barrier_wait(smem.v_loaded.at[slot])
   _clean_values(problem, gmem, smem, item, tiles, slot, base)
   _take_turns(problem, smem)
-  acc = ragged_softmax.accumulate(
-    acc, p, smem.v_smem.at[slot], interpreted=problem.interpret is not None
-  )
+  if problem.p_in_smem:
+    acc = online_softmax.accumulate(
+      acc, p_smem, v_smem, interpreted=problem.interpret is not None
+    )
+  else:
+    acc = ragged_softmax.accumulate(acc, p, v_smem)
   plgpu.barrier_arrive(smem.v_consumed.at[slot])
   return ragged_softmax.State(acc, m, l)
 

@@ -21,6 +21,7 @@ class Config:
   num_stages: int  # tiles in flight
   num_compute_wgs: int = 2  # warpgroups, of 64 rows each
   num_programs: int = NUM_SMS  # that share all items
+  p_in_smem: bool = False  # whether P goes through shared memory
 
   def __post_init__(self):
     if self.block_kv not in (64, 128):
@@ -58,6 +59,7 @@ def smem_bytes(config: Config, head_dim: int, dtype: DTypeLike) -> int:
     config.block_q * output_columns(head_dim) * itemsize,  # O
     ring * head_dim,  # K
     ring * head_dim,  # V
+    config.block_q * config.block_kv * itemsize * config.p_in_smem,  # P
   )
   barriers = 8 * (8 + 4 * config.num_stages)
   return sum(pl.cdiv(b, _ALLOCATION) * _ALLOCATION for b in buffers) + barriers

@@ -68,6 +68,11 @@ class Problem:
     )
 
   @property
+  def p_in_smem(self) -> bool:
+    """Whether P is in shared memory: the interpreter wants it there."""
+    return self.config.p_in_smem or self.interpret is not None
+
+  @property
   def factor(self) -> float:
     """What is left to multiply `scores` by, for base 2."""
     in_softmax = self.logits_soft_cap is None and self.scale > 0
@@ -106,6 +111,7 @@ def scratch(problem: Problem) -> dict[str, Any]:
   """Returns the shared memory and the barriers of a program."""
   config, head_dim = problem.config, problem.head_dim
   num_wgs = config.num_compute_wgs
+  # P has the swizzle of V, as the operands of wgmma must.
   swizzled = functools.partial(_swizzled, problem.dtype, head_dim)
   barriers = functools.partial(plgpu.Barrier, num_barriers=config.num_stages)
   columns = ragged_config.output_columns(head_dim)
@@ -121,6 +127,8 @@ def scratch(problem: Problem) -> dict[str, Any]:
     "k_consumed": barriers(num_arrivals=num_wgs),
     "v_consumed": barriers(num_arrivals=num_wgs),
   }
+  if problem.p_in_smem:
+    memory["p_smem"] = swizzled(num_wgs, ROWS, config.block_kv)
   if num_wgs > 1:
     memory["v_cleaned"] = plgpu.Barrier()
     memory["turn"] = plgpu.Barrier(num_arrivals=num_wgs)

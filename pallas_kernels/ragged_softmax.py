@@ -96,9 +96,7 @@ def matmul(a, b, after_issue=lambda: None):
   return pl.run_scoped(issue, plgpu.ACC(shape, jnp.float32))
 
 
-def accumulate(acc, p, v, *, interpreted: bool):
+def accumulate(acc, p, v):
   """Returns acc + p @ v by wgmma; p is in registers, v in shared memory."""
-  if interpreted:  # the interpreter takes no operand in registers
-    return acc + jnp.dot(p, v[...], preferred_element_type=jnp.float32)
   accumulate_in = pl.run_state(lambda ref: plgpu.wgmma(ref, p, v))
   return cast(Array, accumulate_in(plgpu.ACC.init(acc)))
