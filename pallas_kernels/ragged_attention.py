@@ -133,7 +133,7 @@ def attend(
     num_tokens=num_tokens,
     num_seqs=num_seqs,
     num_kv_heads=num_kv_heads,
-    group=ragged_config.padded_group(num_q_heads, num_kv_heads),
+    group=ragged_config.padded_group(num_q_heads, num_kv_heads, head_dim),
     head_dim=head_dim,
     num_pages=num_pages,
     page_size=page_size,
@@ -155,19 +155,20 @@ def attend(
 def _launch(
   problem: Problem, q, k_pages, v_pages, sinks, cu_q_lens, kv_lens, active, ids
 ):
-  """Lists the items, lays their queries out, and runs the kernel."""
-  sizes, block_q = problem.sizes, problem.config.block_q
-  group = q.shape[1] // problem.num_kv_heads
+  """Lists the items, and runs the kernel."""
+  sizes, num_kv_heads = problem.sizes, problem.num_kv_heads
+  group = q.shape[1] // num_kv_heads
   holes = _has_holes(problem, cu_q_lens, kv_lens, ids)
   seqs = ragged_schedule.order(sizes, kv_lens, cu_q_lens, active, holes)
   plan = ragged_schedule.plan(sizes, seqs)
+  by_token = problem.num_tokens, num_kv_heads, problem.group, problem.head_dim
   kernel = plgpu.kernel(
     functools.partial(_body, problem),
     out_type=(
+      jax.ShapeDtypeStruct(by_token, problem.dtype),
       jax.ShapeDtypeStruct(
-        (sizes.num_items, block_q, problem.head_dim), problem.dtype
+        (sizes.num_items, problem.config.block_q), jnp.float32
       ),
-      jax.ShapeDtypeStruct((sizes.num_items, block_q), jnp.float32),
     ),
     scratch_types=scratch(problem),
     grid=(problem.config.num_programs,),
@@ -184,35 +185,23 @@ def _launch(
   more = ()
   if sinks is not None:
     sinks = sinks.astype(jnp.float32) * online_softmax.LOG2_E
-    rows = _pad_group(problem, sinks.reshape(problem.num_kv_heads, group))
+    rows = _pad_group(problem, sinks.reshape(num_kv_heads, group), 1)
     more = (jnp.tile(rows, (1, sizes.tile_tokens)),)
-  tiles = _tiles_of_queries(problem, plan, q)
-  out, lse = kernel(*plan, ids, tiles, k_pages, v_pages, *more)
-  # Back to the token axis.
+  heads = q.reshape(problem.num_tokens, num_kv_heads, group, problem.head_dim)
+  heads = _pad_group(problem, heads, 2)
+  out, lse = kernel(*plan, ids, heads, k_pages, v_pages, *more)
   at = ragged_schedule.places(sizes, seqs)
   head = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
   nth = at.item[:, None] + lax.div(head, group) * at.items_per_head[:, None]
   row = at.nth[:, None] * problem.group + lax.rem(head, group)
-  return out[nth, row], lse[nth, row]
+  return out[:, :, :group].reshape(q.shape), lse[nth, row]
 
 
-def _pad_group(problem, x):
-  """Pads the query heads of a KV head, the second axis, to a power of two."""
-  padding = [(0, 0)] * x.ndim
-  padding[1] = 0, problem.group - x.shape[1]
-  return jnp.pad(x, padding)
-
-
-def _tiles_of_queries(problem, plan, q):
-  """Returns the rows of each item: [num_items, block_q, head_dim]."""
-  sizes = problem.sizes
-  items = Item(*plan.items.T)
-  nth = jnp.arange(sizes.tile_tokens, dtype=jnp.int32)[None]
-  token = jnp.clip(items.token[:, None] + nth, 0, sizes.num_tokens - 1)
-  q = q.reshape(sizes.num_tokens, sizes.num_kv_heads, -1, problem.head_dim)
-  q = q[token, items.head[:, None]]  # [num_items, tile_tokens, group, head_dim]
-  q = jnp.pad(q, ((0, 0), (0, 0), (0, problem.group - q.shape[2]), (0, 0)))
-  return q.reshape(-1, problem.config.block_q, problem.head_dim)
+def _pad_group(problem, x, axis):
+  """Pads the axis of the query heads of a KV head, if it is not yet."""
+  missing = problem.group - x.shape[axis]
+  padding = [(0, missing if i == axis else 0) for i in range(x.ndim)]
+  return jnp.pad(x, padding) if missing else x
 
 
 def _has_holes(problem, cu_q_lens, kv_lens, ids):
@@ -318,9 +307,14 @@ def _load_item(problem, gmem, smem, nth, item, tiles, num_before):
   @pl.when(tiles.num_visited > 0)
   def _():
     pl.when(num_before > 0)(lambda: plgpu.barrier_wait(smem.q_consumed))
-    for wg in range(problem.config.num_compute_wgs):
-      rows = gmem.q.at[nth, pl.ds(wg * ROWS, ROWS)]
-      plgpu.copy_gmem_to_smem(rows, smem.q_smem.at[wg], smem.q_loaded)
+    by_token, _ = smem.q_smem
+    for wg in range(by_token.shape[0]):
+      first, heads = _rows_of(problem, wg)
+      tokens = pl.ds(item.token + first, problem.wg_tokens)
+      for i in range(by_token.shape[1]):
+        columns = pl.ds(i * problem.columns, problem.columns)
+        source = gmem.q.at[tokens, item.head, heads, columns]
+        plgpu.copy_gmem_to_smem(source, by_token.at[wg, i], smem.q_loaded)
 
   # The page ids of the next tile are on their way while this one waits.
   def load(i, ids):
@@ -360,16 +354,22 @@ def _load_tile(problem, gmem, smem, head, nth, base, ids):
 
 def _attend_item(problem, gmem, smem, nth, item, tiles, num_before):
   """Attends the tiles of an item, and writes its output."""
-  pl.when(tiles.num_visited > 0)(lambda: plgpu.barrier_wait(smem.q_loaded))
+  by_token, by_row = (x.at[lax.axis_index("warpgroup")] for x in smem.q_smem)
+
+  @pl.when(tiles.num_visited > 0)
+  def _():
+    plgpu.barrier_wait(smem.q_loaded)
+    _reinterpret(problem, by_token, by_row)
 
   def fold(i, state):
     slot = lax.rem(num_before + i, jnp.int32(problem.config.num_stages))
     plgpu.barrier_wait(smem.k_loaded.at[slot])
-    s = ragged_softmax.matmul(
-      smem.q_smem.at[lax.axis_index("warpgroup")],
-      smem.k_smem.at[slot].T,
-      lambda: _take_turns(problem, smem),
-    )
+    k_smem = smem.k_smem.at[slot]
+    columns = [
+      (by_row.at[j], k_smem.at[:, pl.ds(j * problem.columns, problem.columns)].T)
+      for j in range(by_row.shape[0])
+    ]
+    s = ragged_softmax.matmul(columns, lambda: _take_turns(problem, smem))
     plgpu.barrier_arrive(smem.k_consumed.at[slot])
 
     # Not later: the other warpgroup may need the next Q to end its turn.
@@ -489,12 +489,53 @@ def _write_output(problem, gmem, smem, nth, item, state):
     )
   out, lse = ragged_softmax.finish(state, sinks)
   gmem.lse.at[nth, pl.ds(first, ROWS)][...] = lse
-  out_smem = smem.out_smem.at[wg]
-  num_columns = out_smem.shape[1]
-  for column in range(0, problem.head_dim, num_columns):
+  by_token, by_row = (x.at[wg] for x in smem.out_smem)
+  num_columns = by_row.shape[0] * problem.columns
+  for start in range(0, problem.head_dim, num_columns):
     # The copy of the columns before may still be reading.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    out_smem[...] = out[:, column : column + num_columns].astype(problem.dtype)
+    for i in range(by_row.shape[0]):
+      column = start + i * problem.columns
+      columns = out[:, column : column + problem.columns]
+      by_row.at[i][...] = columns.astype(problem.dtype)
+    _reinterpret(problem, by_row, by_token)
     plgpu.commit_smem()
-    place = gmem.out.at[nth, pl.ds(first, ROWS), pl.ds(column, num_columns)]
-    plgpu.copy_smem_to_gmem(out_smem, place)
+    _store_columns(problem, gmem, item, by_token, start)
+
+
+def _rows_of(problem, wg):
+  """Returns the first token of the rows of a warpgroup, and its heads."""
+  first, head = divmod(wg * ROWS, problem.group)
+  return first, pl.ds(head, problem.wg_heads)
+
+
+def _store_columns(problem, gmem, item, by_token, start):
+  """Copies the output of a warpgroup to its tokens, and to no others."""
+  first, heads = _rows_of(problem, lax.axis_index("warpgroup"))
+  num_tokens = jnp.clip(item.num_tokens - first, 0, problem.wg_tokens)
+  is_full = num_tokens == problem.wg_tokens
+  for i in range(by_token.shape[0]):
+    columns = pl.ds(start + i * problem.columns, problem.columns)
+
+    def place(token, columns=columns):
+      return gmem.out.at[token, item.head, heads, columns]
+
+    @pl.when(is_full)
+    def _(i=i, place=place):
+      tokens = pl.ds(item.token + first, problem.wg_tokens)
+      plgpu.copy_smem_to_gmem(by_token.at[i], place(tokens))
+
+    @pl.loop(0, jnp.where(is_full, 0, num_tokens))
+    def _(t, i=i, place=place):
+      token = item.token + first + t
+      plgpu.copy_smem_to_gmem(by_token.at[i, t], place(token))
+
+
+def _reinterpret(problem, source, target):
+  """Lets memory be seen by row instead of by token, or the other way.
+
+  Both are the same bytes, but not to the interpreter.
+  """
+  if problem.interpret is not None:
+    target[...] = source[...].reshape(target.shape)
+    plgpu.commit_smem()

@@ -10,6 +10,7 @@ from pallas_kernels.decode_config import HEAD_DIMS, NUM_SMS
 
 ROWS = 64  # of a compute warpgroup: what wgmma takes
 _ALLOCATION = 1024  # bytes: shared memory is handed out in these
+_ITEMSIZE = 2  # of bfloat16 and float16
 _MAX_GROUP = 128  # query heads of a KV head: rows of a tile
 
 
@@ -50,16 +51,15 @@ def default_config(head_dim: int, *, num_sms: int = NUM_SMS) -> Config:
   return Config(block_kv, 2, num_programs=num_sms)
 
 
-def smem_bytes(config: Config, head_dim: int, dtype: DTypeLike) -> int:
+def smem_bytes(config: Config, head_dim: int) -> int:
   """Returns the bytes of shared memory that a program takes."""
-  itemsize = jnp.dtype(dtype).itemsize
-  ring = config.num_stages * config.block_kv * itemsize
+  ring = config.num_stages * config.block_kv * _ITEMSIZE
   buffers = (
-    config.block_q * head_dim * itemsize,  # Q
-    config.block_q * output_columns(head_dim) * itemsize,  # O
+    config.block_q * head_dim * _ITEMSIZE,  # Q
+    config.block_q * output_columns(head_dim) * _ITEMSIZE,  # O
     ring * head_dim,  # K
     ring * head_dim,  # V
-    config.block_q * config.block_kv * itemsize * config.p_in_smem,  # P
+    config.block_q * config.block_kv * _ITEMSIZE * config.p_in_smem,  # P
   )
   barriers = 8 * (8 + 4 * config.num_stages)
   return sum(pl.cdiv(b, _ALLOCATION) * _ALLOCATION for b in buffers) + barriers
@@ -70,9 +70,19 @@ def output_columns(head_dim: int) -> int:
   return head_dim if head_dim <= 192 else head_dim // 2
 
 
-def padded_group(num_q_heads: int, num_kv_heads: int) -> int:
-  """Returns the rows of a token: its query heads of a KV head, padded."""
-  return 1 << (num_q_heads // num_kv_heads - 1).bit_length()
+def swizzle_bytes(head_dim: int) -> int:
+  """Returns the width of a tile of shared memory, in bytes."""
+  return next(x for x in (128, 64, 32) if head_dim * _ITEMSIZE % x == 0)
+
+
+def padded_group(num_q_heads: int, num_kv_heads: int, head_dim: int) -> int:
+  """Returns the rows of a token: its query heads of a KV head, padded.
+
+  To a power of two, and so that they begin where a copy (TMA) may: at multiples
+  of 128 bytes in a column of tiles.
+  """
+  group = 1 << (num_q_heads // num_kv_heads - 1).bit_length()
+  return max(group, 128 // swizzle_bytes(head_dim))
 
 
 def unsupported(
@@ -91,7 +101,7 @@ def unsupported(
     return f"{page_size=} is not a multiple of 8."
   if num_q_heads % num_kv_heads:
     return f"{num_q_heads=} is not a multiple of {num_kv_heads=}."
-  if padded_group(num_q_heads, num_kv_heads) > _MAX_GROUP:
-    group = num_q_heads // num_kv_heads
+  group = num_q_heads // num_kv_heads
+  if group > _MAX_GROUP:
     return f"{group=} query heads a KV head are more than {_MAX_GROUP}."
   return None

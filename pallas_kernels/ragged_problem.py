@@ -14,9 +14,6 @@ from pallas_kernels.decode_config import SMEM_LIMIT
 from pallas_kernels.online_softmax import LOG2_E, to_base_2
 from pallas_kernels.ragged_config import ROWS, Config
 
-_SWIZZLES = (128, 64, 32)  # bytes: widths of a tile in shared memory
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
   """What is static about a launch."""
@@ -40,11 +37,11 @@ class Problem:
   interpret: plgpu.InterpretGPUParams | None
 
   def __post_init__(self):
-    needed = ragged_config.smem_bytes(self.config, self.head_dim, self.dtype)
+    needed = ragged_config.smem_bytes(self.config, self.head_dim)
     if needed > SMEM_LIMIT:
       raise ValueError(f"{self.config=} takes {needed} bytes > {SMEM_LIMIT=}.")
-    if self.group > self.config.block_q:
-      raise ValueError(f"{self.group=} must be at most {self.config.block_q=}.")
+    if self.config.block_q % self.group:
+      raise ValueError(f"{self.config.block_q=} must be whole {self.group=}s.")
 
   @property
   def chunk(self) -> int:
@@ -55,6 +52,22 @@ class Problem:
   def num_chunks(self) -> int:
     """Copies of a tile."""
     return self.config.block_kv // self.chunk
+
+  @property
+  def columns(self) -> int:
+    """Columns of a tile of shared memory."""
+    swizzle = ragged_config.swizzle_bytes(self.head_dim)
+    return swizzle // jnp.dtype(self.dtype).itemsize
+
+  @property
+  def wg_tokens(self) -> int:
+    """Tokens of the rows of a compute warpgroup."""
+    return max(ROWS // self.group, 1)
+
+  @property
+  def wg_heads(self) -> int:
+    """Query heads of a token of a compute warpgroup."""
+    return ROWS // self.wg_tokens
 
   @property
   def sizes(self) -> ragged_schedule.Sizes:
@@ -96,31 +109,21 @@ class Problem:
     )
 
 
-def _swizzled(dtype: DTypeLike, width: int, *shape: int):
-  """Returns shared memory in tiles for wgmma, for rows of some width."""
-  itemsize = jnp.dtype(dtype).itemsize
-  swizzle = next(x for x in _SWIZZLES if width * itemsize % x == 0)
-  transforms = (
-    plgpu.TilingTransform((8, swizzle // itemsize)),
-    plgpu.SwizzleTransform(swizzle),
-  )
-  return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
 def scratch(problem: Problem) -> dict[str, Any]:
   """Returns the shared memory and the barriers of a program."""
   config, head_dim = problem.config, problem.head_dim
-  num_wgs = config.num_compute_wgs
-  # P has the swizzle of V, as the operands of wgmma must.
-  swizzled = functools.partial(_swizzled, problem.dtype, head_dim)
-  barriers = functools.partial(plgpu.Barrier, num_barriers=config.num_stages)
-  columns = ragged_config.output_columns(head_dim)
+  num_wgs, num_stages = config.num_compute_wgs, config.num_stages
+  tiled = functools.partial(_smem, problem, plgpu.TilingTransform)
+  barriers = functools.partial(plgpu.Barrier, num_barriers=num_stages)
+  output_columns = ragged_config.output_columns(head_dim)
   memory = {
-    "q_smem": swizzled(num_wgs, ROWS, head_dim),
-    "out_smem": swizzled(num_wgs, ROWS, columns),
-    "k_smem": swizzled(config.num_stages, config.block_kv, head_dim),
-    "v_smem": swizzled(config.num_stages, config.block_kv, head_dim),
-    "q_loaded": plgpu.Barrier(num_arrivals=num_wgs),
+    "q_smem": _rows(problem, head_dim),
+    "out_smem": _rows(problem, output_columns),
+    "k_smem": tiled(num_stages, config.block_kv, head_dim),
+    "v_smem": tiled(num_stages, config.block_kv, head_dim),
+    "q_loaded": plgpu.Barrier(
+      num_arrivals=num_wgs * (head_dim // problem.columns)
+    ),
     "q_consumed": plgpu.Barrier(num_arrivals=num_wgs),
     "k_loaded": barriers(num_arrivals=problem.num_chunks),
     "v_loaded": barriers(num_arrivals=problem.num_chunks),
@@ -128,8 +131,36 @@ def scratch(problem: Problem) -> dict[str, Any]:
     "v_consumed": barriers(num_arrivals=num_wgs),
   }
   if problem.p_in_smem:
-    memory["p_smem"] = swizzled(num_wgs, ROWS, config.block_kv)
+    # With the swizzle of V, as the operands of wgmma must.
+    memory["p_smem"] = tiled(num_wgs, ROWS, config.block_kv)
   if num_wgs > 1:
     memory["v_cleaned"] = plgpu.Barrier()
     memory["turn"] = plgpu.Barrier(num_arrivals=num_wgs)
   return memory
+
+
+def _smem(problem: Problem, tiling, *shape: int):
+  """Returns swizzled shared memory, in tiles of 8 rows or in none."""
+  swizzle = ragged_config.swizzle_bytes(problem.head_dim)
+  transforms = (plgpu.SwizzleTransform(swizzle),)
+  if tiling is not None:
+    transforms = tiling((8, problem.columns)), *transforms
+  return plgpu.SMEM(shape, problem.dtype, transforms=transforms)
+
+
+def _rows(problem: Problem, num_columns: int):
+  """Returns memory of the rows of each warpgroup, column of tiles by column.
+
+  The same bytes are seen twice: by token, as they are copied from and to the
+  token axis, and as rows in tiles, for wgmma. A column of tiles is as wide as
+  the swizzle, so that its tiles are its rows, one after the other.
+  """
+  outer = problem.config.num_compute_wgs, num_columns // problem.columns
+  inner = problem.wg_tokens, problem.wg_heads, problem.columns
+  by_token = _smem(problem, None, *outer, *inner)
+  by_row = _smem(
+    problem, plgpu.TilingTransform, *outer, ROWS, problem.columns
+  )
+  if problem.interpret is not None:  # see `ragged_attention._reinterpret`
+    return by_token, by_row
+  return plgpu.RefUnion(by_token, by_row)

@@ -78,20 +78,21 @@ def finish(state: State, sinks):
   return acc * across(inverse, acc.shape), lse
 
 
-def matmul(a, b, after_issue=lambda: None):
-  """Returns a @ b by wgmma, in f32; operands are in shared memory.
+def matmul(operands, after_issue=lambda: None):
+  """Returns the sum of products a @ b by wgmma, in f32.
 
   Args:
-    a: the left operand.
-    b: the right operand.
-    after_issue: called while it runs.
+    operands: pairs of a and b, in shared memory.
+    after_issue: called while they are multiplied.
   """
 
   def issue(acc):
-    plgpu.wgmma(acc, a, b)
+    for a, b in operands:
+      plgpu.wgmma(acc, a, b)
     after_issue()
     return acc[...]
 
+  (a, b), *_ = operands
   shape = a.shape[0], b.shape[1]
   return pl.run_scoped(issue, plgpu.ACC(shape, jnp.float32))
 
