@@ -46,7 +46,6 @@ from pallas_kernels import (
 )
 from pallas_kernels.ragged_config import ROWS, Config, default_config
 from pallas_kernels.ragged_problem import Problem, scratch
-from pallas_kernels.ragged_schedule import Item
 
 _COLUMNS = 64  # of V that are rewritten at once, to spare registers
 OPTIONS = (
@@ -159,15 +158,17 @@ def _launch(
   sizes, num_kv_heads = problem.sizes, problem.num_kv_heads
   group = q.shape[1] // num_kv_heads
   holes = _has_holes(problem, cu_q_lens, kv_lens, ids)
-  seqs = ragged_schedule.order(sizes, kv_lens, cu_q_lens, active, holes)
-  plan = ragged_schedule.plan(sizes, seqs)
+  cost = lambda *lens: problem.visit(*lens).num_visited
+  plan, places = ragged_schedule.plan(
+    sizes, kv_lens, cu_q_lens, active, holes, cost
+  )
   by_token = problem.num_tokens, num_kv_heads, problem.group, problem.head_dim
   kernel = plgpu.kernel(
     functools.partial(_body, problem),
     out_type=(
       jax.ShapeDtypeStruct(by_token, problem.dtype),
       jax.ShapeDtypeStruct(
-        (sizes.num_items, problem.config.block_q), jnp.float32
+        (sizes.num_tiles, num_kv_heads, problem.config.block_q), jnp.float32
       ),
     ),
     scratch_types=scratch(problem),
@@ -190,11 +191,10 @@ def _launch(
   heads = q.reshape(problem.num_tokens, num_kv_heads, group, problem.head_dim)
   heads = _pad_group(problem, heads, 2)
   out, lse = kernel(*plan, ids, heads, k_pages, v_pages, *more)
-  at = ragged_schedule.places(sizes, seqs)
   head = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-  nth = at.item[:, None] + lax.div(head, group) * at.items_per_head[:, None]
-  row = at.nth[:, None] * problem.group + lax.rem(head, group)
-  return out[:, :, :group].reshape(q.shape), lse[nth, row]
+  row = places.nth[:, None] * problem.group + lax.rem(head, group)
+  lse = lse[places.tile[:, None], lax.div(head, group), row]
+  return out[:, :, :group].reshape(q.shape), lse
 
 
 def _pad_group(problem, x, axis):
@@ -220,7 +220,7 @@ def _has_holes(problem, cu_q_lens, kv_lens, ids):
 
 def _body(problem, *refs, **smem):
   """Runs a program: its warpgroups over its items."""
-  names = "num_items", "items", "table", "q", "k", "v"
+  names = "num_items", "tiles", "table", "q", "k", "v"
   names += ("sinks",) * problem.has_sinks + ("out", "lse")
   gmem = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
   smem = types.SimpleNamespace(**smem)
@@ -266,28 +266,37 @@ def _body(problem, *refs, **smem):
       plgpu.barrier_wait(smem.v_consumed.at[slot])
 
 
-def _take_turns(problem, smem):
-  """Waits until the other warpgroup is done with its half of a step."""
-  if problem.config.num_compute_wgs > 1:
+def _take_turns(problem, smem, before=lambda: None):
+  """Waits until the other warpgroup is done with its half of a step.
+
+  Args:
+    problem: what is static.
+    smem: the barrier.
+    before: what to do before waiting.
+  """
+  takes_turns = problem.config.num_compute_wgs > 1
+  if takes_turns:
     plgpu.barrier_arrive(smem.turn)
+  before()
+  if takes_turns:
     plgpu.barrier_wait(smem.turn)
 
 
 def _for_each_item(problem, gmem, carry, step):
-  """Folds `step(nth, Item, tiles, carry)` over the items of a program.
+  """Folds `step(item, tiles, carry)` over a program's items.
 
-  `nth` is the place of the item in the list, `tiles` those of K it visits.
+  An item has the fields of a tile of queries, its place in the list, `nth`, and
+  its KV head; `tiles` are those of K that it visits.
   """
-  program, num_programs = lax.axis_index("program"), problem.config.num_programs
-  num_items = gmem.num_items[0]
 
-  def take(i, carry):
-    nth = program + i * num_programs
-    item = Item(*(gmem.items[nth, j] for j in range(len(Item._fields))))
-    return step(nth, item, problem.visit(item.kv_len, item.num_earlier), carry)
+  def take(nth, tile, head, carry):
+    item = types.SimpleNamespace(nth=nth, head=head, **tile._asdict())
+    return step(item, problem.visit(item.kv_len, item.num_earlier), carry)
 
-  count = lax.div(num_items - program + (num_programs - 1), num_programs)
-  return lax.fori_loop(0, count, take, carry)
+  plan = ragged_schedule.Plan(gmem.num_items, gmem.tiles)
+  return ragged_schedule.for_each_item(
+    plan, problem.num_kv_heads, problem.config.num_programs, carry, take
+  )
 
 
 def _page_ids(problem, gmem, seq, base):
@@ -301,7 +310,7 @@ def _page_ids(problem, gmem, seq, base):
   return [gmem.table[seq, jnp.minimum(column, last)] for column in columns]
 
 
-def _load_item(problem, gmem, smem, nth, item, tiles, num_before):
+def _load_item(problem, gmem, smem, item, tiles, num_before):
   """Copies Q, and the tiles of K and V into their rings."""
 
   @pl.when(tiles.num_visited > 0)
@@ -352,7 +361,7 @@ def _load_tile(problem, gmem, smem, head, nth, base, ids):
       plgpu.copy_gmem_to_smem(rows, place, loaded.at[slot])
 
 
-def _attend_item(problem, gmem, smem, nth, item, tiles, num_before):
+def _attend_item(problem, gmem, smem, item, tiles, num_before):
   """Attends the tiles of an item, and writes its output."""
   by_token, by_row = (x.at[lax.axis_index("warpgroup")] for x in smem.q_smem)
 
@@ -383,7 +392,7 @@ def _attend_item(problem, gmem, smem, nth, item, tiles, num_before):
 
   state = ragged_softmax.init(ROWS, problem.head_dim)
   state = lax.fori_loop(0, tiles.num_visited, fold, state)
-  _write_output(problem, gmem, smem, nth, item, state)
+  _write_output(problem, gmem, smem, item, state)
   return num_before + tiles.num_visited
 
 
@@ -402,9 +411,14 @@ def _fold_scores(problem, gmem, smem, item, tiles, slot, base, qk, state):
     p_smem = smem.p_smem.at[lax.axis_index("warpgroup")]
     p_smem[...] = p
     plgpu.commit_smem()
-  plgpu.barrier_wait(smem.v_loaded.at[slot])
-  _clean_values(problem, gmem, smem, item, tiles, slot, base)
-  _take_turns(problem, smem)
+  # All of the softmax belongs to this half of the step.
+  acc, m, l, p = lax.optimization_barrier((acc, m, l, p))
+
+  def await_values():
+    plgpu.barrier_wait(smem.v_loaded.at[slot])
+    _clean_values(problem, gmem, smem, item, tiles, slot, base)
+
+  _take_turns(problem, smem, await_values)
   if problem.p_in_smem:
     acc = online_softmax.accumulate(
       acc, p_smem, v_smem, interpreted=problem.interpret is not None
@@ -476,7 +490,7 @@ def _clean_values(problem, gmem, smem, item, tiles, slot, base):
       pl.when(wg > 0)(lambda: plgpu.barrier_wait(smem.v_cleaned))
 
 
-def _write_output(problem, gmem, smem, nth, item, state):
+def _write_output(problem, gmem, smem, item, state):
   """Writes the rows of a warpgroup."""
   wg = lax.axis_index("warpgroup")
   first = wg * ROWS
@@ -488,7 +502,7 @@ def _write_output(problem, gmem, smem, nth, item, state):
       optimized=False,
     )
   out, lse = ragged_softmax.finish(state, sinks)
-  gmem.lse.at[nth, pl.ds(first, ROWS)][...] = lse
+  gmem.lse.at[item.nth, item.head, pl.ds(first, ROWS)][...] = lse
   by_token, by_row = (x.at[wg] for x in smem.out_smem)
   num_columns = by_row.shape[0] * problem.columns
   for start in range(0, problem.head_dim, num_columns):

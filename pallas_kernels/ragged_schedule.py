@@ -1,7 +1,6 @@
-"""Cuts a ragged batch into items: tiles of query tokens, a KV head each.
+"""Cuts the queries of a ragged batch into tiles, and deals them to programs.
 
-A sequence's query tokens fall into tiles of `tile_tokens`. An item is a tile
-for one KV head:
+A sequence's query tokens fall into tiles. An item is a tile for one KV head:
 
   tokens   |  seq 0           |seq 1|  seq 2                |  nobody's  |
   tiles    | 0  | 1  | 2  | 3 | 0   | 0  | 1  | 2  | 3  | 4 | 0  | 1  |2|
@@ -9,16 +8,22 @@ for one KV head:
 Tokens of no sequence are one more sequence, which has no keys: its output of 0
 is written like any other.
 
-Items are listed sequence by sequence, those with most keys first, then KV head
-by KV head, so that the items that run at the same time read the same keys; and
-from the last tile to the first, which has the fewest keys, so that programs end
-at about the same time. Program p takes every `num_programs`-th item.
+Tiles are listed by cost, the dearest first, and programs take their items in
+rounds, back and forth: whoever takes the dearest of a round takes the cheapest
+of the next.
+
+  programs    0  1  2  3  |  3  2  1  0  |  0  1  2  3
+  items       0  1  2  3     4  5  6  7     8  9
+
+They thus end at about the same time, and those of a round, whose items cost
+about the same, read the same keys at about the same time, from the L2 cache.
 
 The list depends on lengths, so it is made on the device, and once for all
 layers of a step: they ask for the same, and the compiler computes it once.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -34,130 +39,135 @@ class Sizes:
   num_tokens: int
   num_seqs: int
   num_kv_heads: int
-  tile_tokens: int  # of an item, at most
+  tile_tokens: int  # of a tile, at most
   causal: bool
 
   @property
-  def num_items(self) -> int:
-    """Items there may be: every tile but the last of a sequence is full."""
+  def num_tiles(self) -> int:
+    """Tiles there may be: all but the last of a sequence are full."""
     num_tiles = self.num_tokens // self.tile_tokens + self.num_seqs + 1
-    return min(num_tiles, self.num_tokens) * self.num_kv_heads
+    return min(num_tiles, self.num_tokens)
 
 
-class Item(NamedTuple):
-  """A tile of query tokens of one sequence, for one KV head."""
+class Tile(NamedTuple):
+  """Consecutive query tokens of one sequence. Or of all tiles, their arrays."""
 
   seq: jax.Array
-  head: jax.Array
   token: jax.Array  # its first
   num_tokens: jax.Array
   kv_len: jax.Array  # one past the last position that some query may see
   num_earlier: jax.Array  # positions by which the first query sees less
-  has_holes: jax.Array  # whether the sequence has unmapped pages
+  has_holes: jax.Array  # 1 if the sequence has unmapped pages, or 0
 
 
 class Plan(NamedTuple):
-  """The list of items; its fields are arrays of all of them."""
+  """What programs read of the schedule."""
 
   num_items: Int[Array, "1"]
-  items: Int[Array, "num_items 7"]
+  tiles: Int[Array, "num_tiles 6"]  # the fields of `Tile`
 
 
-class Seqs(NamedTuple):
-  """Sequences in the order of their items: i32[num_seqs + 1] each."""
+class Places(NamedTuple):
+  """Where tokens are: i32[num_tokens] each."""
 
-  seq: jax.Array
-  token: jax.Array  # the first
-  q_len: jax.Array
-  kv_len: jax.Array
-  has_holes: jax.Array
-  num_tiles: jax.Array
-  start: jax.Array  # items before it, for one KV head
+  tile: jax.Array  # in the list
+  nth: jax.Array  # token of the tile
 
 
-def plan(sizes: Sizes, seqs: Seqs) -> Plan:
-  """Lists the items."""
-  ends = (seqs.start + seqs.num_tiles) * sizes.num_kv_heads
-  item = jnp.arange(sizes.num_items, dtype=jnp.int32)
-  passed = jnp.sum(ends[None] <= item[:, None], axis=1, dtype=jnp.int32)
-  at = Seqs(*(x[jnp.minimum(passed, sizes.num_seqs)] for x in seqs))
-  num_tiles = jnp.maximum(at.num_tiles, 1)
-  place = item - at.start * sizes.num_kv_heads
-  head = lax.div(place, num_tiles)
-  first = (num_tiles - 1 - lax.rem(place, num_tiles)) * sizes.tile_tokens
-  num_tokens = jnp.minimum(at.q_len - first, sizes.tile_tokens)
-  kv_len, num_earlier = at.kv_len, jnp.zeros_like(num_tokens)
-  if sizes.causal:
-    kv_len = kv_len - at.q_len + first + num_tokens
-    num_earlier = num_tokens - 1
-  is_anybody = at.seq < sizes.num_seqs
-  items = Item(
-    seq=jnp.minimum(at.seq, sizes.num_seqs - 1),
-    head=head,
-    token=at.token + first,
-    num_tokens=num_tokens,
-    kv_len=jnp.where(is_anybody, kv_len, 0),
-    num_earlier=num_earlier,
-    has_holes=at.has_holes,
-  )
-  return Plan(ends[-1:], jnp.stack(items, axis=1))
-
-
-def order(
+def plan(
   sizes: Sizes,
   kv_lens: Int[Array, " num_seqs"],
   cu_q_lens: Int[Array, " num_seqs+1"],
   num_active: Int[Array, ""],
   has_holes: Int[Array, " num_seqs"],
-) -> Seqs:
-  """Returns the sequences, those with most keys first, and nobody's last.
+  cost: Callable[[jax.Array, jax.Array], jax.Array],
+) -> tuple[Plan, Places]:
+  """Lists the tiles, and where their tokens are in the list.
 
   Args:
     sizes: what is static.
     kv_lens: tokens stored of each sequence.
     cu_q_lens: their offsets on the token axis.
     num_active: sequences from this one on have no queries.
-    has_holes: whether a sequence has unmapped pages, 0 or 1.
+    has_holes: 1 of sequences that have unmapped pages, or 0.
+    cost: from the `kv_len` and `num_earlier` of tiles to what they cost.
   """
-  num_seqs = sizes.num_seqs
-  seq = jnp.arange(num_seqs + 1, dtype=jnp.int32)
-  num_active = jnp.clip(num_active, 0, num_seqs)
+  tile_tokens, num_seqs = sizes.tile_tokens, sizes.num_seqs
   starts = jnp.clip(cu_q_lens, 0, sizes.num_tokens)
-  rest = starts[num_active]
-  token = jnp.where(seq < num_seqs, starts, rest)
-  ends = jnp.append(starts[1:], jnp.int32(sizes.num_tokens))
-  q_len = jnp.where((seq < num_active) | (seq == num_seqs), ends - token, 0)
-  kv_len = jnp.append(kv_lens, jnp.int32(-1))
-  # Sums over pairs are one kernel, which a sort is not.
-  cost = jnp.where(seq < num_seqs, jnp.maximum(kv_len, 0), -1)
-  more, same = cost[None] > cost[:, None], cost[None] == cost[:, None]
-  ahead = more | (same & (seq[None] < seq[:, None]))
-  rank = jnp.sum(ahead, axis=1, dtype=jnp.int32)
-  is_nth = rank[None] == seq[:, None]
-  nth = lambda x: jnp.sum(jnp.where(is_nth, x[None], 0), axis=1)
-  has_holes = jnp.append(has_holes, jnp.int32(0))
-  fields = [nth(x) for x in (seq, token, q_len, kv_len, has_holes)]
-  num_tiles = lax.div(fields[2] + (sizes.tile_tokens - 1), sizes.tile_tokens)
-  before = jnp.where(seq[None] < seq[:, None], num_tiles[None], 0)
-  start = jnp.sum(before, axis=1, dtype=jnp.int32)
-  return Seqs(*fields, num_tiles, start)
+  num_active = jnp.clip(num_active, 0, num_seqs)
+  # Of the sequences, and of nobody.
+  seq = jnp.arange(num_seqs + 1, dtype=jnp.int32)
+  start = jnp.where(seq < num_seqs, starts, starts[num_active])
+  end = jnp.append(starts[1:], jnp.int32(sizes.num_tokens))
+  has_queries = (seq < num_active) | (seq == num_seqs)
+  q_len = jnp.where(has_queries, end - start, 0)
+  kv_len, has_holes = jnp.append(kv_lens, 0), jnp.append(has_holes, 0)
+  num_tiles = lax.div(q_len + (tile_tokens - 1), jnp.int32(tile_tokens))
+  # Sums over pairs are one kernel; a running sum would be a chain of them.
+  upto = jnp.where(seq[None] <= seq[:, None], num_tiles[None], 0)
+  ends = jnp.sum(upto, axis=1, dtype=jnp.int32)
 
+  nth = jnp.arange(sizes.num_tiles, dtype=jnp.int32)
+  at = jnp.sum(ends[None] <= nth[:, None], axis=1, dtype=jnp.int32)
+  exists, at = at <= num_seqs, jnp.minimum(at, num_seqs)
+  first = (nth - (ends - num_tiles)[at]) * tile_tokens
+  num_tokens = jnp.minimum(q_len[at] - first, tile_tokens)
+  seen, num_earlier = kv_len[at], jnp.zeros_like(num_tokens)
+  if sizes.causal:
+    seen, num_earlier = seen - (q_len[at] - first - num_tokens), num_tokens - 1
+  tiles = Tile(
+    seq=jnp.minimum(at, num_seqs - 1),
+    token=start[at] + first,
+    num_tokens=num_tokens,
+    kv_len=jnp.where(at < num_seqs, seen, 0),
+    num_earlier=num_earlier,
+    has_holes=has_holes[at],
+  )
+  costs = jnp.where(exists, cost(tiles.kv_len, tiles.num_earlier), -1)
+  rank = _rank(costs)
+  listed = jnp.zeros((sizes.num_tiles, len(tiles)), jnp.int32)
+  listed = listed.at[rank].set(jnp.stack(tiles, axis=1), unique_indices=True)
 
-class Places(NamedTuple):
-  """Where tokens are: i32[num_tokens] each."""
-
-  item: jax.Array  # for KV head 0
-  items_per_head: jax.Array  # from it to the item for the next KV head
-  nth: jax.Array  # token of the item
-
-
-def places(sizes: Sizes, seqs: Seqs) -> Places:
-  """Returns where each token is."""
   token = jnp.arange(sizes.num_tokens, dtype=jnp.int32)
-  first, after = seqs.token, seqs.token + seqs.q_len
-  is_in = (first[None] <= token[:, None]) & (token[:, None] < after[None])
-  of = lambda x: jnp.sum(jnp.where(is_in, x[None], 0), axis=1)
-  within, num_tiles = token - of(first), of(seqs.num_tiles)
-  tile = num_tiles - 1 - lax.div(within, sizes.tile_tokens)
-  item = of(seqs.start) * sizes.num_kv_heads + tile
-  return Places(item, num_tiles, lax.rem(within, sizes.tile_tokens))
+  is_in = (start[None] <= token[:, None]) & (token[:, None] < end[None])
+  of = lambda x: jnp.sum(jnp.where(is_in & has_queries[None], x[None], 0), 1)
+  within = token - of(start)
+  tile = of(ends - num_tiles) + lax.div(within, jnp.int32(tile_tokens))
+  places = Places(rank[tile], lax.rem(within, jnp.int32(tile_tokens)))
+  return Plan(ends[-1:] * sizes.num_kv_heads, listed), places
+
+
+def _rank(costs: Int[Array, " n"]) -> Int[Array, " n"]:
+  """Returns the place of each when the dearest come first."""
+  nth = jnp.arange(costs.shape[0], dtype=jnp.int32)
+  dearer = costs[None] > costs[:, None]
+  same = (costs[None] == costs[:, None]) & (nth[None] < nth[:, None])
+  return jnp.sum(dearer | same, axis=1, dtype=jnp.int32)
+
+
+def for_each_item[C](
+  plan: Plan,
+  num_kv_heads: int,
+  num_programs: int,
+  carry: C,
+  step: Callable[[jax.Array, Tile, jax.Array, C], C],
+) -> C:
+  """Folds `step(tile's place, Tile, head, carry)` over a program's items.
+
+  In a kernel; the plan is in memory of the GPU.
+  """
+  num_items_gmem, tiles_gmem = plan
+  num_items, program = num_items_gmem[0], lax.axis_index("program")
+
+  def place(turn):
+    return jnp.where(turn & 1 == 0, program, num_programs - 1 - program)
+
+  def take(turn, carry):
+    item = turn * num_programs + place(turn)
+    nth, head = lax.div(item, num_kv_heads), lax.rem(item, num_kv_heads)
+    tile = Tile(*(tiles_gmem[nth, i] for i in range(len(Tile._fields))))
+    return step(nth, tile, head, carry)
+
+  whole = lax.div(num_items, jnp.int32(num_programs))
+  is_longer = place(whole) < num_items - whole * num_programs
+  return lax.fori_loop(0, whole + is_longer.astype(jnp.int32), take, carry)
