@@ -30,7 +30,7 @@ from decode_parts import attempt
 
 from paged_jax import attention_xla
 from pallas_kernels import ragged_attention
-from pallas_kernels.ragged_config import Config, default_config
+from pallas_kernels.ragged_config import Config, default_config, padded_group
 
 PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy"]
 GUESS = 5e8  # FLOP in a microsecond, to choose how often to call
@@ -113,8 +113,15 @@ def failures(sides: dict) -> bool:
 
 def configs(case: Case) -> tuple[Config, ...]:
   """Returns the Configs to time, the default first."""
-  default = default_config(case.head_dim)
-  return (default,)
+  num_kv_heads = case.heads[1]
+  group = padded_group(*case.heads, case.head_dim)
+  default = default_config(sum(case.q_lens), num_kv_heads, group, case.head_dim)
+  change = functools.partial(dataclasses.replace, default)
+  return (
+    default,
+    change(splits=not default.splits),
+    change(block_kv=64, num_stages=3 if case.head_dim <= 128 else 2),
+  )
 
 
 def timed(case: Case, *, small: bool) -> dict:

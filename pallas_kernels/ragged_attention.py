@@ -40,12 +40,15 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import (
   online_softmax,
+  partials,
   ragged_config,
+  ragged_output,
   ragged_schedule,
   ragged_softmax,
+  schedule,
 )
 from pallas_kernels.ragged_config import ROWS, Config, default_config
-from pallas_kernels.ragged_problem import Problem, scratch
+from pallas_kernels.ragged_problem import COMPILER_PARAMS, Problem, scratch
 
 _COLUMNS = 64  # of V that are rewritten at once, to spare registers
 OPTIONS = (
@@ -126,13 +129,14 @@ def attend(
   num_seqs, pages_per_seq = page_indices.shape
   if 0 in (num_tokens, num_seqs, num_pages, pages_per_seq):
     return jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
+  group = ragged_config.padded_group(num_q_heads, num_kv_heads, head_dim)
   problem = Problem(
-    config=config or default_config(head_dim),
+    config=config or default_config(num_tokens, num_kv_heads, group, head_dim),
     dtype=q.dtype,
     num_tokens=num_tokens,
     num_seqs=num_seqs,
     num_kv_heads=num_kv_heads,
-    group=ragged_config.padded_group(num_q_heads, num_kv_heads, head_dim),
+    group=group,
     head_dim=head_dim,
     num_pages=num_pages,
     page_size=page_size,
@@ -154,43 +158,50 @@ def attend(
 def _launch(
   problem: Problem, q, k_pages, v_pages, sinks, cu_q_lens, kv_lens, active, ids
 ):
-  """Lists the items, and runs the kernel."""
-  sizes, num_kv_heads = problem.sizes, problem.num_kv_heads
-  group = q.shape[1] // num_kv_heads
+  """Lists the items, runs the kernel, and merges what it split."""
+  sizes, config = problem.sizes, problem.config
+  group = q.shape[1] // problem.num_kv_heads
   holes = _has_holes(problem, cu_q_lens, kv_lens, ids)
   cost = lambda *lens: problem.visit(*lens).num_visited
   plan, places = ragged_schedule.plan(
     sizes, kv_lens, cu_q_lens, active, holes, cost
   )
-  by_token = problem.num_tokens, num_kv_heads, problem.group, problem.head_dim
-  kernel = plgpu.kernel(
-    functools.partial(_body, problem),
-    out_type=(
-      jax.ShapeDtypeStruct(by_token, problem.dtype),
-      jax.ShapeDtypeStruct(
-        (sizes.num_tiles, num_kv_heads, problem.config.block_q), jnp.float32
-      ),
-    ),
-    scratch_types=scratch(problem),
-    grid=(problem.config.num_programs,),
-    grid_names=("program",),
-    num_threads=problem.config.num_compute_wgs + 1,
-    thread_name="warpgroup",
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True,
-      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-    ),
-    interpret=problem.interpret,
-    kernel_name="ragged_attention",
-  )
+  dealt: tuple[Array, ...] = (plan.num_items,)
+  if config.splits:
+    # What visits nothing has a share too, to write its output of 0.
+    costs = jnp.maximum(plan.costs, 1)
+    dealt = schedule.deal(costs, problem.num_kv_heads, config.num_programs)
+  heads = q.reshape(problem.num_tokens, -1, group, problem.head_dim)
   more = ()
   if sinks is not None:
     sinks = sinks.astype(jnp.float32) * online_softmax.LOG2_E
-    rows = _pad_group(problem, sinks.reshape(num_kv_heads, group), 1)
+    rows = _pad_group(problem, sinks.reshape(problem.num_kv_heads, group), 1)
     more = (jnp.tile(rows, (1, sizes.tile_tokens)),)
-  heads = q.reshape(problem.num_tokens, num_kv_heads, group, problem.head_dim)
-  heads = _pad_group(problem, heads, 2)
-  out, lse = kernel(*plan, ids, heads, k_pages, v_pages, *more)
+  kernel = plgpu.kernel(
+    functools.partial(_body, problem),
+    out_type=ragged_output.shapes(problem),
+    scratch_types=scratch(problem),
+    grid=(config.num_programs,),
+    grid_names=("program",),
+    num_threads=config.num_compute_wgs + 1,
+    thread_name="warpgroup",
+    compiler_params=COMPILER_PARAMS,
+    interpret=problem.interpret,
+    kernel_name="ragged_attention",
+  )
+  out, lse, *parts = kernel(
+    *dealt,
+    plan.tiles,
+    ids,
+    _pad_group(problem, heads, 2),
+    k_pages,
+    v_pages,
+    *more,
+  )
+  if config.splits:
+    out, lse = ragged_output.merge(
+      problem, dealt[-1], plan.tiles, parts, more, out, lse
+    )
   head = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
   row = places.nth[:, None] * problem.group + lax.rem(head, group)
   lse = lse[places.tile[:, None], lax.div(head, group), row]
@@ -220,17 +231,20 @@ def _has_holes(problem, cu_q_lens, kv_lens, ids):
 
 def _body(problem, *refs, **smem):
   """Runs a program: its warpgroups over its items."""
-  names = "num_items", "tiles", "table", "q", "k", "v"
+  names = ("starts", "firsts") if problem.config.splits else ("num_items",)
+  names += "tiles", "table", "q", "k", "v"
   names += ("sinks",) * problem.has_sinks + ("out", "lse")
+  names += ("acc", "m", "l") * problem.config.splits
   gmem = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
   smem = types.SimpleNamespace(**smem)
   num_wgs = problem.config.num_compute_wgs
+  num_registers = ragged_config.registers(problem.config, problem.head_dim)
   wg = lax.axis_index("warpgroup")
 
   @pl.when(wg < num_wgs)
   def _compute():
     if num_wgs > 1:
-      plgpu.set_max_registers(232 if num_wgs == 2 else 160, action="increase")
+      plgpu.set_max_registers(num_registers[0], action="increase")
       pl.when(wg > 0)(lambda: _take_turns(problem, smem))
     _for_each_item(
       problem,
@@ -245,7 +259,7 @@ def _body(problem, *refs, **smem):
   @pl.when(wg == num_wgs)
   def _memory():
     if num_wgs > 1:
-      plgpu.set_max_registers(40 if num_wgs == 2 else 32, action="decrease")
+      plgpu.set_max_registers(num_registers[1], action="decrease")
     num_tiles = _for_each_item(
       problem,
       gmem,
@@ -283,19 +297,46 @@ def _take_turns(problem, smem, before=lambda: None):
 
 
 def _for_each_item(problem, gmem, carry, step):
-  """Folds `step(item, tiles, carry)` over a program's items.
+  """Folds `step(item, tiles, carry)` over a program's items, or parts of them.
 
-  An item has the fields of a tile of queries, its place in the list, `nth`, and
-  its KV head; `tiles` are those of K that it visits.
+  An item has the fields of its tile of queries and its place `nth` in the list,
+  its KV head, and which of `tiles`, those of K, to attend: `num_tiles` from
+  `first`. A part has `is_whole`, and `kind`: where its partial goes.
   """
+  num_kv_heads = problem.num_kv_heads
+
+  def visited(tile):
+    return problem.visit(tile.kv_len, tile.num_earlier)
 
   def take(nth, tile, head, carry):
-    item = types.SimpleNamespace(nth=nth, head=head, **tile._asdict())
-    return step(item, problem.visit(item.kv_len, item.num_earlier), carry)
+    tiles = visited(tile)
+    item = dict(nth=nth, head=head, first=0, num_tiles=tiles.num_visited)
+    return step(types.SimpleNamespace(**item, **tile._asdict()), tiles, carry)
 
-  plan = ragged_schedule.Plan(gmem.num_items, gmem.tiles)
+  def take_piece(piece, carry):
+    tile = ragged_schedule.load(gmem.tiles, piece.seq)
+    tiles = visited(tile)
+    item = types.SimpleNamespace(
+      nth=piece.seq,
+      head=piece.head,
+      first=piece.first,
+      num_tiles=jnp.where(tiles.num_visited > 0, piece.num_tiles, 0),
+      is_whole=piece.is_whole,
+      kind=jnp.where(piece.nth == 0, partials.FIRST, partials.LAST),
+      **tile._asdict(),
+    )
+    return step(item, tiles, carry)
+
+  if problem.config.splits:
+    plan = schedule.Plan(gmem.starts, gmem.firsts)
+    return schedule.for_each_piece(plan, num_kv_heads, carry, take_piece)
   return ragged_schedule.for_each_item(
-    plan, problem.num_kv_heads, problem.config.num_programs, carry, take
+    gmem.num_items,
+    gmem.tiles,
+    num_kv_heads,
+    problem.config.num_programs,
+    carry,
+    take,
   )
 
 
@@ -313,12 +354,12 @@ def _page_ids(problem, gmem, seq, base):
 def _load_item(problem, gmem, smem, item, tiles, num_before):
   """Copies Q, and the tiles of K and V into their rings."""
 
-  @pl.when(tiles.num_visited > 0)
+  @pl.when(item.num_tiles > 0)
   def _():
     pl.when(num_before > 0)(lambda: plgpu.barrier_wait(smem.q_consumed))
     by_token, _ = smem.q_smem
     for wg in range(by_token.shape[0]):
-      first, heads = _rows_of(problem, wg)
+      first, heads = problem.rows_of(wg)
       tokens = pl.ds(item.token + first, problem.wg_tokens)
       for i in range(by_token.shape[1]):
         columns = pl.ds(i * problem.columns, problem.columns)
@@ -327,15 +368,14 @@ def _load_item(problem, gmem, smem, item, tiles, num_before):
 
   # The page ids of the next tile are on their way while this one waits.
   def load(i, ids):
-    next_ids = _page_ids(problem, gmem, item.seq, tiles.base(i + 1))
-    _load_tile(
-      problem, gmem, smem, item.head, num_before + i, tiles.base(i), ids
-    )
+    base, next_base = tiles.base(item.first + i), tiles.base(item.first + i + 1)
+    next_ids = _page_ids(problem, gmem, item.seq, next_base)
+    _load_tile(problem, gmem, smem, item.head, num_before + i, base, ids)
     return next_ids
 
-  ids = _page_ids(problem, gmem, item.seq, tiles.base(0))
-  lax.fori_loop(0, tiles.num_visited, load, ids)
-  return num_before + tiles.num_visited
+  ids = _page_ids(problem, gmem, item.seq, tiles.base(item.first))
+  lax.fori_loop(0, item.num_tiles, load, ids)
+  return num_before + item.num_tiles
 
 
 def _load_tile(problem, gmem, smem, head, nth, base, ids):
@@ -362,38 +402,40 @@ def _load_tile(problem, gmem, smem, head, nth, base, ids):
 
 
 def _attend_item(problem, gmem, smem, item, tiles, num_before):
-  """Attends the tiles of an item, and writes its output."""
+  """Attends the tiles of an item, and writes its output or its partial."""
   by_token, by_row = (x.at[lax.axis_index("warpgroup")] for x in smem.q_smem)
 
-  @pl.when(tiles.num_visited > 0)
+  @pl.when(item.num_tiles > 0)
   def _():
     plgpu.barrier_wait(smem.q_loaded)
-    _reinterpret(problem, by_token, by_row)
+    problem.reinterpret(by_token, by_row)
 
   def fold(i, state):
     slot = lax.rem(num_before + i, jnp.int32(problem.config.num_stages))
     plgpu.barrier_wait(smem.k_loaded.at[slot])
     k_smem = smem.k_smem.at[slot]
     columns = [
-      (by_row.at[j], k_smem.at[:, pl.ds(j * problem.columns, problem.columns)].T)
+      (
+        by_row.at[j],
+        k_smem.at[:, pl.ds(j * problem.columns, problem.columns)].T,
+      )
       for j in range(by_row.shape[0])
     ]
     s = ragged_softmax.matmul(columns, lambda: _take_turns(problem, smem))
     plgpu.barrier_arrive(smem.k_consumed.at[slot])
 
     # Not later: the other warpgroup may need the next Q to end its turn.
-    @pl.when(i == tiles.num_visited - 1)
+    @pl.when(i == item.num_tiles - 1)
     def _():
       plgpu.barrier_arrive(smem.q_consumed)
 
-    return _fold_scores(
-      problem, gmem, smem, item, tiles, slot, tiles.base(i), s, state
-    )
+    base = tiles.base(item.first + i)
+    return _fold_scores(problem, gmem, smem, item, tiles, slot, base, s, state)
 
   state = ragged_softmax.init(ROWS, problem.head_dim)
-  state = lax.fori_loop(0, tiles.num_visited, fold, state)
-  _write_output(problem, gmem, smem, item, state)
-  return num_before + tiles.num_visited
+  state = lax.fori_loop(0, item.num_tiles, fold, state)
+  ragged_output.write(problem, gmem, smem, item, state)
+  return num_before + item.num_tiles
 
 
 def _fold_scores(problem, gmem, smem, item, tiles, slot, base, qk, state):
@@ -407,9 +449,10 @@ def _fold_scores(problem, gmem, smem, item, tiles, slot, base, qk, state):
   )
   (acc, m, l), p = ragged_softmax.fold(state, s, problem.factor)
   p, v_smem = p.astype(problem.dtype), smem.v_smem.at[slot]
+  own_p_smem = None
   if problem.p_in_smem:
-    p_smem = smem.p_smem.at[lax.axis_index("warpgroup")]
-    p_smem[...] = p
+    own_p_smem = smem.p_smem.at[lax.axis_index("warpgroup")]
+    own_p_smem[...] = p
     plgpu.commit_smem()
   # All of the softmax belongs to this half of the step.
   acc, m, l, p = lax.optimization_barrier((acc, m, l, p))
@@ -419,12 +462,13 @@ def _fold_scores(problem, gmem, smem, item, tiles, slot, base, qk, state):
     _clean_values(problem, gmem, smem, item, tiles, slot, base)
 
   _take_turns(problem, smem, await_values)
-  if problem.p_in_smem:
-    acc = online_softmax.accumulate(
-      acc, p_smem, v_smem, interpreted=problem.interpret is not None
-    )
-  else:
+  if own_p_smem is None:
     acc = ragged_softmax.accumulate(acc, p, v_smem)
+  else:
+    interpreted = problem.interpret is not None
+    acc = online_softmax.accumulate(
+      acc, own_p_smem, v_smem, interpreted=interpreted
+    )
   plgpu.barrier_arrive(smem.v_consumed.at[slot])
   return ragged_softmax.State(acc, m, l)
 
@@ -488,68 +532,3 @@ def _clean_values(problem, gmem, smem, item, tiles, slot, base):
     if problem.config.num_compute_wgs > 1:
       pl.when(wg == 0)(lambda: plgpu.barrier_arrive(smem.v_cleaned))
       pl.when(wg > 0)(lambda: plgpu.barrier_wait(smem.v_cleaned))
-
-
-def _write_output(problem, gmem, smem, item, state):
-  """Writes the rows of a warpgroup."""
-  wg = lax.axis_index("warpgroup")
-  first = wg * ROWS
-  sinks = None
-  if problem.has_sinks:
-    sinks = plgpu.load(
-      gmem.sinks.at[item.head, pl.ds(first, ROWS)],
-      layout=ragged_softmax.QUERIES,
-      optimized=False,
-    )
-  out, lse = ragged_softmax.finish(state, sinks)
-  gmem.lse.at[item.nth, item.head, pl.ds(first, ROWS)][...] = lse
-  by_token, by_row = (x.at[wg] for x in smem.out_smem)
-  num_columns = by_row.shape[0] * problem.columns
-  for start in range(0, problem.head_dim, num_columns):
-    # The copy of the columns before may still be reading.
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    for i in range(by_row.shape[0]):
-      column = start + i * problem.columns
-      columns = out[:, column : column + problem.columns]
-      by_row.at[i][...] = columns.astype(problem.dtype)
-    _reinterpret(problem, by_row, by_token)
-    plgpu.commit_smem()
-    _store_columns(problem, gmem, item, by_token, start)
-
-
-def _rows_of(problem, wg):
-  """Returns the first token of the rows of a warpgroup, and its heads."""
-  first, head = divmod(wg * ROWS, problem.group)
-  return first, pl.ds(head, problem.wg_heads)
-
-
-def _store_columns(problem, gmem, item, by_token, start):
-  """Copies the output of a warpgroup to its tokens, and to no others."""
-  first, heads = _rows_of(problem, lax.axis_index("warpgroup"))
-  num_tokens = jnp.clip(item.num_tokens - first, 0, problem.wg_tokens)
-  is_full = num_tokens == problem.wg_tokens
-  for i in range(by_token.shape[0]):
-    columns = pl.ds(start + i * problem.columns, problem.columns)
-
-    def place(token, columns=columns):
-      return gmem.out.at[token, item.head, heads, columns]
-
-    @pl.when(is_full)
-    def _(i=i, place=place):
-      tokens = pl.ds(item.token + first, problem.wg_tokens)
-      plgpu.copy_smem_to_gmem(by_token.at[i], place(tokens))
-
-    @pl.loop(0, jnp.where(is_full, 0, num_tokens))
-    def _(t, i=i, place=place):
-      token = item.token + first + t
-      plgpu.copy_smem_to_gmem(by_token.at[i, t], place(token))
-
-
-def _reinterpret(problem, source, target):
-  """Lets memory be seen by row instead of by token, or the other way.
-
-  Both are the same bytes, but not to the interpreter.
-  """
-  if problem.interpret is not None:
-    target[...] = source[...].reshape(target.shape)
-    plgpu.commit_smem()

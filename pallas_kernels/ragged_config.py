@@ -11,6 +11,7 @@ from pallas_kernels.decode_config import HEAD_DIMS, NUM_SMS
 ROWS = 64  # of a compute warpgroup: what wgmma takes
 _ALLOCATION = 1024  # bytes: shared memory is handed out in these
 _ITEMSIZE = 2  # of bfloat16 and float16
+_FEW = 4  # items for each program, below which splitting pays
 _MAX_GROUP = 128  # query heads of a KV head: rows of a tile
 
 
@@ -22,6 +23,9 @@ class Config:
   num_stages: int  # tiles in flight
   num_compute_wgs: int = 2  # warpgroups, of 64 rows each
   num_programs: int = NUM_SMS  # that share all items
+  # Whether items may be split to give all programs the same number of tiles,
+  # at the price of partials.
+  splits: bool = False
   p_in_smem: bool = False  # whether P goes through shared memory
 
   def __post_init__(self):
@@ -40,15 +44,38 @@ class Config:
     return ROWS * self.num_compute_wgs
 
 
-def default_config(head_dim: int, *, num_sms: int = NUM_SMS) -> Config:
-  """Returns a good Config for a width of heads.
+def default_config(
+  num_tokens: int,
+  num_kv_heads: int,
+  group: int,
+  head_dim: int,
+  *,
+  num_sms: int = NUM_SMS,
+) -> Config:
+  """Returns a good Config for these shapes; it does not depend on lengths.
 
   Args:
+    num_tokens: query tokens.
+    num_kv_heads: KV heads.
+    group: query heads of a KV head, padded.
     head_dim: width of a head.
     num_sms: multiprocessors of the device.
   """
   block_kv = 128 if head_dim <= 128 else 64
-  return Config(block_kv, 2, num_programs=num_sms)
+  config = Config(block_kv, 2, num_programs=num_sms)
+  num_items = num_tokens * group * num_kv_heads / config.block_q
+  return dataclasses.replace(config, splits=num_items < _FEW * num_sms)
+
+
+def registers(config: Config, head_dim: int) -> tuple[int, int]:
+  """Returns the registers of a thread that computes, and of one for memory.
+
+  A multiprocessor has 512 for the threads at one place of their warpgroups.
+  What the compiler says of spilling decides.
+  """
+  if config.num_compute_wgs == 3:
+    return 160, 32
+  return (224, 64) if head_dim <= 192 else (232, 48)
 
 
 def smem_bytes(config: Config, head_dim: int) -> int:

@@ -5,6 +5,7 @@ import functools
 import math
 from typing import Any
 
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -13,6 +14,11 @@ from pallas_kernels import kv_tiles, ragged_config, ragged_schedule
 from pallas_kernels.decode_config import SMEM_LIMIT
 from pallas_kernels.online_softmax import LOG2_E, to_base_2
 from pallas_kernels.ragged_config import ROWS, Config
+
+COMPILER_PARAMS = plgpu.CompilerParams(
+  approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -69,6 +75,20 @@ class Problem:
     """Query heads of a token of a compute warpgroup."""
     return ROWS // self.wg_tokens
 
+  def rows_of(self, wg):
+    """Returns the first token of a warpgroup of a tile, and its heads."""
+    first, head = divmod(wg * ROWS, self.group)
+    return first, pl.ds(head, self.wg_heads)
+
+  def reinterpret(self, source, target):
+    """Lets memory be seen by row instead of by token, or the other way.
+
+    Both are the same bytes, but not to the interpreter.
+    """
+    if self.interpret is not None:
+      target[...] = source[...].reshape(target.shape)
+      plgpu.commit_smem()
+
   @property
   def sizes(self) -> ragged_schedule.Sizes:
     """What is static about the list of items."""
@@ -115,10 +135,9 @@ def scratch(problem: Problem) -> dict[str, Any]:
   num_wgs, num_stages = config.num_compute_wgs, config.num_stages
   tiled = functools.partial(_smem, problem, plgpu.TilingTransform)
   barriers = functools.partial(plgpu.Barrier, num_barriers=num_stages)
-  output_columns = ragged_config.output_columns(head_dim)
   memory = {
     "q_smem": _rows(problem, head_dim),
-    "out_smem": _rows(problem, output_columns),
+    **output_scratch(problem),
     "k_smem": tiled(num_stages, config.block_kv, head_dim),
     "v_smem": tiled(num_stages, config.block_kv, head_dim),
     "q_loaded": plgpu.Barrier(
@@ -137,6 +156,12 @@ def scratch(problem: Problem) -> dict[str, Any]:
     memory["v_cleaned"] = plgpu.Barrier()
     memory["turn"] = plgpu.Barrier(num_arrivals=num_wgs)
   return memory
+
+
+def output_scratch(problem: Problem) -> dict[str, Any]:
+  """Returns the shared memory for what is written."""
+  columns = ragged_config.output_columns(problem.head_dim)
+  return {"out_smem": _rows(problem, columns)}
 
 
 def _smem(problem: Problem, tiling, *shape: int):
@@ -158,9 +183,7 @@ def _rows(problem: Problem, num_columns: int):
   outer = problem.config.num_compute_wgs, num_columns // problem.columns
   inner = problem.wg_tokens, problem.wg_heads, problem.columns
   by_token = _smem(problem, None, *outer, *inner)
-  by_row = _smem(
-    problem, plgpu.TilingTransform, *outer, ROWS, problem.columns
-  )
-  if problem.interpret is not None:  # see `ragged_attention._reinterpret`
+  by_row = _smem(problem, plgpu.TilingTransform, *outer, ROWS, problem.columns)
+  if problem.interpret is not None:  # see `Problem.reinterpret`
     return by_token, by_row
   return plgpu.RefUnion(by_token, by_row)

@@ -61,10 +61,11 @@ class Tile(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """What programs read of the schedule."""
+  """The list. Tiles that do not exist are empty, and come last."""
 
   num_items: Int[Array, "1"]
   tiles: Int[Array, "num_tiles 6"]  # the fields of `Tile`
+  costs: Int[Array, " num_tiles"]
 
 
 class Places(NamedTuple):
@@ -82,7 +83,7 @@ def plan(
   has_holes: Int[Array, " num_seqs"],
   cost: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> tuple[Plan, Places]:
-  """Lists the tiles, and where their tokens are in the list.
+  """Lists the tiles, and says where their tokens are in the list.
 
   Args:
     sizes: what is static.
@@ -118,15 +119,15 @@ def plan(
   tiles = Tile(
     seq=jnp.minimum(at, num_seqs - 1),
     token=start[at] + first,
-    num_tokens=num_tokens,
+    num_tokens=jnp.where(exists, num_tokens, 0),
     kv_len=jnp.where(at < num_seqs, seen, 0),
     num_earlier=num_earlier,
     has_holes=has_holes[at],
   )
   costs = jnp.where(exists, cost(tiles.kv_len, tiles.num_earlier), -1)
   rank = _rank(costs)
-  listed = jnp.zeros((sizes.num_tiles, len(tiles)), jnp.int32)
-  listed = listed.at[rank].set(jnp.stack(tiles, axis=1), unique_indices=True)
+  rows = jnp.stack([*tiles, costs], axis=1)
+  listed = jnp.zeros_like(rows).at[rank].set(rows, unique_indices=True)
 
   token = jnp.arange(sizes.num_tokens, dtype=jnp.int32)
   is_in = (start[None] <= token[:, None]) & (token[:, None] < end[None])
@@ -134,7 +135,8 @@ def plan(
   within = token - of(start)
   tile = of(ends - num_tiles) + lax.div(within, jnp.int32(tile_tokens))
   places = Places(rank[tile], lax.rem(within, jnp.int32(tile_tokens)))
-  return Plan(ends[-1:] * sizes.num_kv_heads, listed), places
+  num_items = ends[-1:] * sizes.num_kv_heads
+  return Plan(num_items, listed[:, :-1], listed[:, -1]), places
 
 
 def _rank(costs: Int[Array, " n"]) -> Int[Array, " n"]:
@@ -145,29 +147,40 @@ def _rank(costs: Int[Array, " n"]) -> Int[Array, " n"]:
   return jnp.sum(dearer | same, axis=1, dtype=jnp.int32)
 
 
+def load(tiles_gmem, nth) -> Tile:
+  """Loads the nth tile of the list, in a kernel."""
+  return Tile(*(tiles_gmem[nth, i] for i in range(len(Tile._fields))))
+
+
 def for_each_item[C](
-  plan: Plan,
+  num_items_gmem,
+  tiles_gmem,
   num_kv_heads: int,
   num_programs: int,
   carry: C,
   step: Callable[[jax.Array, Tile, jax.Array, C], C],
 ) -> C:
-  """Folds `step(tile's place, Tile, head, carry)` over a program's items.
+  """Folds `step(place of the tile, Tile, head, carry)` over whole items.
 
-  In a kernel; the plan is in memory of the GPU.
+  In a kernel: those of a program, as `Plan` has them.
   """
-  num_items_gmem, tiles_gmem = plan
   num_items, program = num_items_gmem[0], lax.axis_index("program")
 
   def place(turn):
     return jnp.where(turn & 1 == 0, program, num_programs - 1 - program)
 
-  def take(turn, carry):
-    item = turn * num_programs + place(turn)
+  def load_item(turn):
+    item = jnp.minimum(turn * num_programs + place(turn), num_items - 1)
     nth, head = lax.div(item, num_kv_heads), lax.rem(item, num_kv_heads)
-    tile = Tile(*(tiles_gmem[nth, i] for i in range(len(Tile._fields))))
-    return step(nth, tile, head, carry)
+    return nth, load(tiles_gmem, nth), head
+
+  # The next item is on its way while this one is attended.
+  def take(turn, state):
+    (nth, tile, head), carry = state
+    next_item = load_item(turn + 1)
+    return next_item, step(nth, tile, head, carry)
 
   whole = lax.div(num_items, jnp.int32(num_programs))
   is_longer = place(whole) < num_items - whole * num_programs
-  return lax.fori_loop(0, whole + is_longer.astype(jnp.int32), take, carry)
+  count = whole + is_longer.astype(jnp.int32)
+  return lax.fori_loop(0, count, take, (load_item(0), carry))[1]

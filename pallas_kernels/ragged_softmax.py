@@ -57,6 +57,16 @@ def fold(state: State, s, factor: float):
   return State(acc, m, state.l * alpha + p.sum(axis=1)), p
 
 
+def merge(a: State, b: State) -> State:
+  """Returns the softmax over the keys of both."""
+  m = jnp.maximum(a.m, b.m)
+  shift = or_zero(m)
+  of_a, of_b = jnp.exp2(a.m - shift), jnp.exp2(b.m - shift)
+  shape = a.acc.shape
+  acc = a.acc * across(of_a, shape) + b.acc * across(of_b, shape)
+  return State(acc, m, a.l * of_a + b.l * of_b)
+
+
 def finish(state: State, sinks):
   """Returns the normalised output and the natural log-sum-exp.
 

@@ -1,3 +1,5 @@
+import os
+
 import jax
 import jaxtyping
 import pytest
@@ -5,6 +7,9 @@ import pytest
 from paged_jax import devices
 from paged_jax.models import demo
 
+# Interpreted warpgroups wait for each other. XLA has a thread for each core,
+# and a machine may have fewer cores than a kernel has warpgroups.
+os.environ.setdefault("NPROC", "8")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # On a GPU the default multiplies float32 in TF32.
