@@ -10,6 +10,7 @@ The default takes the kernel where it exists for the shapes at hand.
 
 import functools
 from collections.abc import Callable
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,13 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Real
 
 from paged_jax import attention_checks, attention_xla, devices
-from pallas_kernels import decode_config, paged_decode, short_queries
+from pallas_kernels import (
+  decode_config,
+  paged_decode,
+  ragged_attention,
+  ragged_config,
+  short_queries,
+)
 
 IMPLEMENTATIONS = ("mosaic_gpu", "xla")
 
@@ -55,8 +62,9 @@ def paged_attention(
       more than the table has room for, only what the table names is seen.
     page_indices: i32[num_seqs, pages_per_seq], physical page of each logical
       page. Pages out of `[0, num_pages)` are holes: their keys are not seen.
-    k_scales: f32[num_pages, num_kv_heads, page_size], factors of the keys of
-      int8 or float8_e4m3fn pages; None for other pages.
+    k_scales: f32[num_pages, num_kv_heads, page_size], factors, at least
+      0, of the keys of int8 or float8_e4m3fn pages; None for other pages. The
+      kernel takes factors of values below 2**-100 for that.
     v_scales: The same of the values.
     scale: Multiplies the logits; `head_dim ** -0.5` if None.
     sliding_window: If given, a query at `pos` sees keys in
@@ -66,9 +74,9 @@ def paged_attention(
     logits_soft_cap: If given, logits become `cap * tanh(logits / cap)`.
     batch_invariant: Whether what a sequence gets must be the same, bit for bit,
       whatever the other sequences are and however many. It costs the kernel
-      about a tenth of its speed, and memory for 16 partial results of each
-      sequence and KV head. Plain JAX folds the keys of each row in their order
-      anyway, and is as invariant as XLA's products are.
+      about a tenth of its speed, and memory for up to 16 partial results of
+      each sequence and KV head. Plain JAX folds the keys of each row in their
+      order anyway, and is as invariant as XLA's products are.
     sinks: [num_q_heads], one more logit per head in the denominator.
     return_lse: Whether to return the log-sum-exp too.
     implementation: `"mosaic_gpu"`, `"xla"`, or None to choose.
@@ -86,7 +94,13 @@ def paged_attention(
   attention_checks.check_pools(q, k_pages, v_pages, kv_lens, page_indices)
   attention_checks.check_scales(k_pages, k_scales, v_scales)
   attention_checks.check_options(
-    q, scale, sliding_window, num_sink_tokens, logits_soft_cap, sinks
+    q,
+    scale,
+    sliding_window,
+    num_sink_tokens,
+    logits_soft_cap,
+    batch_invariant,
+    sinks,
   )
   if q.shape[0] != kv_lens.shape[0]:
     raise ValueError(
@@ -151,10 +165,10 @@ def ragged_paged_attention(
     cu_q_lens: i32[num_seqs + 1], offsets into the token axis, not decreasing,
       `cu_q_lens[0] == 0`.
     num_active: i32[] or i32[1]; sequences from this row on are ignored.
-    max_q_len: Most query tokens of a sequence, if it is known; up to 8, a
-      kernel takes them, as for the verification of speculative tokens. It is
-      not checked: what a sequence has beyond it may be left at 0 and -inf.
-      Without it, plain JAX takes them.
+    max_q_len: Most query tokens of a sequence, if it is known; up to 8, the
+      kernel of decode takes them, as for the verification of speculative
+      tokens. It is not checked: what a sequence has beyond it may be left at 0
+      and -inf.
     k_scales: See `paged_attention`, as for the other options.
     v_scales: See `paged_attention`.
     scale: See `paged_attention`.
@@ -178,7 +192,13 @@ def ragged_paged_attention(
   attention_checks.check_pools(q, k_pages, v_pages, kv_lens, page_indices)
   attention_checks.check_scales(k_pages, k_scales, v_scales)
   attention_checks.check_options(
-    q, scale, sliding_window, num_sink_tokens, logits_soft_cap, sinks
+    q,
+    scale,
+    sliding_window,
+    num_sink_tokens,
+    logits_soft_cap,
+    batch_invariant,
+    sinks,
   )
   active = num_active
   if isinstance(active, int):
@@ -250,14 +270,10 @@ def _ragged_paged_attention(
 
   def mosaic(*args):
     *args, k_scales, v_scales, sinks = args
-    return short_queries.attend(
-      *args,
-      max_q_len=max_q_len,
-      k_scales=k_scales,
-      v_scales=v_scales,
-      sinks=sinks,
-      **options,
-    )
+    if _has_few_queries(max_q_len):
+      more = dict(max_q_len=max_q_len, k_scales=k_scales, v_scales=v_scales)
+      return short_queries.attend(*args, sinks=sinks, **more, **options)
+    return ragged_attention.attend(*args, sinks=sinks, **options)
 
   return lax.platform_dependent(*args, cuda=mosaic, default=xla)
 
@@ -279,21 +295,26 @@ def why_not_mosaic_gpu(
     k_pages: The same.
     max_q_len: Most query tokens of a sequence, None if it is not known.
   """
-  if max_q_len is None:
-    most = decode_config.MAX_Q_LEN
-    return f"without a max_q_len of at most {most}, no kernel takes it yet."
   if device := devices.why_not_hopper():
     return device
   _, num_kv_heads, page_size, head_dim = k_pages.shape
-  return decode_config.unsupported(
-    head_dim,
-    page_size,
-    q.shape[1],
-    num_kv_heads,
-    q.dtype,
-    kv_dtype=k_pages.dtype,
-    max_q_len=max_q_len,
-  )
+  shape = head_dim, page_size, q.shape[1], num_kv_heads, q.dtype
+  if _has_few_queries(max_q_len):
+    return decode_config.unsupported(
+      *shape, kv_dtype=k_pages.dtype, max_q_len=max_q_len
+    )
+  if k_pages.dtype != q.dtype:
+    most = decode_config.MAX_Q_LEN
+    return (
+      f"for queries of {q.dtype}, pages of {k_pages.dtype} need a max_q_len of "
+      f"at most {most}."
+    )
+  return ragged_config.unsupported(*shape)
+
+
+def _has_few_queries(max_q_len: int | None) -> TypeGuard[int]:
+  """Returns whether the decode kernel takes the queries of a sequence."""
+  return max_q_len is not None and max_q_len <= decode_config.MAX_Q_LEN
 
 
 def _choose(implementation: str | None, why_not: Callable) -> str:

@@ -95,9 +95,17 @@ def check_ints(**arrays) -> None:
 
 
 def check_options(
-  q, scale, sliding_window, num_sink_tokens, logits_soft_cap, sinks
+  q,
+  scale,
+  sliding_window,
+  num_sink_tokens,
+  logits_soft_cap,
+  batch_invariant,
+  sinks,
 ) -> None:
   """Raises a ValueError if an option is out of its range."""
+  if not isinstance(batch_invariant, bool):
+    raise ValueError(f"{batch_invariant=} must be True or False.")
   numbers = dict(scale=scale, logits_soft_cap=logits_soft_cap)
   for name, value in numbers.items():
     if value is None:

@@ -86,7 +86,7 @@ def default_rule(
   """
   num_sms = (device or gpu.at_hand()).num_sms
   shapes = num_queries, head_dim, dtype
-  if jnp.dtype(dtype).itemsize == 1:
+  if is_quantised(dtype):
     # What it takes to widen numbers is hidden by another program.
     for num_stages in (3, 2):
       config = Config(64, num_stages, 2 * num_sms)
@@ -138,11 +138,16 @@ def smem_bytes(
     queries,  # O, turned
     REDUCTION_BYTES,
   ]
-  if itemsize == 1:
+  if is_quantised(kv_dtype):
     scales, wide = ring * 4, config.block_kv * head_dim * 2
     buffers += [scales, scales, wide, wide]
   barriers = 8 * (2 + 4 * config.num_stages)
   return sum(pl.cdiv(b, _ALLOCATION) * _ALLOCATION for b in buffers) + barriers
+
+
+def is_quantised(dtype: DTypeLike) -> bool:
+  """Returns whether pages of this dtype have scales."""
+  return jnp.dtype(dtype).name in QUANTISED_DTYPES
 
 
 def padded_queries(num_queries: int) -> int:

@@ -9,10 +9,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import kv_tiles, partials
+from pallas_kernels import kv_tiles, partials, schedule
 from pallas_kernels.decode_config import (
   SMEM_LIMIT,
   Config,
+  is_quantised,
   padded_queries,
   smem_bytes,
 )
@@ -63,7 +64,7 @@ class Problem:
   @property
   def is_quantised(self) -> bool:
     """Whether pages hold 8-bit numbers, with a scale for each token."""
-    return jnp.dtype(self.kv_dtype).itemsize == 1
+    return is_quantised(self.kv_dtype)
 
   @property
   def operand_dtype(self) -> DTypeLike:
@@ -78,6 +79,13 @@ class Problem:
       plgpu.TilingTransform((8, swizzle // 2)),
       plgpu.SwizzleTransform(swizzle),
     )
+
+  @property
+  def max_splits(self) -> int:
+    """Parts of an item, at most, in fixed splits."""
+    capacity = self.pages_per_seq * self.page_size
+    tiles = -(-capacity // self.config.block_kv)
+    return min(schedule.MAX_SPLITS, -(-tiles // schedule.LEAST_SPLIT))
 
   @property
   def num_rows(self) -> int:

@@ -11,6 +11,9 @@ acc = sum 2^(s - m) v, which is a column of V^T P. A tile is folded in by
 Masked scores are -inf. While a column has seen only those, m is -inf, and 0 is
 subtracted in its place, so that it stays empty instead of turning into NaN.
 
+Where values have scales, m is the greatest of s + log2 scale, and so are the
+exponents of P; l still sums 2^(s - m).
+
 Sums over keys cross the warps, so l is kept apart for each row of the tiles,
 and summed once, at the end.
 """
@@ -127,8 +130,20 @@ def fold(state: State, s, weighted=None):
   counted = jnp.exp2(s - shift)
   p = counted if weighted is s else jnp.exp2(weighted - shift)
   alpha = jnp.exp2(state.m - or_zero(m))
-  acc = scale_blocks(state.acc, alpha)
-  return State(acc, m, state.l * across(alpha, state.l.shape) + counted), p
+  acc, l = scale_blocks(state.acc, alpha), state.l
+  if weighted is s:
+    return State(acc, m, l * across(alpha, l.shape) + counted), p
+  root = across(half_factor(state.m - or_zero(m)), l.shape)
+  return State(acc, m, l * root * root + counted), p
+
+
+def half_factor(difference):
+  """Returns the square root of 2^difference.
+
+  What m ends and l begins with weights of values may be 2^100 apart: l times
+  2^difference is a number, though 2^difference alone comes to 0.
+  """
+  return jnp.exp2(difference * 0.5)
 
 
 def or_zero(m):

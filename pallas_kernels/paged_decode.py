@@ -22,7 +22,7 @@ block_kv)`.
 
 Tiles between the sink tokens and the window are not visited (`kv_tiles`). An
 item that lies in several shares leaves partials, which a second, small kernel
-merges (`partials`).
+merges (`partials`). Pages of 8-bit numbers come with scales (`decode_tile`).
 
 A key counts if its page is mapped and its position lies below the length and
 in the window. Scores of other keys are selected away, and in tiles that have
@@ -41,21 +41,23 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Real
 
-from pallas_kernels import kv_ring, online_softmax, partials, schedule
+from pallas_kernels import (
+  decode_tile,
+  kv_ring,
+  online_softmax,
+  partials,
+  schedule,
+)
 from pallas_kernels.decode_config import (
-  QUANTISED_DTYPES,
   REDUCTION_BYTES,
   Config,
   default_config,
   default_rule,
+  is_quantised,
   unsupported,
 )
 from pallas_kernels.decode_problem import Problem, scratch
 
-_COLUMNS = 64  # of V that are rewritten at once, to spare registers
-# Smaller scales of values, as those of zeros, count as this: 2^100 times the
-# greatest weight of a key is still a number.
-_TINY = 2.0**-100
 OPTIONS = (
   "scale",
   "sliding_window",
@@ -113,8 +115,9 @@ def paged_decode(
     sinks included, in f32. A sequence that sees nothing gets 0 and -inf.
 
   Raises:
-    NotImplementedError: if the kernel does not take these shapes.
-    ValueError: if dtypes differ, or the config exceeds shared memory.
+    NotImplementedError: if the kernel does not take these shapes and dtypes.
+    ValueError: if pages differ, scales are missing, of another shape or not
+      asked for, or the config exceeds shared memory.
   """
   num_seqs, num_q_heads, head_dim = q.shape
   num_kv_heads = k_pages.shape[1]
@@ -189,11 +192,7 @@ def attend(
   Raises:
     ValueError: see `paged_decode`.
   """
-  if k_pages.dtype != v_pages.dtype:
-    raise ValueError(f"{k_pages.dtype=} and {v_pages.dtype=} must be the same.")
-  given = [x for x in scales if x is not None]
-  if len(given) != 2 * (k_pages.dtype.name in QUANTISED_DTYPES):
-    raise ValueError(f"{len(given)} arrays of scales beside {k_pages.dtype=}.")
+  _check_pages(k_pages, v_pages, *scales)
   num_seqs, num_kv_heads, num_queries, head_dim = q.shape
   if 0 in (num_seqs, k_pages.shape[0], page_indices.shape[1]):
     return jnp.zeros_like(q), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
@@ -224,9 +223,31 @@ def attend(
     sinks = problem.pad_queries(sinks)
   lens = kv_lens, page_indices, *(() if q_lens is None else (q_lens,))
   lens = [x.astype(jnp.int32) for x in lens]
-  pages = k_pages, v_pages, *given
+  pages = k_pages, v_pages, *(x for x in scales if x is not None)
   out, lse = _launch(problem, q, pages, sinks, *lens)
   return out, lse[..., :num_queries]
+
+
+def _check_pages(k_pages, v_pages, k_scales, v_scales):
+  """Raises a ValueError if pages and scales do not go together."""
+  if (k_pages.dtype, k_pages.shape) != (v_pages.dtype, v_pages.shape):
+    raise ValueError(
+      f"{k_pages.dtype}{k_pages.shape} and {v_pages.dtype}{v_pages.shape}, of "
+      "k_pages and v_pages, must be the same."
+    )
+  wanted = is_quantised(k_pages.dtype)
+  for name, x in (("k_scales", k_scales), ("v_scales", v_scales)):
+    if (x is not None) != wanted:
+      raise ValueError(
+        f"{name} must{' not' * (not wanted)} be given with {k_pages.dtype=}."
+      )
+    if x is not None and (x.dtype, x.shape) != (
+      jnp.float32,
+      k_pages.shape[:-1],
+    ):
+      raise ValueError(
+        f"{name} is {x.dtype}{x.shape} and must be float32{k_pages.shape[:-1]}."
+      )
 
 
 def _launch(problem: Problem, q, pages, sinks, kv_lens, table, *q_lens):
@@ -244,7 +265,7 @@ def _launch(problem: Problem, q, pages, sinks, kv_lens, table, *q_lens):
   items = problem.num_seqs, problem.num_kv_heads
   places = 2, config.num_programs
   if fixed_splits:
-    places = math.prod(items), schedule.MAX_SPLITS
+    places = math.prod(items), problem.max_splits
   kernel = plgpu.kernel(
     functools.partial(_body, problem),
     out_type=(
@@ -270,6 +291,8 @@ def _launch(problem: Problem, q, pages, sinks, kv_lens, table, *q_lens):
   q = _rows_of_queries(problem, q)
   more = *q_lens, *(() if sinks is None else (sinks,))
   out, lse, *parts = kernel(*plan, table, kv_lens, q, *pages, *more)
+  if fixed_splits and problem.max_splits == 1:
+    return out, lse
   # Few items are in many parts, many items in few.
   are_few = 8 * math.prod(items) < config.num_programs
   return partials.merge(
@@ -426,7 +449,8 @@ def _attend_piece(problem, gmem, smem, piece, num_before):
 
   def fold(i, base, ids, state):
     nth, is_last = num_before + i, i == num_tiles - 1
-    return _fold_tile(problem, smem, tiles, nth, base, ids, is_last, state)
+    at = nth, base, ids, is_last
+    return decode_tile.fold(problem, smem, tiles, *at, state)
 
   state = online_softmax.init(
     problem.head_dim, problem.config.block_kv, problem.num_queries
@@ -454,96 +478,3 @@ def _attend_piece(problem, gmem, smem, piece, num_before):
     partials.write_partial(state, refs, at)
 
   return num_before + num_tiles
-
-
-def _fold_tile(problem, smem, tiles, nth, base, ids, is_last, state):
-  """Folds the program's nth tile into the softmax.
-
-  8-bit numbers become operands while wgmma is at the product before.
-  """
-  mapped = kv_ring.mapped_chunks(problem, ids)
-  wait = functools.partial(kv_ring.wait, problem, smem)
-  operand = functools.partial(kv_ring.operand, problem, smem)
-  is_quantised = problem.is_quantised
-
-  def wait_for_next_k():
-    @pl.when(jnp.logical_not(is_last))
-    def _():
-      wait(kv_ring.K, nth + 1)
-
-  def seen(shape, sees):
-    """Tells which elements count: seen, of mapped pages; rows are positions."""
-    rows = _iota(shape, 0)
-    chunks = rows >> int(math.log2(problem.chunk))  # which is a power of two
-    is_mapped = (lax.broadcast_in_dim(mapped, shape, []) >> chunks) & 1
-    return sees(base + rows) & (is_mapped != 0)
-
-  if is_quantised:
-    plgpu.commit_smem()
-  else:
-    wait(kv_ring.K, nth)
-  s = online_softmax.matmul(
-    operand(kv_ring.K, nth),
-    smem.q_smem.T,
-    functools.partial(wait, kv_ring.V, nth) if is_quantised else None,
-  )
-  is_seen = seen(s.shape, lambda rows: _sees(problem, tiles, rows))
-  if is_quantised:
-    k_scales = kv_ring.scales(problem, smem, kv_ring.K, nth)
-    s *= online_softmax.down(k_scales, s.shape)
-  kv_ring.give_back(problem, smem, kv_ring.K, nth)
-  s = online_softmax.to_base_2(s, problem.scale, problem.logits_soft_cap)
-  s = jnp.where(is_seen, s, -jnp.inf)
-  weighted = None
-  if is_quantised:
-    v_scales = kv_ring.scales(problem, smem, kv_ring.V, nth)
-    kv_ring.give_back(problem, smem, kv_ring.V, nth)
-    weights = jnp.log2(jnp.maximum(v_scales, _TINY))
-    weighted = s + online_softmax.down(weights, s.shape)
-    weighted = jnp.where(is_seen, weighted, -jnp.inf)
-  (acc, m, l), p = online_softmax.fold(state, s, weighted)
-  smem.p_smem.T[...] = p.astype(problem.operand_dtype)
-  if not is_quantised:
-    wait(kv_ring.V, nth)
-  v_smem = operand(kv_ring.V, nth)
-  all_mapped = mapped == (1 << problem.num_chunks) - 1
-
-  @pl.when(jnp.logical_not(tiles.sees_all(base) & all_mapped))
-  def _zero_unseen_rows():
-    for start, size in online_softmax.row_blocks(problem.head_dim):
-      for column in range(start, start + size, _COLUMNS):
-        v = v_smem.at[:, pl.ds(column, _COLUMNS)]
-        keep = seen(v.shape, tiles.are_seen)
-        v[...] = jnp.where(keep, v[...], 0.0)
-
-  plgpu.commit_smem()
-  columns = online_softmax.row_blocks(problem.head_dim)
-  acc = tuple(
-    online_softmax.accumulate(
-      rows,
-      v_smem.at[:, pl.ds(start, size)].T,
-      smem.p_smem.T,
-      wait_for_next_k if is_quantised and start == 0 else None,
-      interpreted=problem.interpret is not None,
-    )
-    for rows, (start, size) in zip(acc, columns, strict=True)
-  )
-  if not is_quantised:
-    kv_ring.give_back(problem, smem, kv_ring.V, nth)
-  return online_softmax.State(acc, m, l)
-
-
-def _iota(shape, axis):
-  return plgpu.broadcasted_iota(
-    jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA
-  )
-
-
-def _sees(problem, tiles, positions):
-  """Tells which of the positions, down the rows, each query sees."""
-  if problem.max_q_len == 1:
-    return tiles.sees(positions)
-  token = lax.div(_iota(positions.shape, 1), jnp.int32(problem.group))
-  before = tiles.num_earlier - token
-  # The columns past the sequence's query tokens see nothing.
-  return tiles.sees(positions, before) & (before >= 0)

@@ -51,7 +51,7 @@ def shapes(
   """Returns the shapes of the partials.
 
   Args:
-    places: 2 and the programs, or the items and `schedule.MAX_SPLITS`.
+    places: 2 and the programs, or the items and the parts of one.
     head_dim: width of a head.
     num_queries: queries of an item.
   """
@@ -98,7 +98,7 @@ def write_partial(state: online_softmax.Summed, refs: Partials, at) -> None:
   Args:
     state: the softmax over its keys.
     refs: all partials.
-    at: `FIRST` or `LAST`, and the program.
+    at: `FIRST` or `LAST`, and the program; or the item, and its part.
   """
   acc_gmem = refs.acc.at[at]
   for rows, place in _by_blocks(state.acc, acc_gmem, acc_gmem.shape[0]):
@@ -292,6 +292,9 @@ def _fold(states: list[online_softmax.Summed]) -> online_softmax.Summed:
   acc = tuple(
     functools.reduce(jnp.add, blocks) for blocks in zip(*scaled, strict=True)
   )
-  ls = [state.l * alpha for state, alpha in zip(states, alphas, strict=True)]
+  roots = [online_softmax.half_factor(state.m - shift) for state in states]
+  ls = [
+    state.l * root * root for state, root in zip(states, roots, strict=True)
+  ]
   l = functools.reduce(jnp.add, ls)
   return online_softmax.Summed(acc, top, l)

@@ -28,18 +28,18 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 MAX_SPLITS = 16  # of an item: for a sequence alone to occupy the device
-_LEAST_SPLIT = 4  # tiles
+LEAST_SPLIT = 4  # tiles
 
 
 def split_size(num_tiles):
   """Returns the tiles of a part of an item, in fixed splits."""
   parts = lax.div(num_tiles + (MAX_SPLITS - 1), jnp.int32(MAX_SPLITS))
-  return jnp.maximum(parts, _LEAST_SPLIT)
+  return jnp.maximum(parts, LEAST_SPLIT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """Where on the line the shares of programs begin.
+  """Where on the line the shares of programs begin, without fixed splits.
 
   Shares differ by one tile at most. To leave an eighth of the line to small
   programs, which start wherever a large one ended early, gained 0.4 % and cost

@@ -70,10 +70,10 @@ def to_float16(tile_smem, operand_smem, transforms, *, interpreted: bool):
     targets = [_at(utils.memref_ptr(operand), place) for place in targets]
     step = _rows_at_once(columns)
     starts = range(0, rows, step)
-    for pair in itertools.batched(starts, _AHEAD):
+    for group in itertools.batched(starts, _AHEAD):
       # Rows that are a multiple of 8 ahead lie as far ahead, XORed alike.
-      numbers = [_load(_at(source, _i32(row * columns))) for row in pair]
-      for row, x in zip(pair, numbers, strict=True):
+      numbers = [_load(_at(source, _i32(row * columns))) for row in group]
+      for row, x in zip(group, numbers, strict=True):
         ahead = _i32(row * columns * 2)
         _store(x, [_at(target, ahead) for target in targets], is_int)
 
@@ -82,7 +82,7 @@ def to_float16(tile_smem, operand_smem, transforms, *, interpreted: bool):
 
 def _rows_at_once(columns):
   """Returns how many rows a warpgroup moves at once: a power of two, from 8."""
-  return 1 << (_THREADS // (columns // _PIECE)).bit_length() - 1
+  return 1 << ((_THREADS // (columns // _PIECE)).bit_length() - 1)
 
 
 def _first_places(columns, swizzle):

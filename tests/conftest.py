@@ -7,8 +7,8 @@ import pytest
 from paged_jax import devices
 from paged_jax.models import demo
 
-# Threads of XLA. The interpreter of kernels blocks one for each warpgroup that
-# waits; with one for each of two cores, it can come to wait for ever.
+# Interpreted warpgroups wait for each other. XLA has a thread for each core,
+# and a machine may have fewer cores than a kernel has warpgroups.
 os.environ.setdefault("NPROC", "8")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -186,6 +186,62 @@ def test_values_that_are_all_zero_count_in_the_denominator():
   _check(problem, scales=scales)
 
 
+# The weights of the first tile's values, and of the second's, are 2^140 apart.
+@pytest.mark.parametrize("num_programs", [1, 3])
+def test_the_denominator_keeps_keys_whose_values_are_zero(num_programs):
+  problem, scales = cases.quantise(_make([130], dtype="float16"), "int8")
+  problem.q = problem.q.astype(jnp.bfloat16)
+  scales["v_scales"] = np.where(np.isnan(scales["v_scales"]), np.nan, 2.0**40)
+  scales["v_scales"] = scales["v_scales"].astype(np.float32)
+  for position in range(64):
+    page = problem.page_indices[0, position // 16]
+    problem.v_pages[page, :, position % 16] = 0
+    scales["v_scales"][page, :, position % 16] = 0
+  _check(problem, scales=scales, config=Config(64, 2, num_programs))
+
+
+def test_a_scale_of_values_that_is_nan_spares_the_log_sum_exp():
+  problem, scales = cases.quantise(_make([70, 130]), "int8")
+  page = problem.page_indices[1, 3]
+  expected = oracle.paged_attention(
+    *dataclasses.astuple(problem)[:5], **cases.PLAIN, **scales
+  )
+  scales["v_scales"][page, 0, 5] = np.nan
+  out, lse = _run(
+    problem, **{name: jnp.asarray(x) for name, x in scales.items()}
+  )
+  assert np.isnan(out[1].astype(np.float32)).all()
+  cases.assert_matches(out[:1], lse[:1], *(x[:1] for x in expected), "bfloat16")
+  np.testing.assert_allclose(lse, expected[1], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kv_dtype", decode_config.QUANTISED_DTYPES)
+def test_unused_quantised_memory_leaves_no_trace(kv_dtype):
+  runs = []
+  for filler in (0.0, np.nan):
+    problem, scales = cases.quantise(
+      _make([1, 70, 201], poison=filler), kv_dtype
+    )
+    scales = {name: jnp.asarray(x) for name, x in scales.items()}
+    runs.append(_run(problem, **scales))
+  _assert_same_bits(*runs)
+
+
+def test_scales_of_another_shape_are_refused():
+  problem, scales = cases.quantise(_make([3]), "int8")
+  scales = {name: jnp.asarray(x) for name, x in scales.items()}
+  with pytest.raises(ValueError, match="v_scales must be given"):
+    _run(problem, k_scales=scales["k_scales"])
+  with pytest.raises(
+    ValueError, match=r"k_scales is float16.* must be float32"
+  ):
+    _run(
+      problem, **scales | dict(k_scales=scales["k_scales"].astype("float16"))
+    )
+  with pytest.raises(ValueError, match="k_scales must not be given"):
+    _run(_make([3]), **scales)
+
+
 # In comments: the shares of the tiles of sequences a, b and c.
 @pytest.mark.parametrize(
   ("num_programs", "many_kv_lens"),
