@@ -13,9 +13,8 @@ them. A program has a warpgroup for memory and others that compute:
            (wgmma); two take turns, so that one multiplies while the other
            exponentiates
 
-  turn        |    |    |    |    |    |    |
-  compute 0   QK   soft PV,QK soft PV,QK soft
-  compute 1        QK   soft PV,QK soft PV,QK
+  compute 0   QK | soft | PV, QK | soft | PV, QK | soft | PV
+  compute 1      | QK   |  soft  | PV,QK|  soft  | PV,QK| ...
 
 A tile of K is `block_kv` consecutive positions, copied in chunks that never
 straddle a page: `chunk = gcd(page_size, block_kv)`. Which tiles are visited is
@@ -29,7 +28,6 @@ zeroed in shared memory (0 * NaN is NaN).
 
 import dataclasses
 import functools
-import math
 import types
 
 import jax
@@ -42,16 +40,22 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import (
   online_softmax,
   partials,
+  ragged_compute,
   ragged_config,
+  ragged_load,
   ragged_output,
   ragged_schedule,
-  ragged_softmax,
   schedule,
 )
-from pallas_kernels.ragged_config import ROWS, Config, default_config
-from pallas_kernels.ragged_problem import COMPILER_PARAMS, Problem, scratch
+from pallas_kernels.ragged_config import Config, default_config
+from pallas_kernels.ragged_problem import (
+  COMPILER_PARAMS,
+  Item,
+  Problem,
+  Work,
+  scratch,
+)
 
-_COLUMNS = 64  # of V that are rewritten at once, to spare registers
 OPTIONS = (
   "scale",
   "sliding_window",
@@ -249,295 +253,65 @@ def _body(problem, *refs, **smem):
   num_wgs = problem.config.num_compute_wgs
   num_registers = ragged_config.registers(problem.config, problem.head_dim)
   wg = lax.axis_index("warpgroup")
+  walk = functools.partial(_for_each_item, problem, gmem, smem)
 
   @pl.when(wg < num_wgs)
   def _compute():
     if num_wgs > 1:
       plgpu.set_max_registers(num_registers[0], action="increase")
-      pl.when(wg > 0)(lambda: _take_turns(problem, smem))
-    _for_each_item(
-      problem,
-      gmem,
-      jnp.int32(0),
-      functools.partial(_attend_item, problem, gmem, smem),
-    )
-    if num_wgs > 1:
-      pl.when(wg == 0)(lambda: _take_turns(problem, smem))
-    plgpu.wait_smem_to_gmem(0)
+    ragged_compute.run(problem, smem, walk)
 
   @pl.when(wg == num_wgs)
   def _memory():
     if num_wgs > 1:
       plgpu.set_max_registers(num_registers[1], action="decrease")
-    num_tiles = _for_each_item(
-      problem,
-      gmem,
-      jnp.int32(0),
-      functools.partial(_load_item, problem, gmem, smem),
-    )
-    num_stages = problem.config.num_stages
-
-    # No barrier may be left with a completion that nobody waited for.
-    @pl.when(num_tiles > 0)
-    def _():
-      plgpu.barrier_wait(smem.q_consumed)
-
-    @pl.loop(jnp.maximum(num_tiles - num_stages, 0), num_tiles)
-    def _(i):
-      slot = lax.rem(i, jnp.int32(num_stages))
-      plgpu.barrier_wait(smem.k_consumed.at[slot])
-      plgpu.barrier_wait(smem.v_consumed.at[slot])
+    ragged_load.run(problem, smem, walk)
 
 
-def _take_turns(problem, smem, before=lambda: None):
-  """Waits until the other warpgroup is done with its half of a step.
+def _for_each_item(problem, gmem, smem, step):
+  """Attends a program's items, or parts of them; returns their tiles of K.
 
   Args:
     problem: what is static.
-    smem: the barrier.
-    before: what to do before waiting.
-  """
-  takes_turns = problem.config.num_compute_wgs > 1
-  if takes_turns:
-    plgpu.barrier_arrive(smem.turn)
-  before()
-  if takes_turns:
-    plgpu.barrier_wait(smem.turn)
-
-
-def _for_each_item(problem, gmem, carry, step):
-  """Folds `step(item, tiles, carry)` over a program's items, or parts of them.
-
-  An item has the fields of its tile of queries and its place `nth` in the list,
-  its KV head, and which of `tiles`, those of K, to attend: `num_tiles` from
-  `first`. A part has `is_whole`, and `kind`: where its partial goes.
+    gmem: arrays in memory of the GPU.
+    smem: shared memory and barriers.
+    step: called with each `Work`.
   """
   num_kv_heads = problem.num_kv_heads
 
   def visited(tile):
     return problem.visit(tile.kv_len, tile.num_earlier)
 
-  def take(nth, tile, head, carry):
+  def take(nth, tile, head, num_before):
     tiles = visited(tile)
-    item = dict(nth=nth, head=head, first=0, num_tiles=tiles.num_visited)
-    return step(types.SimpleNamespace(**item, **tile._asdict()), tiles, carry)
+    item = Item(nth, head, tile, 0, tiles.num_visited, None, None)
+    step(Work(problem, gmem, smem, item, tiles, num_before))
+    return num_before + item.num_tiles
 
-  def take_piece(piece, carry):
+  def take_piece(piece, num_before):
     tile = ragged_schedule.load(gmem.tiles, piece.seq)
     tiles = visited(tile)
-    item = types.SimpleNamespace(
+    item = Item(
       nth=piece.seq,
       head=piece.head,
+      tile=tile,
       first=piece.first,
       num_tiles=jnp.where(tiles.num_visited > 0, piece.num_tiles, 0),
       is_whole=piece.is_whole,
       kind=jnp.where(piece.nth == 0, partials.FIRST, partials.LAST),
-      **tile._asdict(),
     )
-    return step(item, tiles, carry)
+    step(Work(problem, gmem, smem, item, tiles, num_before))
+    return num_before + item.num_tiles
 
+  nothing = jnp.int32(0)
   if problem.config.splits:
     plan = schedule.Plan(gmem.starts, gmem.firsts)
-    return schedule.for_each_piece(plan, num_kv_heads, carry, take_piece)
+    return schedule.for_each_piece(plan, num_kv_heads, nothing, take_piece)
   return ragged_schedule.for_each_item(
     gmem.num_items,
     gmem.tiles,
     num_kv_heads,
     problem.config.num_programs,
-    carry,
+    nothing,
     take,
   )
-
-
-def _page_ids(problem, gmem, seq, base):
-  """Returns the page of each chunk of the tile at a position.
-
-  Past the table's end, it is any page: it will be masked.
-  """
-  starts = (base + j * problem.chunk for j in range(problem.num_chunks))
-  columns = [lax.div(start, jnp.int32(problem.page_size)) for start in starts]
-  last = problem.pages_per_seq - 1
-  return [gmem.table[seq, jnp.minimum(column, last)] for column in columns]
-
-
-def _load_item(problem, gmem, smem, item, tiles, num_before):
-  """Copies Q, and the tiles of K and V into their rings."""
-
-  @pl.when(item.num_tiles > 0)
-  def _():
-    pl.when(num_before > 0)(lambda: plgpu.barrier_wait(smem.q_consumed))
-    by_token, _ = smem.q_smem
-    for wg in range(by_token.shape[0]):
-      first, heads = problem.rows_of(wg)
-      tokens = pl.ds(item.token + first, problem.wg_tokens)
-      for i in range(by_token.shape[1]):
-        columns = pl.ds(i * problem.columns, problem.columns)
-        source = gmem.q.at[tokens, item.head, heads, columns]
-        plgpu.copy_gmem_to_smem(source, by_token.at[wg, i], smem.q_loaded)
-
-  # The page ids of the next tile are on their way while this one waits.
-  def load(i, ids):
-    base, next_base = tiles.base(item.first + i), tiles.base(item.first + i + 1)
-    next_ids = _page_ids(problem, gmem, item.seq, next_base)
-    _load_tile(problem, gmem, smem, item.head, num_before + i, base, ids)
-    return next_ids
-
-  ids = _page_ids(problem, gmem, item.seq, tiles.base(item.first))
-  lax.fori_loop(0, item.num_tiles, load, ids)
-  return num_before + item.num_tiles
-
-
-def _load_tile(problem, gmem, smem, head, nth, base, ids):
-  """Copies the program's nth tile of K and of V into their rings."""
-  chunk, num_stages = problem.chunk, problem.config.num_stages
-  slot = lax.rem(nth, jnp.int32(num_stages))
-  pages = [jnp.clip(page, 0, problem.num_pages - 1) for page in ids]
-  for source, ring, loaded, consumed in (
-    (gmem.k, smem.k_smem, smem.k_loaded, smem.k_consumed),
-    (gmem.v, smem.v_smem, smem.v_loaded, smem.v_consumed),
-  ):
-
-    @pl.when(nth >= num_stages)
-    def _(consumed=consumed):
-      plgpu.barrier_wait(consumed.at[slot])
-
-    for j, page in enumerate(pages):
-      rows = source.at[page, head]
-      if chunk < problem.page_size:
-        row = lax.rem(base + j * chunk, jnp.int32(problem.page_size))
-        rows = source.at[page, head, pl.ds(row, chunk)]
-      place = ring.at[slot, pl.ds(j * chunk, chunk)]
-      plgpu.copy_gmem_to_smem(rows, place, loaded.at[slot])
-
-
-def _attend_item(problem, gmem, smem, item, tiles, num_before):
-  """Attends the tiles of an item, and writes its output or its partial."""
-  by_token, by_row = (x.at[lax.axis_index("warpgroup")] for x in smem.q_smem)
-
-  @pl.when(item.num_tiles > 0)
-  def _():
-    plgpu.barrier_wait(smem.q_loaded)
-    problem.reinterpret(by_token, by_row)
-
-  def fold(i, state):
-    slot = lax.rem(num_before + i, jnp.int32(problem.config.num_stages))
-    plgpu.barrier_wait(smem.k_loaded.at[slot])
-    k_smem = smem.k_smem.at[slot]
-    columns = [
-      (
-        by_row.at[j],
-        k_smem.at[:, pl.ds(j * problem.columns, problem.columns)].T,
-      )
-      for j in range(by_row.shape[0])
-    ]
-    s = ragged_softmax.matmul(columns, lambda: _take_turns(problem, smem))
-    plgpu.barrier_arrive(smem.k_consumed.at[slot])
-
-    # Not later: the other warpgroup may need the next Q to end its turn.
-    @pl.when(i == item.num_tiles - 1)
-    def _():
-      plgpu.barrier_arrive(smem.q_consumed)
-
-    base = tiles.base(item.first + i)
-    return _fold_scores(problem, gmem, smem, item, tiles, slot, base, s, state)
-
-  state = ragged_softmax.init(ROWS, problem.head_dim)
-  state = lax.fori_loop(0, item.num_tiles, fold, state)
-  ragged_output.write(problem, gmem, smem, item, state)
-  return num_before + item.num_tiles
-
-
-def _fold_scores(problem, gmem, smem, item, tiles, slot, base, qk, state):
-  """Folds the tile at base into the softmax."""
-  sees_all = tiles.sees_all(base) & (item.has_holes == 0)
-  s = lax.cond(
-    sees_all,
-    lambda s: s,
-    lambda s: _mask_scores(problem, gmem, item, tiles, base, s),
-    problem.scores(qk),
-  )
-  (acc, m, l), p = ragged_softmax.fold(state, s, problem.factor)
-  p, v_smem = p.astype(problem.dtype), smem.v_smem.at[slot]
-  own_p_smem = None
-  if problem.p_in_smem:
-    own_p_smem = smem.p_smem.at[lax.axis_index("warpgroup")]
-    own_p_smem[...] = p
-    plgpu.commit_smem()
-  # All of the softmax belongs to this half of the step.
-  acc, m, l, p = lax.optimization_barrier((acc, m, l, p))
-
-  def await_values():
-    plgpu.barrier_wait(smem.v_loaded.at[slot])
-    _clean_values(problem, gmem, smem, item, tiles, slot, base)
-
-  _take_turns(problem, smem, await_values)
-  if own_p_smem is None:
-    acc = ragged_softmax.accumulate(acc, p, v_smem)
-  else:
-    interpreted = problem.interpret is not None
-    acc = online_softmax.accumulate(
-      acc, own_p_smem, v_smem, interpreted=interpreted
-    )
-  plgpu.barrier_arrive(smem.v_consumed.at[slot])
-  return ragged_softmax.State(acc, m, l)
-
-
-def _iota(shape, axis):
-  return plgpu.broadcasted_iota(
-    jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA
-  )
-
-
-def _mask_scores(problem, gmem, item, tiles, base, s):
-  """Returns the scores, -inf where the key of a column is not seen."""
-  column = _iota(s.shape, 1)
-  before = 0
-  if problem.causal:
-    first_row = lax.axis_index("warpgroup") * ROWS
-    token = (_iota(s.shape, 0) + first_row) >> _log2(problem.group)
-    before = item.num_earlier - token
-  sees = tiles.sees(base + column, before)
-  sees &= _are_mapped(problem, gmem, item, base, column)
-  return jnp.where(sees, s, -jnp.inf)
-
-
-def _are_mapped(problem, gmem, item, base, positions):
-  """Tells of which positions of the tile at base the page is mapped."""
-  ids = _page_ids(problem, gmem, item.seq, base)
-  mapped = [(page >= 0) & (page < problem.num_pages) for page in ids]
-  bits = sum(bit.astype(jnp.int32) << j for j, bit in enumerate(mapped))
-  bits = lax.broadcast_in_dim(bits, positions.shape, [])
-  return ((bits >> (positions >> _log2(problem.chunk))) & 1) != 0
-
-
-def _log2(power: int) -> int:
-  return int(math.log2(power))
-
-
-def _clean_values(problem, gmem, smem, item, tiles, slot, base):
-  """Zeroes the rows of V that no query of the item sees."""
-  wg = lax.axis_index("warpgroup")
-  last = jnp.minimum(base + problem.config.block_kv, tiles.kv_end) - 1
-  is_clean = base + problem.config.block_kv <= tiles.kv_end
-  if problem.sliding_window is not None:
-    # What is seen of a tile without its ends is seen with them.
-    is_clean &= tiles.are_seen(base) & tiles.are_seen(last)
-  is_clean &= item.has_holes == 0
-
-  @pl.when(jnp.logical_not(is_clean))
-  def _():
-    @pl.when(wg == 0)
-    def _():
-      v_smem = smem.v_smem.at[slot]
-      for column in range(0, problem.head_dim, _COLUMNS):
-        size = min(_COLUMNS, problem.head_dim - column)
-        v = v_smem.at[:, pl.ds(column, size)]
-        rows = _iota(v.shape, 0)
-        sees = tiles.are_seen(base + rows)
-        sees &= _are_mapped(problem, gmem, item, base, rows)
-        v[...] = jnp.where(sees, v[...], 0.0)
-      plgpu.commit_smem()
-
-    if problem.config.num_compute_wgs > 1:
-      pl.when(wg == 0)(lambda: plgpu.barrier_arrive(smem.v_cleaned))
-      pl.when(wg > 0)(lambda: plgpu.barrier_wait(smem.v_cleaned))

@@ -77,7 +77,9 @@ def registers(config: Config, head_dim: int) -> tuple[int, int]:
   """
   if config.num_compute_wgs == 3:
     return 160, 32
-  return (224, 64) if head_dim <= 192 else (232, 48)
+  if head_dim < 128:
+    return 224, 64
+  return (232, 48) if head_dim <= 192 else (240, 32)
 
 
 def smem_bytes(config: Config, head_dim: int) -> int:

@@ -22,6 +22,7 @@ from pallas_kernels.ragged_config import ROWS
 from pallas_kernels.ragged_problem import (
   COMPILER_PARAMS,
   Problem,
+  Work,
   output_scratch,
 )
 from pallas_kernels.ragged_softmax import State
@@ -44,23 +45,16 @@ def shapes(problem: Problem) -> tuple[jax.ShapeDtypeStruct, ...]:
   return *written, f32(*rows, head_dim), f32(*rows), f32(*rows)
 
 
-def write(problem: Problem, gmem, smem, item, state: State) -> None:
-  """Writes what a warpgroup attended of an item: its output or its partial.
-
-  Args:
-    problem: what is static.
-    gmem: where to, among others.
-    smem: what `output_scratch` asks for, among others.
-    item: see `ragged_attention`.
-    state: the softmax of its rows.
-  """
-  if not problem.config.splits:
-    _write_output(problem, gmem, smem, item, state)
+def write(work: Work, state: State) -> None:
+  """Writes what a warpgroup attended of an item: its output or its partial."""
+  item, gmem = work.item, work.gmem
+  output = functools.partial(
+    _write_output, work.problem, gmem, work.smem, item, state
+  )
+  if item.is_whole is None:
+    output()
     return
-
-  @pl.when(item.is_whole)
-  def _():
-    _write_output(problem, gmem, smem, item, state)
+  pl.when(item.is_whole)(output)
 
   @pl.when(jnp.logical_not(item.is_whole))
   def _():
@@ -102,7 +96,7 @@ def _write_output(problem, gmem, smem, item, state):
 def _copy_columns(problem, gmem, item, by_token, start):
   """Copies the output of a warpgroup to its tokens, and to no others."""
   first, heads = problem.rows_of(lax.axis_index("warpgroup"))
-  num_tokens = jnp.clip(item.num_tokens - first, 0, problem.wg_tokens)
+  num_tokens = jnp.clip(item.tile.num_tokens - first, 0, problem.wg_tokens)
   is_full = num_tokens == problem.wg_tokens
   for i in range(by_token.shape[0]):
     columns = pl.ds(start + i * problem.columns, problem.columns)
@@ -112,12 +106,12 @@ def _copy_columns(problem, gmem, item, by_token, start):
 
     @pl.when(is_full)
     def _(i=i, place=place):
-      tokens = pl.ds(item.token + first, problem.wg_tokens)
+      tokens = pl.ds(item.tile.token + first, problem.wg_tokens)
       plgpu.copy_smem_to_gmem(by_token.at[i], place(tokens))
 
     @pl.loop(0, jnp.where(is_full, 0, num_tokens))
     def _(t, i=i, place=place):
-      token = item.token + first + t
+      token = item.tile.token + first + t
       plgpu.copy_smem_to_gmem(by_token.at[i, t], place(token))
 
 
@@ -166,7 +160,7 @@ def _merge(problem, *refs, **smem):
   @pl.when((begin < end) & (place > 0) & (begin - place + cost <= end))
   def _():
     tile = ragged_schedule.load(gmem.tiles, nth)
-    item = types.SimpleNamespace(nth=nth, head=head, **tile._asdict())
+    item = types.SimpleNamespace(nth=nth, head=head, tile=tile)
     first = line.program_of(begin - place)
     is_last = line.start(first) < begin - place
 

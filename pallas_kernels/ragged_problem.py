@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 from pallas_kernels import kv_tiles, ragged_config, ragged_schedule
@@ -126,6 +127,39 @@ class Problem:
       block_kv=self.config.block_kv,
       sliding_window=self.sliding_window,
       num_sink_tokens=self.num_sink_tokens,
+    )
+
+
+class Item(NamedTuple):
+  """A tile of queries for one KV head, or a part of it."""
+
+  nth: Any  # place of the tile in the list
+  head: Any
+  tile: ragged_schedule.Tile
+  first: Any  # of the visited tiles of K, the first to attend
+  num_tiles: Any  # of K to attend
+  is_whole: Any  # None if all are
+  kind: Any  # of the partial of a part, see `partials`
+
+
+class Work(NamedTuple):
+  """An item that a program attends, and what it takes."""
+
+  problem: Problem
+  gmem: Any  # arrays, by name
+  smem: Any  # shared memory and barriers, by name
+  item: Item
+  tiles: kv_tiles.Tiles  # that the item visits
+  num_before: Any  # tiles of K that the program attended before
+
+  def base(self, i):
+    """Returns the position at which the i-th tile of K begins."""
+    return self.tiles.base(self.item.first + i)
+
+  def slot(self, i):
+    """Returns the place of the i-th tile of K in the ring."""
+    return lax.rem(
+      self.num_before + i, jnp.int32(self.problem.config.num_stages)
     )
 
 

@@ -5,7 +5,7 @@ that P stays in registers as the left operand of P V. The state of each row is
 the greatest score m, the sum l of 2^(s - m), and acc = sum 2^(s - m) v.
 """
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -102,12 +102,57 @@ def matmul(operands, after_issue=lambda: None):
     after_issue()
     return acc[...]
 
+  return pl.run_scoped(issue, _product_of(operands))
+
+
+def _product_of(operands):
   (a, b), *_ = operands
-  shape = a.shape[0], b.shape[1]
-  return pl.run_scoped(issue, plgpu.ACC(shape, jnp.float32))
+  return plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32)
 
 
-def accumulate(acc, p, v):
-  """Returns acc + p @ v by wgmma; p is in registers, v in shared memory."""
-  accumulate_in = pl.run_state(lambda ref: plgpu.wgmma(ref, p, v))
-  return cast(Array, accumulate_in(plgpu.ACC.init(acc)))
+def accumulate(acc, p, v, *, interpreted: bool):
+  """Returns acc + p @ v by wgmma.
+
+  Args:
+    acc: f32.
+    p: in registers or in shared memory.
+    v: in shared memory.
+    interpreted: whether there is no GPU.
+  """
+  return online_softmax.accumulate(acc, p, v, interpreted=interpreted)
+
+
+def accumulate_and_matmul(
+  acc, p, v, operands, *, after_issue, after_first, interpreted: bool
+):
+  """Returns acc + p @ v, and then `matmul(operands)`, without a pause.
+
+  Args:
+    acc: see `accumulate`.
+    p: see `accumulate`.
+    v: see `accumulate`.
+    operands: see `matmul`.
+    after_issue: called while they are multiplied.
+    after_first: called when the first product is there.
+    interpreted: see `accumulate`.
+  """
+  if interpreted:  # the interpreter cannot start from a given accumulator
+    acc = accumulate(acc, p, v, interpreted=interpreted)
+    after_first()
+    return acc, matmul(operands, after_issue)
+
+  def multiply(acc_ref):
+    acc_ref[...] = acc
+    plgpu.wgmma(acc_ref, p, v)
+
+    def multiply_next(product_ref):
+      for a, b in operands:
+        plgpu.wgmma(product_ref, a, b)
+      after_issue()
+      out = plgpu.wgmma_accumulator_load(acc_ref, wait_n=len(operands))
+      after_first()
+      return out, product_ref[...]
+
+    return pl.run_scoped(multiply_next, _product_of(operands))
+
+  return pl.run_scoped(multiply, plgpu.ACC(acc.shape, jnp.float32))

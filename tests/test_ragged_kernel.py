@@ -179,14 +179,16 @@ def test_unused_memory_leaves_no_trace(poison):
   _assert_same_bits(clean, poisoned)
 
 
-def test_keys_left_of_the_window_leave_no_trace():
-  problem = _make(kv_lens=[300], q_lens=[30], spare_tokens=0)
-  options = dict(sliding_window=100, num_sink_tokens=3)
+# In the second, sink tokens and the window lie in one tile.
+@pytest.mark.parametrize(("kv_len", "window"), [(300, 100), (64, 15)])
+def test_keys_left_of_the_window_leave_no_trace(kv_len, window):
+  problem = _make(kv_lens=[kv_len], q_lens=[30], spare_tokens=0)
+  options = dict(sliding_window=window, num_sink_tokens=3)
   clean = _run(problem, **options)
   problem.k_pages, problem.v_pages = (
     np.array(x) for x in (problem.k_pages, problem.v_pages)
   )
-  for position in range(3, 171):
+  for position in range(3, kv_len - 29 - window):
     page = problem.page_indices[0, position // 16]
     problem.k_pages[page, :, position % 16] = np.nan
     problem.v_pages[page, :, position % 16] = np.nan
