@@ -379,6 +379,11 @@ BAD_OPTIONS = {
   "window": (dict(sliding_window=0), "sliding_window=0"),
   "float window": (dict(sliding_window=4.0), "sliding_window=4.0"),
   "sink tokens": (dict(num_sink_tokens=-1), "num_sink_tokens=-1"),
+  "batch invariant": (dict(batch_invariant="no"), "batch_invariant='no'"),
+  "batch invariant array": (
+    dict(batch_invariant=jnp.array(True)),
+    "batch_invariant=Array",
+  ),
   "soft cap": (dict(logits_soft_cap=0.0), "logits_soft_cap=0.0"),
   "soft cap bool": (dict(logits_soft_cap=True), "logits_soft_cap=True"),
   "sinks": (dict(sinks=jnp.zeros(3)), r"sinks.shape=\(3,\)"),

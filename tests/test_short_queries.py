@@ -71,6 +71,28 @@ def test_matches_oracle_with_options(options):
   _check(problem, sinks=sinks, **options)
 
 
+@pytest.mark.parametrize("kv_dtype", decode_config.QUANTISED_DTYPES)
+def test_quantised_pages_in_fixed_splits_match_oracle(kv_dtype):
+  problem = cases.make(
+    kv_lens=[3, 20, 16, 17, 0, 550],  # 9 tiles: 3 parts
+    q_lens=Q_LENS,
+    dtype="bfloat16",
+    num_active=6,
+  )
+  problem, scales = cases.quantise(problem, kv_dtype)
+  sinks = np.linspace(-2, 2, 4).astype(np.float32)
+  out, lse = _run(
+    problem,
+    sinks=sinks,
+    batch_invariant=True,
+    **{name: jnp.asarray(x) for name, x in scales.items()},
+  )
+  expected = oracle.ragged_paged_attention(
+    *dataclasses.astuple(problem), sinks=sinks, **cases.PLAIN, **scales
+  )
+  cases.assert_matches(out, lse, *expected, "bfloat16")
+
+
 def test_sequences_past_num_active_leave_no_trace():
   problem = cases.make(
     kv_lens=[40, 9, 77], q_lens=[2, 4, 3], dtype="bfloat16", num_active=2
