@@ -146,3 +146,14 @@ def test_registers_suffice_for_all_warpgroups():
     config = dataclasses.replace(config, num_compute_wgs=num_wgs)
     compute, memory = ragged_config.registers(config, head_dim)
     assert num_wgs * compute + memory <= 512
+
+
+@pytest.mark.parametrize("num_wgs", [2, 3])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_warpgroups_do_not_ask_for_more_registers_than_a_program_has(
+  head_dim, num_wgs
+):
+  config = Config(64, 2, num_compute_wgs=num_wgs)
+  compute, memory = ragged_config.registers(config, head_dim)
+  each = 65_536 // (128 * (num_wgs + 1)) // 8 * 8
+  assert compute * num_wgs + memory <= each * (num_wgs + 1)
