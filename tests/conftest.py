@@ -3,6 +3,7 @@ import os
 import jax
 import jaxtyping
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from paged_jax import devices
 from paged_jax.models import demo
@@ -23,6 +24,19 @@ def pytest_collection_modifyitems(config, items):
   gpu = [item for item in items if item.get_closest_marker("gpu")]
   config.hook.pytest_deselected(items=gpu)
   items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+  """Frees the programs of a file, and turns off the cache on disk.
+
+  The command turns it on for the rest of the process. XLA for CPUs has crashed
+  writing a program of another file to it.
+  """
+  yield
+  jax.clear_caches()
+  jax.config.update("jax_compilation_cache_dir", None)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture
