@@ -41,6 +41,7 @@ class Problem:
   num_sink_tokens: int
   logits_soft_cap: float | None
   has_sinks: bool
+  has_alibi: bool
   batch_invariant: bool
   interpret: plgpu.InterpretGPUParams | None
 

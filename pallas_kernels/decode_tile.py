@@ -1,6 +1,6 @@
 """What the decode kernel does with a tile of K and V: folds it into a softmax.
 
-  S = K Q^T, scaled, masked     P = 2^(S - m)     O += V^T P
+  S = K Q^T, scaled, biased, masked     P = 2^(S - m)     O += V^T P
 
 Tiles of 8-bit numbers become operands while wgmma is at the product before: V
 during K Q^T, the next K during V^T P. Scales of keys multiply their scores. Of
@@ -34,6 +34,7 @@ class Tile:
   problem: Problem
   smem: Any  # what `scratch` asks for
   tiles: Tiles  # of the sequence
+  slopes: Any  # of ALiBi, of the queries, or None
   nth: Any  # of the program
   base: Any  # first position
   mapped: Any  # a bit per chunk
@@ -62,13 +63,24 @@ class Tile:
     kv_ring.give_back(self.problem, self.smem, which, self.nth)
 
 
-def fold(problem: Problem, smem, tiles: Tiles, nth, base, ids, is_last, state):
+def fold(
+  problem: Problem,
+  smem,
+  tiles: Tiles,
+  slopes,
+  nth,
+  base,
+  ids,
+  is_last,
+  state,
+):
   """Folds the program's nth tile into the softmax.
 
   Args:
     problem: what is static.
     smem: what `scratch` asks for.
     tiles: of the sequence.
+    slopes: of ALiBi, in base 2, for each query, or None.
     nth: number of the tile, of the program's.
     base: its first position.
     ids: the page of each chunk.
@@ -76,7 +88,7 @@ def fold(problem: Problem, smem, tiles: Tiles, nth, base, ids, is_last, state):
     state: the softmax over the keys before.
   """
   mapped = kv_ring.mapped_chunks(problem, ids)
-  tile = Tile(problem, smem, tiles, nth, base, mapped)
+  tile = Tile(problem, smem, tiles, slopes, nth, base, mapped)
   s, is_seen = _scores(tile)
   weighted = taint = None
   if problem.is_quantised:
@@ -128,6 +140,8 @@ def _scores(tile):
     s *= online_softmax.down(tile.scales(kv_ring.K), s.shape)
   tile.give_back(kv_ring.K)
   s = online_softmax.to_base_2(s, problem.scale, problem.logits_soft_cap)
+  if problem.has_alibi:
+    s += _distances(tile, s.shape) * online_softmax.across(tile.slopes, s.shape)
   return jnp.where(is_seen, s, -jnp.inf), is_seen
 
 
@@ -163,6 +177,14 @@ def _zero_unseen_rows(tile):
         v[...] = jnp.where(keep, v[...], 0.0)
 
 
+def _distances(tile, shape):
+  """Returns positions of keys, down the rows, minus those of the queries."""
+  distances = _iota(shape, 0) + (tile.base - (tile.tiles.kv_len - 1))
+  if tile.problem.max_q_len > 1:
+    distances += _before(tile.problem, tile.tiles, shape)
+  return distances.astype(jnp.float32)
+
+
 def _iota(shape, axis):
   return plgpu.broadcasted_iota(
     jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA
@@ -173,7 +195,12 @@ def _sees(problem, tiles, positions):
   """Tells which of the positions, down the rows, each query sees."""
   if problem.max_q_len == 1:
     return tiles.sees(positions)
-  token = lax.div(_iota(positions.shape, 1), jnp.int32(problem.group))
-  before = tiles.num_earlier - token
+  before = _before(problem, tiles, positions.shape)
   # The columns past the sequence's query tokens see nothing.
   return tiles.sees(positions, before) & (before >= 0)
+
+
+def _before(problem, tiles, shape):
+  """Returns how many tokens before the last each query is, below 0 for none."""
+  token = lax.div(_iota(shape, 1), jnp.int32(problem.group))
+  return tiles.num_earlier - token

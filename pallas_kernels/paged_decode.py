@@ -58,6 +58,8 @@ from pallas_kernels.decode_config import (
 )
 from pallas_kernels.decode_problem import Problem, scratch
 
+_STEEPEST = 2.0**95  # times any distance between positions is a number
+
 OPTIONS = (
   "scale",
   "sliding_window",
@@ -81,6 +83,7 @@ def paged_decode(
   logits_soft_cap: float | None,
   batch_invariant: bool = False,
   sinks: Float[Array, " num_q_heads"] | None,
+  alibi_slopes: Float[Array, " num_q_heads"] | None = None,
   k_scales: Float[Array, "num_pages num_kv_heads page_size"] | None = None,
   v_scales: Float[Array, "num_pages num_kv_heads page_size"] | None = None,
   config: Config | None = None,
@@ -105,6 +108,8 @@ def paged_decode(
     batch_invariant: whether what a sequence gets must not depend, bit for bit,
       on the others; with the default config.
     sinks: a logit per query head that only the denominator counts, or None.
+    alibi_slopes: per query head, what multiplies the position of a key minus
+      that of the query, to be added to the score; cut at 2**95; or None.
     k_scales: f32, what multiplies a token's key of 8-bit numbers, else None.
     v_scales: the same of the values.
     config: tile sizes; `default_config` if None.
@@ -143,6 +148,7 @@ def paged_decode(
     logits_soft_cap=logits_soft_cap,
     batch_invariant=batch_invariant,
     sinks=sinks,
+    alibi_slopes=alibi_slopes,
     scales=(k_scales, v_scales),
     config=config,
     interpret=interpret,
@@ -159,6 +165,7 @@ def attend(
   page_indices: Int[Array, "num_seqs pages_per_seq"],
   *,
   sinks: Float[Array, " num_q_heads"] | None,
+  alibi_slopes: Float[Array, " num_q_heads"] | None,
   scales: tuple[Array | None, Array | None],
   config: Config | None,
   max_q_len: int = 1,
@@ -180,6 +187,7 @@ def attend(
     kv_lens: see `paged_decode`.
     page_indices: see `paged_decode`.
     sinks: see `paged_decode`.
+    alibi_slopes: see `paged_decode`.
     scales: of keys and of values; see `paged_decode`.
     config: see `paged_decode`.
     max_q_len: most query tokens of a sequence.
@@ -214,18 +222,30 @@ def attend(
     page_size=k_pages.shape[2],
     pages_per_seq=page_indices.shape[1],
     has_sinks=sinks is not None,
+    has_alibi=alibi_slopes is not None,
     batch_invariant=batch_invariant,
     **options,
   )
+  if alibi_slopes is not None:
+    alibi_slopes = _by_query(problem, alibi_slopes)
+    alibi_slopes = jnp.clip(alibi_slopes, -_STEEPEST, _STEEPEST)
   if sinks is not None:
-    sinks = sinks.astype(jnp.float32) * online_softmax.LOG2_E
-    sinks = jnp.tile(sinks.reshape(num_kv_heads, -1), (1, max_q_len))
-    sinks = problem.pad_queries(sinks)
+    sinks = _by_query(problem, sinks)
   lens = kv_lens, page_indices, *(() if q_lens is None else (q_lens,))
   lens = [x.astype(jnp.int32) for x in lens]
   pages = k_pages, v_pages, *(x for x in scales if x is not None)
-  out, lse = _launch(problem, q, pages, sinks, *lens)
+  out, lse = _launch(problem, q, pages, sinks, alibi_slopes, *lens)
   return out, lse[..., :num_queries]
+
+
+def _by_query(problem, logits):
+  """Returns logits of query heads in base 2, for the queries of each KV head.
+
+  They are f32[num_kv_heads, num_queries], 0 for the padding.
+  """
+  logits = logits.astype(jnp.float32) * online_softmax.LOG2_E
+  logits = logits.reshape(problem.num_kv_heads, problem.group)
+  return problem.pad_queries(jnp.tile(logits, (1, problem.max_q_len)))
 
 
 def _check_pages(k_pages, v_pages, k_scales, v_scales):
@@ -250,7 +270,9 @@ def _check_pages(k_pages, v_pages, k_scales, v_scales):
       )
 
 
-def _launch(problem: Problem, q, pages, sinks, kv_lens, table, *q_lens):
+def _launch(
+  problem: Problem, q, pages, sinks, alibi_slopes, kv_lens, table, *q_lens
+):
   """Runs the kernel, and merges what it split."""
   config, num_queries = problem.config, problem.num_queries
   # A sequence without tokens has a tile too, which writes its output of 0.
@@ -289,7 +311,7 @@ def _launch(problem: Problem, q, pages, sinks, kv_lens, table, *q_lens):
     kernel_name="paged_decode",
   )
   q = _rows_of_queries(problem, q)
-  more = *q_lens, *(() if sinks is None else (sinks,))
+  more = *q_lens, *(x for x in (sinks, alibi_slopes) if x is not None)
   out, lse, *parts = kernel(*plan, table, kv_lens, q, *pages, *more)
   if fixed_splits and problem.max_splits == 1:
     return out, lse
@@ -336,6 +358,7 @@ def _body(problem, *refs, **smem):
   names += ("k_scales", "v_scales") * problem.is_quantised
   names += ("q_lens",) * (problem.max_q_len > 1)
   names += ("sinks",) * problem.has_sinks
+  names += ("alibi_slopes",) * problem.has_alibi
   names += "out", "lse", "acc", "m", "l"
   gmem = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
   smem = types.SimpleNamespace(**smem)
@@ -447,10 +470,14 @@ def _attend_piece(problem, gmem, smem, piece, num_before):
     def _():
       kv_ring.wait(problem, smem, kv_ring.K, num_before)
 
+  slopes = None
+  if problem.has_alibi:
+    slopes = partials.load_queries(gmem.alibi_slopes.at[piece.head])
+
   def fold(i, base, ids, state):
     nth, is_last = num_before + i, i == num_tiles - 1
     at = nth, base, ids, is_last
-    return decode_tile.fold(problem, smem, tiles, *at, state)
+    return decode_tile.fold(problem, smem, tiles, slopes, *at, state)
 
   state = online_softmax.init(
     problem.head_dim, problem.config.block_kv, problem.num_queries

@@ -35,6 +35,7 @@ def attend(
   *,
   max_q_len: int,
   sinks: Float[Array, " num_q_heads"] | None,
+  alibi_slopes: Float[Array, " num_q_heads"] | None = None,
   k_scales: Float[Array, "num_pages num_kv_heads page_size"] | None = None,
   v_scales: Float[Array, "num_pages num_kv_heads page_size"] | None = None,
   config: decode_config.Config | None = None,
@@ -56,6 +57,7 @@ def attend(
     num_active: sequences from this one on have no queries.
     max_q_len: most query tokens of a sequence; the rest is not attended.
     sinks: see `paged_decode`.
+    alibi_slopes: see `paged_decode`.
     k_scales: see `paged_decode`.
     v_scales: see `paged_decode`.
     config: see `paged_decode`.
@@ -104,6 +106,7 @@ def attend(
     page_indices,
     max_q_len=max_q_len,
     sinks=sinks,
+    alibi_slopes=alibi_slopes,
     scales=(k_scales, v_scales),
     config=config,
     interpret=interpret,

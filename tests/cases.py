@@ -122,6 +122,14 @@ def quantise_rows(rows, kv_dtype):
   return data.astype(kv_dtype), scales
 
 
+def on_device(options):
+  """The same options, with arrays as the ops take them."""
+  return {
+    name: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+    for name, x in options.items()
+  }
+
+
 def relative_error(out, expected):
   """Returns ||out - expected|| / ||expected||; NaN or Inf in `out` is Inf."""
   out = np.asarray(out, np.float64)

@@ -7,12 +7,22 @@ import numpy as np
 
 
 def attend_one(
-  q, keys, values, visible, *, scale, logits_soft_cap=None, sinks=None
+  q,
+  keys,
+  values,
+  visible,
+  *,
+  scale,
+  logits_soft_cap=None,
+  sinks=None,
+  alibi_slopes=None,
+  position=None,
 ):
   """One query token, all its heads, over a contiguous context.
 
   q [num_q_heads, head_dim]; keys, values [context, num_kv_heads, head_dim];
-  visible bool[context]. Returns out [num_q_heads, head_dim], lse [num_q_heads].
+  visible bool[context]; position of the query, if there are slopes. Returns out
+  [num_q_heads, head_dim], lse [num_q_heads].
   """
   num_q_heads, head_dim = q.shape
   num_kv_heads = keys.shape[1]
@@ -29,6 +39,8 @@ def attend_one(
     logits = logits * scale
     if logits_soft_cap is not None:
       logits = logits_soft_cap * np.tanh(logits / logits_soft_cap)
+    if alibi_slopes is not None:
+      logits = logits + np.float64(alibi_slopes[head]) * (where - position)
     if sinks is not None:
       logits = np.append(logits, np.float64(sinks[head]))
     top = logits.max()
@@ -75,6 +87,7 @@ def ragged_paged_attention(
   num_sink_tokens=0,
   logits_soft_cap=None,
   sinks=None,
+  alibi_slopes=None,
 ):
   """Every option of the public op. Returns float64 out and lse."""
   q = np.asarray(q, np.float64)
@@ -104,6 +117,8 @@ def ragged_paged_attention(
         scale=scale,
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        position=pos,
       )
   return out, lse
 

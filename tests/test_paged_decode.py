@@ -50,11 +50,19 @@ def _make_shared(*kv_lens):
 
 
 def _run(
-  problem, *, config=SMALL, sinks=None, interpret=cases.INTERPRET, **options
+  problem,
+  *,
+  config=SMALL,
+  sinks=None,
+  alibi_slopes=None,
+  interpret=cases.INTERPRET,
+  **options,
 ):
+  per_head = lambda x: None if x is None else jnp.asarray(x, jnp.float32)
   out, lse = paged_decode.paged_decode(
     *problem.decode_args(),
-    sinks=None if sinks is None else jnp.asarray(sinks, jnp.float32),
+    sinks=per_head(sinks),
+    alibi_slopes=per_head(alibi_slopes),
     config=config,
     interpret=interpret,
     **cases.PLAIN | options,
@@ -120,11 +128,43 @@ def test_matches_oracle_for_shapes(head_dim, heads, page_size, dtype, config):
       dict(sliding_window=100, num_sink_tokens=64, logits_soft_cap=2.0),
       None,
     ),
+    (dict(alibi_slopes=[0.5, 0.1, -0.05, 0.004]), None),
+    (
+      dict(
+        sliding_window=100,
+        num_sink_tokens=64,
+        logits_soft_cap=2.0,
+        alibi_slopes=[0.02, 0.1, -0.01, 0.004],
+      ),
+      [-2, 0, 1, 5],
+    ),
   ],
   ids=str,
 )
 def test_matches_oracle_for_options(options, sinks):
   _check(_make([0, 64, 330]), sinks=sinks, **options)
+
+
+def test_slopes_are_those_of_the_query_heads():
+  problem = _make([0, 1, 330], num_q_heads=6, num_kv_heads=2)
+  problem.page_indices[2, [0, 7, 20]] = len(problem.k_pages)
+  _check(problem, alibi_slopes=2.0 ** -np.arange(1, 7))
+
+
+def test_slopes_of_any_size_and_distance_leave_no_nan():
+  problem = _make([0, 1, 330])
+  problem.page_indices[2, 18:] = len(problem.k_pages)
+  slopes = [3e38, -3e38, 2.0**95, -1e30]
+  out, lse = _run(problem, alibi_slopes=slopes)
+  # One key weighs all: the nearest, or the farthest.
+  expected, _ = oracle.paged_attention(
+    *dataclasses.astuple(problem)[:5], **cases.PLAIN, alibi_slopes=slopes
+  )
+  assert cases.relative_error(out, expected) < cases.TOLERANCE["bfloat16"]
+  assert np.isfinite(lse[1:]).all()
+  problem.kv_lens[2] = 2**31 - 1
+  for x in _run(problem, alibi_slopes=slopes):
+    assert np.isfinite(x[1:].astype(np.float32)).all()
 
 
 @pytest.mark.parametrize("kv_dtype", decode_config.QUANTISED_DTYPES)
@@ -161,6 +201,7 @@ def test_quantised_pages_take_every_option(kv_dtype, batch_invariant):
     sliding_window=150,
     num_sink_tokens=20,
     logits_soft_cap=30.0,
+    alibi_slopes=(0.02, -0.01, 0.3),
     batch_invariant=batch_invariant,
   )
 

@@ -23,6 +23,7 @@ def _lower(
   kv_dtype=None,
   num_seqs=3,
   config=None,
+  has_alibi=False,
   **options,
 ):
   """Lowers the kernel to Hopper, which needs no GPU."""
@@ -33,16 +34,18 @@ def _lower(
     scales = jax.ShapeDtypeStruct(pages.shape[:3], jnp.float32)
 
   def run(*args):
-    *args, sinks, k_scales, v_scales = args
+    *args, sinks, alibi_slopes, k_scales, v_scales = args
     return paged_decode.paged_decode(
       *args,
       sinks=sinks,
+      alibi_slopes=alibi_slopes,
       k_scales=k_scales,
       v_scales=v_scales,
       config=config,
       **PLAIN | options,
     )
 
+  per_head = jax.ShapeDtypeStruct((heads[0],), jnp.float32)
   return (
     jax.jit(run)
     .trace(
@@ -51,7 +54,8 @@ def _lower(
       pages,
       jax.ShapeDtypeStruct((num_seqs,), jnp.int32),
       jax.ShapeDtypeStruct((num_seqs, 40), jnp.int32),
-      jax.ShapeDtypeStruct((heads[0],), jnp.float32),
+      per_head,
+      per_head if has_alibi else None,
       scales,
       scales,
     )
@@ -98,6 +102,7 @@ def test_quantised_pages_lower_to_hopper(head_dim, kv_dtype):
     dtype="bfloat16",
     kv_dtype=kv_dtype,
     batch_invariant=True,
+    has_alibi=kv_dtype == "int8",
   )
   assert "mosaic_gpu" in text
 
@@ -111,6 +116,7 @@ def test_quantised_pages_lower_to_hopper(head_dim, kv_dtype):
       sliding_window=100,
       num_sink_tokens=4,
       logits_soft_cap=30.0,
+      has_alibi=True,
     ),
   ],
   ids=str,

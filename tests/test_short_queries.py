@@ -18,6 +18,7 @@ KV_LENS = [3, 20, 16, 17, 0, 150]
 
 
 def _run(problem, *, max_q_len=4, sinks=None, **options):
+  options = cases.on_device(options)
   return short_queries.attend(
     *problem.args(),
     max_q_len=max_q_len,
@@ -58,6 +59,11 @@ def test_matches_oracle(heads, max_q_len):
     dict(sliding_window=1),
     dict(sliding_window=70, num_sink_tokens=5),
     dict(sliding_window=2, num_sink_tokens=1, logits_soft_cap=3.0),
+    dict(
+      sliding_window=70,
+      num_sink_tokens=5,
+      alibi_slopes=np.asarray([0.02, -0.01, 0.3, 1.0], np.float32),
+    ),
   ],
 )
 def test_matches_oracle_with_options(options):
