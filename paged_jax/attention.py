@@ -38,6 +38,7 @@ def paged_attention(
   logits_soft_cap: float | None = None,
   batch_invariant: bool = False,
   sinks: Float[Array, " num_q_heads"] | None = None,
+  alibi_slopes: Float[Array, " num_q_heads"] | None = None,
   return_lse: bool = False,
   implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
@@ -71,6 +72,9 @@ def paged_attention(
       each sequence and KV head. Plain JAX folds the keys of each row in their
       order anyway, and is as invariant as XLA's products are.
     sinks: [num_q_heads], one more logit per head in the denominator.
+    alibi_slopes: [num_q_heads]; ALiBi (Press et al., 2022, section 3): after
+      the soft cap, the logit of a key gets the head's slope times its position
+      minus that of the query, 0 or less. Slopes are cut at 2**95.
     return_lse: Whether to return the log-sum-exp too.
     implementation: `"mosaic_gpu"`, `"xla"`, or None to choose.
 
@@ -94,6 +98,7 @@ def paged_attention(
     logits_soft_cap,
     batch_invariant,
     sinks,
+    alibi_slopes,
   )
   if q.shape[0] != kv_lens.shape[0]:
     raise ValueError(
@@ -109,6 +114,7 @@ def paged_attention(
     k_scales,
     v_scales,
     sinks,
+    alibi_slopes,
     scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
     sliding_window=sliding_window,
     num_sink_tokens=num_sink_tokens,
@@ -139,6 +145,7 @@ def ragged_paged_attention(
   logits_soft_cap: float | None = None,
   batch_invariant: bool = False,
   sinks: Float[Array, " num_q_heads"] | None = None,
+  alibi_slopes: Float[Array, " num_q_heads"] | None = None,
   return_lse: bool = False,
   implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
@@ -170,6 +177,7 @@ def ragged_paged_attention(
     logits_soft_cap: See `paged_attention`.
     batch_invariant: See `paged_attention`.
     sinks: See `paged_attention`.
+    alibi_slopes: See `paged_attention`.
     return_lse: See `paged_attention`.
     implementation: See `paged_attention`.
 
@@ -192,6 +200,7 @@ def ragged_paged_attention(
     logits_soft_cap,
     batch_invariant,
     sinks,
+    alibi_slopes,
   )
   active = num_active
   if isinstance(active, int):
@@ -217,6 +226,7 @@ def ragged_paged_attention(
     k_scales,
     v_scales,
     sinks,
+    alibi_slopes,
     scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
     sliding_window=sliding_window,
     num_sink_tokens=num_sink_tokens,
@@ -241,9 +251,14 @@ def _paged_attention(*args, implementation: str, **options):
     return xla(*args)
 
   def mosaic(*args):
-    *args, k_scales, v_scales, sinks = args
+    *args, k_scales, v_scales, sinks, alibi_slopes = args
     return paged_decode.paged_decode(
-      *args, k_scales=k_scales, v_scales=v_scales, sinks=sinks, **options
+      *args,
+      k_scales=k_scales,
+      v_scales=v_scales,
+      sinks=sinks,
+      alibi_slopes=alibi_slopes,
+      **options,
     )
 
   # A process with a GPU may still compile for its CPU.
@@ -262,13 +277,14 @@ def _ragged_paged_attention(
     return xla(*args)
 
   def mosaic(*args):
-    *args, k_scales, v_scales, sinks = args
+    *args, k_scales, v_scales, sinks, alibi_slopes = args
     return short_queries.attend(
       *args,
       max_q_len=max_q_len,
       k_scales=k_scales,
       v_scales=v_scales,
       sinks=sinks,
+      alibi_slopes=alibi_slopes,
       **options,
     )
 

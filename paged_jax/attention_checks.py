@@ -102,6 +102,7 @@ def check_options(
   logits_soft_cap,
   batch_invariant,
   sinks,
+  alibi_slopes,
 ) -> None:
   """Raises a ValueError if an option is out of its range."""
   if not isinstance(batch_invariant, bool):
@@ -119,16 +120,20 @@ def check_options(
   if sliding_window is not None:
     check_count("sliding_window", sliding_window, 1)
   check_count("num_sink_tokens", num_sink_tokens, 0)
-  if sinks is None:
-    return
-  check_arrays(sinks=sinks)
-  if jnp.shape(sinks) != (q.shape[1],):
+  for name, x in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+    if x is not None:
+      _check_per_head(name, x, q.shape[1])
+
+
+def _check_per_head(name: str, x, num_q_heads: int) -> None:
+  check_arrays(**{name: x})
+  if jnp.shape(x) != (num_q_heads,):
     raise ValueError(
-      f"sinks.shape={jnp.shape(sinks)} must be ({q.shape[1]},): num_q_heads."
+      f"{name}.shape={jnp.shape(x)} must be ({num_q_heads},): num_q_heads."
     )
-  if sinks.dtype not in kv_pool.FLOAT_DTYPES:
+  if x.dtype not in kv_pool.FLOAT_DTYPES:
     raise ValueError(
-      f"sinks.dtype={sinks.dtype} must be float32, bfloat16 or float16."
+      f"{name}.dtype={x.dtype} must be float32, bfloat16 or float16."
     )
 
 

@@ -23,6 +23,7 @@ _DECODE_TILE = 128  # tokens of K and V in flight for each row
 _PREFILL_TILE = 256
 _MAX_BLOCK_Q = 128
 _BLOCKS_PER_WAVE = 8
+_STEEPEST = 2.0**95  # times any distance between positions is a number
 
 
 def paged_attention(
@@ -34,6 +35,7 @@ def paged_attention(
   k_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None,
   v_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None,
   sinks: Float[Array, " num_q_heads"] | None,
+  alibi_slopes: Float[Array, " num_q_heads"] | None,
   **options,
 ) -> tuple[Array, Array]:
   """Returns output and LSE; see `paged_jax.paged_attention`."""
@@ -47,6 +49,7 @@ def paged_attention(
     k_scales,
     v_scales,
     sinks,
+    alibi_slopes,
     tile_tokens=_DECODE_TILE,
     **options,
   )
@@ -64,6 +67,7 @@ def ragged_paged_attention(
   k_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None,
   v_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None,
   sinks: Float[Array, " num_q_heads"] | None,
+  alibi_slopes: Float[Array, " num_q_heads"] | None,
   **options,
 ) -> tuple[Array, Array]:
   """Returns output and LSE; see `paged_jax.ragged_paged_attention`."""
@@ -93,6 +97,7 @@ def ragged_paged_attention(
       k_scales,
       v_scales,
       sinks,
+      alibi_slopes,
       tile_tokens=_PREFILL_TILE,
       **options,
     )
@@ -150,6 +155,7 @@ def _attend(
   k_scales,
   v_scales,
   sinks,
+  alibi_slopes,
   *,
   scale: float,
   sliding_window: int | None,
@@ -174,6 +180,11 @@ def _attend(
   # Probabilities times scales of V can lie outside of what float16 holds.
   narrow = v_scales is None or q.dtype == jnp.bfloat16
   product_dtype = q.dtype if narrow else jnp.float32
+  slopes = None
+  if alibi_slopes is not None:
+    slopes = alibi_slopes.astype(jnp.float32)
+    slopes = jnp.clip(slopes, -_STEEPEST, _STEEPEST)
+    slopes = slopes.reshape(1, num_kv_heads, group, 1, 1, 1)
 
   def fold(i, state):
     m, l, acc = state
@@ -204,6 +215,9 @@ def _attend(
       s *= _by_key(k_scales, page, seen)
     if logits_soft_cap is not None:
       s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
+    if slopes is not None:
+      distance = key[:, None] - positions[:, :, None, None]
+      s += slopes * distance[:, None, None].astype(jnp.float32)
     s = jnp.where(visible[:, None, None], s, -jnp.inf)
     m_next = jnp.maximum(m, s.max((-2, -1)))
     # Of a row that has seen no key yet, exp(-inf - 0) keeps everything 0.

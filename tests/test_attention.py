@@ -38,32 +38,41 @@ def _sinks(num_q_heads):
   return np.linspace(-1, 3, num_q_heads).astype(np.float32)
 
 
-def _check_decode(problem, implementation, *, sinks=None, **options):
+def _alibi_slopes(num_q_heads):
+  slopes = 2.0 ** -np.linspace(1, 8, num_q_heads)
+  slopes[1] *= -1
+  return slopes.astype(np.float32)
+
+
+# Options that are arrays, for 8 heads.
+ARRAYS = {
+  "no_arrays": {},
+  "sinks_and_alibi": dict(sinks=_sinks(8), alibi_slopes=_alibi_slopes(8)),
+}
+
+
+def _check_decode(problem, implementation, **options):
   args = problem.decode_args()
   out, lse = paged_jax.paged_attention(
     *args,
-    sinks=None if sinks is None else jnp.asarray(sinks),
     return_lse=True,
     implementation=implementation,
-    **options,
+    **cases.on_device(options),
   )
   assert out.dtype == problem.q.dtype
   assert lse.dtype == jnp.float32
   numpy_args = dataclasses.astuple(problem)[:5]
-  expected = oracle.paged_attention(*numpy_args, sinks=sinks, **options)
+  expected = oracle.paged_attention(*numpy_args, **options)
   cases.assert_matches(out, lse, *expected, problem.k_pages.dtype)
 
 
-def _check_ragged(problem, *, sinks=None, **options):
+def _check_ragged(problem, **options):
   out, lse = paged_jax.ragged_paged_attention(
-    *problem.args(),
-    sinks=None if sinks is None else jnp.asarray(sinks),
-    return_lse=True,
-    **options,
+    *problem.args(), return_lse=True, **cases.on_device(options)
   )
   assert out.dtype == problem.q.dtype
   expected = oracle.ragged_paged_attention(
-    *dataclasses.astuple(problem), sinks=sinks, **options
+    *dataclasses.astuple(problem), **options
   )
   cases.assert_matches(out, lse, *expected, problem.k_pages.dtype)
 
@@ -94,14 +103,13 @@ def test_decode_matches_oracle_for_page_sizes(implementation, dtype, page_size):
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS)
-@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("arrays", ARRAYS.values(), ids=ARRAYS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_decode_matches_oracle_for_options(
-  implementation, dtype, with_sinks, options
+  implementation, dtype, arrays, options
 ):
   problem = cases.make(kv_lens=LENS, num_q_heads=8, dtype=dtype)
-  sinks = _sinks(8) if with_sinks else None
-  _check_decode(problem, implementation, sinks=sinks, **options)
+  _check_decode(problem, implementation, **arrays, **options)
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS)
@@ -113,7 +121,8 @@ def test_decode_skips_holes_wherever_they_are(implementation, dtype):
   problem.page_indices[2, 5] = -1
   problem.page_indices[2, 6] = num_pages + 1000
   _check_decode(problem, implementation)
-  _check_decode(problem, implementation, sinks=_sinks(4), sliding_window=150)
+  arrays = dict(sinks=_sinks(4), alibi_slopes=_alibi_slopes(4))
+  _check_decode(problem, implementation, sliding_window=150, **arrays)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -139,15 +148,48 @@ def test_ragged_matches_oracle_for_page_sizes(page_size):
   _check_ragged(cases.make(kv_lens=kv_lens, q_lens=q_lens, page_size=page_size))
 
 
-@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("arrays", ARRAYS.values(), ids=ARRAYS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_ragged_matches_oracle_for_options(with_sinks, options):
+def test_ragged_matches_oracle_for_options(arrays, options):
   problem = cases.make(
     kv_lens=[0, 1, 40, 300, 70, 33],
     q_lens=[0, 1, 40, 130, 1, 16],
     num_q_heads=8,
   )
-  _check_ragged(problem, sinks=_sinks(8) if with_sinks else None, **options)
+  _check_ragged(problem, **arrays, **options)
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), RUNS[1:4:2])
+@pytest.mark.parametrize("slopes_dtype", ["bfloat16", "float16"])
+def test_slopes_may_be_of_any_float_dtype(implementation, dtype, slopes_dtype):
+  slopes = np.asarray(jnp.asarray(_alibi_slopes(4), slopes_dtype))
+  problem = cases.make(kv_lens=LENS, dtype=dtype)
+  _check_decode(problem, implementation, alibi_slopes=slopes)
+  if implementation == "xla":
+    _check_ragged(problem, alibi_slopes=slopes)
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), RUNS[:1] + RUNS[3:4])
+def test_slopes_of_any_size_and_distance_leave_no_nan(implementation, dtype):
+  problem = cases.make(kv_lens=[0, 1, 300, 300], dtype=dtype)
+  problem.page_indices[3, 17:] = problem.k_pages.shape[0]
+  slopes = np.asarray([3e38, -3e38, 2.0**95, -1e30], np.float32)
+  attend = functools.partial(
+    paged_jax.paged_attention,
+    alibi_slopes=jnp.asarray(slopes),
+    return_lse=True,
+    implementation=implementation,
+  )
+  out, lse = attend(*problem.decode_args())
+  # One key weighs all: the nearest, or the farthest.
+  expected, _ = oracle.paged_attention(
+    *dataclasses.astuple(problem)[:5], alibi_slopes=slopes
+  )
+  assert cases.relative_error(out, expected) < cases.TOLERANCE[dtype]
+  assert np.isfinite(np.asarray(lse[1:])).all()
+  problem.kv_lens[3] = 2**31 - 1
+  for x in attend(*problem.decode_args()):
+    assert np.isfinite(np.asarray(x[1:], np.float32)).all()
 
 
 def test_ragged_matches_oracle_with_many_blocks():
@@ -388,6 +430,15 @@ BAD_OPTIONS = {
   "soft cap bool": (dict(logits_soft_cap=True), "logits_soft_cap=True"),
   "sinks": (dict(sinks=jnp.zeros(3)), r"sinks.shape=\(3,\)"),
   "sinks dtype": (dict(sinks=jnp.zeros(4, jnp.int32)), "sinks.dtype=int32"),
+  "slopes as a list": (
+    dict(alibi_slopes=[0.5] * 4),
+    "alibi_slopes must be an array",
+  ),
+  "slopes": (dict(alibi_slopes=jnp.zeros((4, 1))), "alibi_slopes.shape="),
+  "slopes dtype": (
+    dict(alibi_slopes=jnp.zeros(4, jnp.int8)),
+    "alibi_slopes.dtype=int8",
+  ),
   "implementation": (dict(implementation="cuda"), "implementation='cuda'"),
 }
 

@@ -50,7 +50,11 @@ def _sample(seed):
     logits_soft_cap=pick(None, None, 2.0, 30.0),
     batch_invariant=pick(False, False, True),
   )
-  more = dict(has_sinks=pick(False, True), kv_dtype=pick(*KV_DTYPES))
+  more = dict(
+    has_sinks=pick(False, True),
+    kv_dtype=pick(*KV_DTYPES),
+    has_alibi=pick(False, False, True),
+  )
   return shapes, options, max_q_len, rng, more
 
 
@@ -109,14 +113,14 @@ def _shuffled(problem, scales, rng):
 @pytest.mark.parametrize("seed", range(NUM_PROGRAMS))
 def test_sampled_options_match_the_oracle(seed):
   shapes, options, max_q_len, rng, sampled = _sample(seed)
-  sinks = None
+  num_heads, arrays = shapes["num_q_heads"], {}
   if sampled["has_sinks"]:
-    sinks = rng.normal(size=shapes["num_q_heads"]).astype(np.float32)
-  more = options | dict(
-    sinks=None if sinks is None else jnp.asarray(sinks),
-    return_lse=True,
-    implementation="mosaic_gpu",
-  )
+    arrays["sinks"] = rng.normal(size=num_heads).astype(np.float32)
+  if sampled["has_alibi"]:
+    slopes = rng.uniform(-0.02, 0.5, num_heads)
+    arrays["alibi_slopes"] = slopes.astype(np.float32)
+  more = options | cases.on_device(arrays)
+  more |= dict(return_lse=True, implementation="mosaic_gpu")
 
   def attend(args, scales):
     if max_q_len == 1:
@@ -141,7 +145,7 @@ def test_sampled_options_match_the_oracle(seed):
       assert "mosaic_gpu" in compiled.as_text()
     out, lse = compiled(problem.args(), on_device)
     expected = oracle.ragged_paged_attention(
-      *dataclasses.astuple(problem), sinks=sinks, **judged, **scales
+      *dataclasses.astuple(problem), **arrays, **judged, **scales
     )
     cases.assert_matches(out, lse, *expected, shapes["dtype"])
     for again in ((problem, on_device), _shuffled(problem, on_device, rng)):
