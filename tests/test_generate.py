@@ -20,6 +20,7 @@ from paged_jax.generation import (
   sampling,
   stream,
 )
+from paged_jax.models import llama
 
 LENS = [1, 7, 8, 9, 17, 30]
 NUM_NEW = 20
@@ -378,3 +379,10 @@ def test_a_pool_that_does_not_fit_in_memory_is_refused(monkeypatch):
     generate(tiny_llama.model(), [[1]])
   with pytest.raises(MemoryError, match="num_pages=5"):
     generate(tiny_llama.model(), [[1]], cache=CacheConfig(num_pages=5))
+
+
+def test_batch_invariance_reaches_every_layer():
+  model = llama.from_weights(
+    tiny_llama.CONFIG, tiny_llama.weights(), batch_invariant=True
+  )
+  assert all(layer.attention.batch_invariant for layer in model.layers)

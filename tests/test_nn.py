@@ -12,6 +12,7 @@ from paged_jax import cache as paged_cache
 from paged_jax.nn import PagedAttention, apply_rotary
 
 HIDDEN, NUM_Q, NUM_KV, HEAD_DIM = 24, 4, 2, 16
+SLOPES = (0.5, 0.1, 1.5, 0.02)
 
 
 def _module(layer=0, **options):
@@ -21,9 +22,8 @@ def _module(layer=0, **options):
     NUM_KV,
     HEAD_DIM,
     layer=layer,
-    rope_theta=50.0,
     rngs=nnx.Rngs(0),
-    **options,
+    **dict(rope_theta=50.0) | options,
   )
 
 
@@ -55,6 +55,7 @@ def _expected(
   visible=_causal,
   scale=HEAD_DIM**-0.5,
   stored=lambda rows: rows,
+  rotated=True,
   **options,
 ):
   """The module on one whole sequence, in float64, from its parameters.
@@ -66,11 +67,18 @@ def _expected(
     qkv.reshape(len(x), -1, HEAD_DIM), [NUM_Q, NUM_Q + NUM_KV], axis=1
   )
   positions = np.arange(len(x))
-  q, k = (oracle.rotate(part, positions, 50.0) for part in (q, k))
+  if rotated:
+    q, k = (oracle.rotate(part, positions, 50.0) for part in (q, k))
   k, v = stored(k), stored(v)
   out = [
     oracle.attend_one(
-      q[i], k, v, visible(positions, i), scale=scale, **options
+      q[i],
+      k,
+      v,
+      visible(positions, i),
+      scale=scale,
+      position=i,
+      **options,
     )[0]
     for i in positions
   ]
@@ -120,6 +128,8 @@ def test_decoding_token_by_token_is_prefilling_at_once():
       dict(sliding_window=2, num_sink_tokens=1),
       dict(visible=lambda key, i: (key <= i) & ((key > i - 2) | (key < 1))),
     ),
+    (dict(alibi_slopes=SLOPES), dict(alibi_slopes=SLOPES)),
+    (dict(rope_theta=None), dict(rotated=False)),
   ],
 )
 def test_options_reach_the_op(options, expected):
@@ -230,6 +240,21 @@ def test_half_precision_pools_take_any_model():
 def test_sizes_that_do_not_fit_are_named(sizes, message):
   with pytest.raises(ValueError, match=message):
     PagedAttention(*sizes, layer=0, rngs=nnx.Rngs(0))
+
+
+def test_there_is_a_slope_for_each_head():
+  with pytest.raises(ValueError, match=r"alibi_slopes=.* num_q_heads=4"):
+    _module(alibi_slopes=[0.5])
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_batch_invariance_reaches_the_op():
+  module = _module(batch_invariant="no")
+  with pytest.raises(ValueError, match="batch_invariant='no'"):
+    _prefill(module, _cache(1), [_tokens(3)])
+  cache, step = paged_cache.begin_decode(_cache(1), jnp.ones(1, bool))
+  with pytest.raises(ValueError, match="batch_invariant='no'"):
+    module(_tokens(1), cache, step)
 
 
 def test_an_unknown_implementation_is_named():

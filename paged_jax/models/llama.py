@@ -38,9 +38,9 @@ class Block(nnx.Module):
     config: LlamaConfig,
     layer: int,
     *,
-    implementation: str | None,
     param_dtype: DTypeLike,
     rngs: nnx.Rngs,
+    **attention,
   ):
     norm = dict(epsilon=config.rms_norm_eps, param_dtype=param_dtype, rngs=rngs)
     self.input_norm = nnx.RMSNorm(config.hidden_size, **norm)
@@ -51,9 +51,9 @@ class Block(nnx.Module):
       config.head_dim,
       layer=layer,
       rope_theta=config.rope_theta,
-      implementation=implementation,
       param_dtype=param_dtype,
       rngs=rngs,
+      **attention,
     )
     self.mlp_norm = nnx.RMSNorm(config.hidden_size, **norm)
     self.mlp = GatedMLP(
@@ -82,6 +82,7 @@ class Llama(nnx.Module):
     *,
     param_dtype: DTypeLike = jnp.bfloat16,
     implementation: str | None = None,
+    batch_invariant: bool = False,
     rngs: nnx.Rngs,
   ):
     """Creates a model with random parameters.
@@ -90,6 +91,7 @@ class Llama(nnx.Module):
       config: The shape of the model.
       param_dtype: Of the parameters and of the computation.
       implementation: Of the attention; see `paged_jax.paged_attention`.
+      batch_invariant: The same.
       rngs: For the initial parameters.
     """
     self.config = config
@@ -100,9 +102,10 @@ class Llama(nnx.Module):
       Block(
         config,
         layer,
-        implementation=implementation,
         param_dtype=param_dtype,
         rngs=rngs,
+        implementation=implementation,
+        batch_invariant=batch_invariant,
       )
       for layer in range(config.num_layers)
     )
@@ -156,6 +159,7 @@ def from_weights(
   *,
   param_dtype: DTypeLike = jnp.bfloat16,
   implementation: str | None = None,
+  batch_invariant: bool = False,
 ) -> Llama:
   """Returns a model with the parameters of a checkpoint.
 
@@ -164,6 +168,7 @@ def from_weights(
     weights: Arrays by their Hugging Face names, products as [out, in].
     param_dtype: Of the parameters and of the computation.
     implementation: Of the attention; see `paged_jax.paged_attention`.
+    batch_invariant: The same.
 
   Raises:
     ValueError: If a weight is missing or has another shape than `config` says.
@@ -172,6 +177,7 @@ def from_weights(
     config,
     param_dtype=param_dtype,
     implementation=implementation,
+    batch_invariant=batch_invariant,
     rngs=nnx.Rngs(0),
   )
   graphdef, state = nnx.split(nnx.eval_shape(build))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import nnx
@@ -32,11 +33,13 @@ class PagedAttention(nnx.Module):
     head_dim: int,
     *,
     layer: int,
-    rope_theta: float = 10_000.0,
+    rope_theta: float | None = 10_000.0,
     sliding_window: int | None = None,
     num_sink_tokens: int = 0,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
+    alibi_slopes: Sequence[float] | None = None,
+    batch_invariant: bool = False,
     implementation: str | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike = jnp.float32,
@@ -50,11 +53,16 @@ class PagedAttention(nnx.Module):
       num_kv_heads: Key and value heads.
       head_dim: Width of one head, even.
       layer: Which layer of the pool this module writes and reads.
-      rope_theta: Base of the rotary frequencies.
-      sliding_window: See `paged_jax.paged_attention`, as for the next four.
+      rope_theta: Base of the rotary frequencies; None leaves q and k as they
+        are.
+      sliding_window: See `paged_jax.paged_attention`, as for the next six.
       num_sink_tokens: First tokens that stay visible besides the window.
       logits_soft_cap: Soft cap of the logits.
       scale: Multiplies the logits; `head_dim ** -0.5` if None.
+      alibi_slopes: Constants, one for each query head: head `i` of `n`, a power
+        of two, has `2 ** (-8 * (i + 1) / n)` in the paper on ALiBi. Models that
+        have them have no rotary embedding.
+      batch_invariant: Whether a row must not depend on other rows.
       implementation: Of decode: `"mosaic_gpu"`, `"xla"`, or None to choose.
         Prefill is `"xla"` always.
       dtype: Of the computation; that of the input and parameters if None.
@@ -62,14 +70,18 @@ class PagedAttention(nnx.Module):
       rngs: For the initial parameters.
 
     Raises:
-      ValueError: If the heads do not divide, `head_dim` is odd, or
-        `implementation` is unknown.
+      ValueError: If the heads do not divide, `head_dim` is odd, there is not
+        one slope for each head, or `implementation` is unknown.
     """
     attention.check_implementation(implementation)
     if num_q_heads % num_kv_heads:
       raise ValueError(f"{num_q_heads=} must be a multiple of {num_kv_heads=}.")
     if head_dim % 2:
       raise ValueError(f"{head_dim=} must be even.")
+    if alibi_slopes is not None and len(alibi_slopes) != num_q_heads:
+      raise ValueError(
+        f"{alibi_slopes=} must be one for each of {num_q_heads=}."
+      )
     self.num_q_heads = num_q_heads
     self.num_kv_heads = num_kv_heads
     self.head_dim = head_dim
@@ -80,6 +92,11 @@ class PagedAttention(nnx.Module):
     self.sliding_window = sliding_window
     self.num_sink_tokens = num_sink_tokens
     self.logits_soft_cap = logits_soft_cap
+    # Numbers, not an array: no optimiser, checkpoint or cast may touch them.
+    self.alibi_slopes = None
+    if alibi_slopes is not None:
+      self.alibi_slopes = tuple(map(float, alibi_slopes))
+    self.batch_invariant = batch_invariant
     linear = dict(
       use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
     )
@@ -108,8 +125,9 @@ class PagedAttention(nnx.Module):
     qkv = self.qkv_proj(x).reshape(num_tokens, -1, self.head_dim)
     ends = (self.num_q_heads, self.num_q_heads + self.num_kv_heads)
     q, k, v = jnp.split(qkv, ends, axis=1)
-    q = apply_rotary(q, step.positions, self.rope_theta)
-    k = apply_rotary(k, step.positions, self.rope_theta)
+    if self.rope_theta is not None:
+      q = apply_rotary(q, step.positions, self.rope_theta)
+      k = apply_rotary(k, step.positions, self.rope_theta)
     pool = kv_pool.write(cache.pool, self.layer, k, v, step.slots)
     cache = dataclasses.replace(cache, pool=pool)
     q = q.astype(quantised.query_dtype(q.dtype, pool.k.dtype))
@@ -121,6 +139,9 @@ class PagedAttention(nnx.Module):
     pages = kv_pool.layer_pages(
       cache.pool, self.layer, cache.table.page_indices
     )
+    slopes = self.alibi_slopes
+    if slopes is not None:
+      slopes = jnp.asarray(slopes, jnp.float32)
     options = dict(
       k_scales=pages.k_scales,
       v_scales=pages.v_scales,
@@ -128,6 +149,8 @@ class PagedAttention(nnx.Module):
       sliding_window=self.sliding_window,
       num_sink_tokens=self.num_sink_tokens,
       logits_soft_cap=self.logits_soft_cap,
+      batch_invariant=self.batch_invariant,
+      alibi_slopes=slopes,
     )
     paged = (pages.k_pages, pages.v_pages, step.kv_lens, pages.page_indices)
     if step.is_decode:
