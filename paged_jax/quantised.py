@@ -14,14 +14,11 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Real
 
-_LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
-DTYPES = tuple(_LARGEST)
+from pallas_kernels import decode_config
+
+DTYPES = tuple(jnp.dtype(name) for name in decode_config.QUANTISED_DTYPES)
 SCALE_DTYPE = jnp.dtype(jnp.float32)
-
-
-def is_quantised(dtype: DTypeLike) -> bool:
-  """Returns whether pages of this dtype come with scales."""
-  return jnp.dtype(dtype) in _LARGEST
+is_quantised = decode_config.is_quantised
 
 
 def query_dtype(dtype: DTypeLike, kv_dtype: DTypeLike) -> np.dtype:
@@ -48,7 +45,8 @@ def quantise(
     the scale 0. A row that holds NaN or Inf has the scale NaN: none of it
     comes back finite.
   """
-  largest = np.float32(_LARGEST[jnp.dtype(dtype)])
+  is_int = jnp.issubdtype(dtype, jnp.integer)
+  largest = np.float32((jnp.iinfo if is_int else jnp.finfo)(dtype).max)
   x = x.astype(jnp.float32)
   absmax = jnp.max(jnp.abs(x), axis=-1)
   finite = jnp.isfinite(absmax)
@@ -60,7 +58,7 @@ def quantise(
   usable = finite & (absmax > 0)
   data = x / jnp.where(usable, scales, 1.0)[..., None]
   data = jnp.where(finite[..., None], data, 0.0)
-  if jnp.issubdtype(dtype, jnp.integer):
+  if is_int:
     data = jnp.round(data)
   # A quotient may be rounded up past the largest number.
   data = jnp.clip(data, -largest, largest).astype(dtype)
