@@ -50,6 +50,8 @@ def load(problem: Problem, gmem, smem, head, nth, base, ids) -> None:
 def _load(problem, gmem, smem, which, head, nth, base, ids):
   loaded, consumed = _barriers(smem, which)
   chunk, slot = problem.chunk, _slot(problem, nth)
+  # Rows that lie as they come, where TMA's tiles could not.
+  plain: Any = dict(oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
   @pl.when(nth >= problem.config.num_stages)
   def _():
@@ -61,8 +63,6 @@ def _load(problem, gmem, smem, which, head, nth, base, ids):
     # The page as a whole is a simpler copy than all of its rows.
     rows = (pl.ds(row, chunk),) if chunk < problem.page_size else ()
     at, place = (page, head, *rows), (slot, pl.ds(j * chunk, chunk))
-    # Rows that lie as they come, where TMA's tiles could not.
-    plain: Any = dict(oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
     plgpu.copy_gmem_to_smem(
       getattr(gmem, which).at[at],
       getattr(smem, f"{which}_smem").at[*place, pl.ds(0, problem.head_dim)],
