@@ -89,7 +89,7 @@ def paged_attention(
     NotImplementedError: If `implementation` cannot serve these arguments here.
   """
   attention_checks.check_pools(q, k_pages, v_pages, kv_lens, page_indices)
-  attention_checks.check_scales(k_pages, k_scales, v_scales)
+  attention_checks.check_scales(k_pages, k_scales=k_scales, v_scales=v_scales)
   attention_checks.check_options(
     q,
     scale,
@@ -191,7 +191,7 @@ def ragged_paged_attention(
     NotImplementedError: If `implementation` cannot serve these arguments here.
   """
   attention_checks.check_pools(q, k_pages, v_pages, kv_lens, page_indices)
-  attention_checks.check_scales(k_pages, k_scales, v_scales)
+  attention_checks.check_scales(k_pages, k_scales=k_scales, v_scales=v_scales)
   attention_checks.check_options(
     q,
     scale,

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paged_jax import kv_pool, quantised
+from pallas_kernels import decode_config
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -58,25 +59,10 @@ def _check_dtypes(q, k_pages, v_pages) -> None:
       )
 
 
-def check_scales(k_pages, k_scales, v_scales) -> None:
+def check_scales(k_pages, **scales) -> None:
   """Raises a ValueError if scales do not fit pages that were checked."""
-  needed = quantised.is_quantised(k_pages.dtype)
-  for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
-    if (scales is not None) != needed:
-      raise ValueError(
-        f"{name} must be {'an array' if needed else 'None'} for "
-        f"{k_pages.dtype=}."
-      )
-    if scales is None:
-      continue
-    check_arrays(**{name: scales})
-    if scales.dtype != quantised.SCALE_DTYPE:
-      raise ValueError(f"{name}.dtype={scales.dtype} must be float32.")
-    if scales.shape != k_pages.shape[:-1]:
-      raise ValueError(
-        f"{name}.shape={scales.shape} must be {k_pages.shape[:-1]}: that of "
-        "the pages without head_dim."
-      )
+  check_arrays(**{name: x for name, x in scales.items() if x is not None})
+  decode_config.check_scales(k_pages, **scales)
 
 
 def check_arrays(**arrays) -> None:
