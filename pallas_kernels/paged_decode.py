@@ -42,6 +42,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Real
 
 from pallas_kernels import (
+  decode_load,
   decode_tile,
   kv_ring,
   online_softmax,
@@ -370,78 +371,12 @@ def _body(problem, *refs, **smem):
 
   @pl.when(lax.axis_index("warpgroup") == 1)
   def _memory():
-    num_tiles, num_pieces = for_each_piece(
-      (jnp.int32(0), jnp.int32(0)),
-      functools.partial(_load_piece, problem, gmem, smem),
-    )
-
-    # As in `kv_ring.drain`.
-    @pl.when(num_pieces > 0)
-    def _():
-      plgpu.barrier_wait(smem.q_consumed)
-
-    kv_ring.drain(problem, smem, num_tiles)
-
-
-def _visited(problem, gmem, piece):
-  """Returns the tiles of a piece's sequence, and how many to attend.
-
-  There are none in a sequence without tokens, whatever the schedule says.
-  """
-  lens = [gmem.lens[piece.seq]]
-  if problem.max_q_len > 1:
-    lens.append(gmem.q_lens[piece.seq])
-  tiles = problem.visit(*lens)
-  return tiles, jnp.where(tiles.num_visited > 0, piece.num_tiles, 0)
-
-
-def _for_each_tile(problem, gmem, piece, tiles, num_tiles, carry, step):
-  """Folds `step(i, base, ids, carry)` over the tiles of a piece.
-
-  The page ids of the next tile are on their way while a step waits.
-  """
-
-  def base(i):
-    return tiles.base(piece.first + i)
-
-  def take(i, state):
-    carry, ids = state
-    next_ids = kv_ring.page_ids(problem, gmem.table, piece.seq, base(i + 1))
-    return step(i, base(i), ids, carry), next_ids
-
-  ids = kv_ring.page_ids(problem, gmem.table, piece.seq, base(0))
-  return lax.fori_loop(0, num_tiles, take, (carry, ids))[0]
-
-
-def _load_piece(problem, gmem, smem, piece, carry):
-  """Copies Q, and the tiles of K and V into their rings."""
-  num_before, _ = carry
-  tiles, num_tiles = _visited(problem, gmem, piece)
-
-  @pl.when(piece.nth > 0)
-  def _():
-    plgpu.barrier_wait(smem.q_consumed)
-
-  item = piece.seq * problem.num_kv_heads + piece.head
-  if problem.loads_tiles_of_q:
-    row, place = item * problem.num_queries, smem.q_smem
-  else:
-    row, place = item * problem.num_rows, smem.loaded_q_smem
-  rows = gmem.q.at[pl.ds(row, problem.num_queries)]
-  plgpu.copy_gmem_to_smem(rows, place, smem.q_loaded)
-
-  def load(i, base, ids, carry):
-    nth = num_before + i
-    kv_ring.load(problem, gmem, smem, piece.head, nth, base, ids)
-    return carry
-
-  _for_each_tile(problem, gmem, piece, tiles, num_tiles, (), load)
-  return num_before + num_tiles, piece.nth + 1
+    decode_load.run(problem, gmem, smem, for_each_piece)
 
 
 def _attend_piece(problem, gmem, smem, piece, num_before):
   """Attends the tiles of a piece, and writes its output or its partial."""
-  tiles, num_tiles = _visited(problem, gmem, piece)
+  tiles, num_tiles = decode_load.visited(problem, gmem, piece)
   plgpu.barrier_wait(smem.q_loaded)
   if not problem.loads_tiles_of_q:
     q = plgpu.load(
@@ -470,7 +405,9 @@ def _attend_piece(problem, gmem, smem, piece, num_before):
   state = online_softmax.init(
     problem.head_dim, problem.config.block_kv, problem.num_queries
   )
-  state = _for_each_tile(problem, gmem, piece, tiles, num_tiles, state, fold)
+  state = decode_load.for_each_tile(
+    problem, gmem, piece, tiles, num_tiles, state, fold
+  )
   if problem.loads_tiles_of_q:
     plgpu.barrier_arrive(smem.q_consumed)
   state = online_softmax.sum_rows(state)
