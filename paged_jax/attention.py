@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Real
 
 from paged_jax import attention_checks, attention_xla, devices
+from paged_jax.attention_options import ArrayOptions, Options
 from pallas_kernels import decode_config, paged_decode, short_queries
 
 IMPLEMENTATIONS = ("mosaic_gpu", "xla")
@@ -89,17 +90,15 @@ def paged_attention(
     NotImplementedError: If `implementation` cannot serve these arguments here.
   """
   attention_checks.check_pools(q, k_pages, v_pages, kv_lens, page_indices)
-  attention_checks.check_scales(k_pages, k_scales=k_scales, v_scales=v_scales)
-  attention_checks.check_options(
-    q,
-    scale,
-    sliding_window,
-    num_sink_tokens,
-    logits_soft_cap,
-    batch_invariant,
-    sinks,
-    alibi_slopes,
+  options = Options(
+    scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    sliding_window=sliding_window,
+    num_sink_tokens=num_sink_tokens,
+    logits_soft_cap=logits_soft_cap,
+    batch_invariant=batch_invariant,
   )
+  arrays = ArrayOptions(k_scales, v_scales, sinks, alibi_slopes)
+  arrays.check(q, k_pages)
   if q.shape[0] != kv_lens.shape[0]:
     raise ValueError(
       f"q.shape={q.shape} must have one query for each of "
@@ -111,15 +110,8 @@ def paged_attention(
     v_pages,
     kv_lens,
     page_indices,
-    k_scales,
-    v_scales,
-    sinks,
-    alibi_slopes,
-    scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
-    sliding_window=sliding_window,
-    num_sink_tokens=num_sink_tokens,
-    logits_soft_cap=logits_soft_cap,
-    batch_invariant=batch_invariant,
+    arrays,
+    options=options,
     implementation=_choose(
       implementation, lambda: why_not_mosaic_gpu(q, k_pages)
     ),
@@ -191,17 +183,15 @@ def ragged_paged_attention(
     NotImplementedError: If `implementation` cannot serve these arguments here.
   """
   attention_checks.check_pools(q, k_pages, v_pages, kv_lens, page_indices)
-  attention_checks.check_scales(k_pages, k_scales=k_scales, v_scales=v_scales)
-  attention_checks.check_options(
-    q,
-    scale,
-    sliding_window,
-    num_sink_tokens,
-    logits_soft_cap,
-    batch_invariant,
-    sinks,
-    alibi_slopes,
+  options = Options(
+    scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    sliding_window=sliding_window,
+    num_sink_tokens=num_sink_tokens,
+    logits_soft_cap=logits_soft_cap,
+    batch_invariant=batch_invariant,
   )
+  arrays = ArrayOptions(k_scales, v_scales, sinks, alibi_slopes)
+  arrays.check(q, k_pages)
   active = num_active
   if isinstance(active, int):
     active = np.int32(max(0, min(active, kv_lens.shape[0])))
@@ -223,15 +213,8 @@ def ragged_paged_attention(
     page_indices,
     cu_q_lens,
     jnp.reshape(active, ()),
-    k_scales,
-    v_scales,
-    sinks,
-    alibi_slopes,
-    scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
-    sliding_window=sliding_window,
-    num_sink_tokens=num_sink_tokens,
-    logits_soft_cap=logits_soft_cap,
-    batch_invariant=batch_invariant,
+    arrays,
+    options=options,
     max_q_len=max_q_len,
     implementation=_choose(
       implementation, lambda: why_not_mosaic_gpu(q, k_pages, max_q_len)
@@ -241,24 +224,16 @@ def ragged_paged_attention(
 
 
 # Jitted, so that the unrolled layers of a model lower one kernel, not many.
-@functools.partial(
-  jax.jit,
-  static_argnames=(*paged_decode.OPTIONS, "implementation"),
-)
-def _paged_attention(*args, implementation: str, **options):
-  xla = _xla(attention_xla.paged_attention, **options)
+@functools.partial(jax.jit, static_argnames=("options", "implementation"))
+def _paged_attention(*args, options: Options, implementation: str):
+  xla = functools.partial(attention_xla.paged_attention, options=options)
   if implementation == "xla":
     return xla(*args)
 
   def mosaic(*args):
-    *args, k_scales, v_scales, sinks, alibi_slopes = args
+    *args, arrays = args
     return paged_decode.paged_decode(
-      *args,
-      k_scales=k_scales,
-      v_scales=v_scales,
-      sinks=sinks,
-      alibi_slopes=alibi_slopes,
-      **options,
+      *args, **arrays._asdict(), **options.named(paged_decode.OPTIONS)
     )
 
   # A process with a GPU may still compile for its CPU.
@@ -266,34 +241,21 @@ def _paged_attention(*args, implementation: str, **options):
 
 
 @functools.partial(
-  jax.jit,
-  static_argnames=(*paged_decode.OPTIONS, "max_q_len", "implementation"),
+  jax.jit, static_argnames=("options", "max_q_len", "implementation")
 )
 def _ragged_paged_attention(
-  *args, max_q_len: int | None, implementation: str, **options
+  *args, options: Options, max_q_len: int | None, implementation: str
 ):
-  xla = _xla(attention_xla.ragged_paged_attention, **options)
+  xla = functools.partial(attention_xla.ragged_paged_attention, options=options)
   if implementation == "xla":
     return xla(*args)
 
   def mosaic(*args):
-    *args, k_scales, v_scales, sinks, alibi_slopes = args
-    return short_queries.attend(
-      *args,
-      max_q_len=max_q_len,
-      k_scales=k_scales,
-      v_scales=v_scales,
-      sinks=sinks,
-      alibi_slopes=alibi_slopes,
-      **options,
-    )
+    *args, arrays = args
+    more = arrays._asdict() | options.named(paged_decode.OPTIONS)
+    return short_queries.attend(*args, max_q_len=max_q_len, **more)
 
   return lax.platform_dependent(*args, cuda=mosaic, default=xla)
-
-
-def _xla(attend: Callable, *, batch_invariant: bool, **options) -> Callable:
-  del batch_invariant  # it folds the tiles of each row in their order
-  return functools.partial(attend, **options)
 
 
 def why_not_mosaic_gpu(

@@ -1,12 +1,8 @@
 """Checks of the arguments of the public attention ops."""
 
 import jax.numpy as jnp
-import numpy as np
 
 from paged_jax import kv_pool, quantised
-from pallas_kernels import decode_config
-
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def check_pools(q, k_pages, v_pages, kv_lens, page_indices) -> None:
@@ -59,12 +55,6 @@ def _check_dtypes(q, k_pages, v_pages) -> None:
       )
 
 
-def check_scales(k_pages, **scales) -> None:
-  """Raises a ValueError if scales do not fit pages that were checked."""
-  check_arrays(**{name: x for name, x in scales.items() if x is not None})
-  decode_config.check_scales(k_pages, **scales)
-
-
 def check_arrays(**arrays) -> None:
   """Raises a ValueError if one of the arguments is no array."""
   for name, x in arrays.items():
@@ -78,49 +68,6 @@ def check_ints(**arrays) -> None:
   for name, x in arrays.items():
     if x.dtype != jnp.int32:
       raise ValueError(f"{name}.dtype={x.dtype} must be int32.")
-
-
-def check_options(
-  q,
-  scale,
-  sliding_window,
-  num_sink_tokens,
-  logits_soft_cap,
-  batch_invariant,
-  sinks,
-  alibi_slopes,
-) -> None:
-  """Raises a ValueError if an option is out of its range."""
-  if not isinstance(batch_invariant, bool):
-    raise ValueError(f"{batch_invariant=} must be True or False.")
-  numbers = dict(scale=scale, logits_soft_cap=logits_soft_cap)
-  for name, value in numbers.items():
-    if value is None:
-      continue
-    if isinstance(value, bool) or not isinstance(value, int | float):
-      raise ValueError(f"{name}={value!r} must be a Python number.")
-  if logits_soft_cap is not None and not 0 < logits_soft_cap < float("inf"):
-    raise ValueError(f"{logits_soft_cap=} must be positive and finite.")
-  if scale is not None and not abs(scale) <= _FLOAT32_MAX:
-    raise ValueError(f"{scale=} must be finite in float32.")
-  if sliding_window is not None:
-    check_count("sliding_window", sliding_window, 1)
-  check_count("num_sink_tokens", num_sink_tokens, 0)
-  for name, x in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
-    if x is not None:
-      _check_per_head(name, x, q.shape[1])
-
-
-def _check_per_head(name: str, x, num_q_heads: int) -> None:
-  check_arrays(**{name: x})
-  if jnp.shape(x) != (num_q_heads,):
-    raise ValueError(
-      f"{name}.shape={jnp.shape(x)} must be ({num_q_heads},): num_q_heads."
-    )
-  if x.dtype not in kv_pool.FLOAT_DTYPES:
-    raise ValueError(
-      f"{name}.dtype={x.dtype} must be float32, bfloat16 or float16."
-    )
 
 
 def check_count(name: str, value: object, least: int) -> None:

@@ -15,9 +15,10 @@ other sequences' pages leaves no trace, not even NaN.
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int, Real
+from jaxtyping import Array, Float, Int, Real
 
 from paged_jax import quantised
+from paged_jax.attention_options import ArrayOptions, Options
 
 _DECODE_TILE = 128  # tokens of K and V in flight for each row
 _PREFILL_TILE = 256
@@ -32,11 +33,9 @@ def paged_attention(
   v_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
   kv_lens: Int[Array, " num_seqs"],
   page_indices: Int[Array, "num_seqs pages_per_seq"],
-  k_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None,
-  v_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None,
-  sinks: Float[Array, " num_q_heads"] | None,
-  alibi_slopes: Float[Array, " num_q_heads"] | None,
-  **options,
+  arrays: ArrayOptions,
+  *,
+  options: Options,
 ) -> tuple[Array, Array]:
   """Returns output and LSE; see `paged_jax.paged_attention`."""
   out, lse = _attend(
@@ -46,12 +45,9 @@ def paged_attention(
     page_indices,
     jnp.arange(q.shape[0], dtype=jnp.int32),
     kv_lens[:, None] - 1,
-    k_scales,
-    v_scales,
-    sinks,
-    alibi_slopes,
+    arrays,
+    options,
     tile_tokens=_DECODE_TILE,
-    **options,
   )
   return out[:, 0].astype(q.dtype), lse[:, 0]
 
@@ -64,11 +60,9 @@ def ragged_paged_attention(
   page_indices: Int[Array, "num_seqs pages_per_seq"],
   cu_q_lens: Int[Array, " num_seqs+1"],
   num_active: Int[Array, ""],
-  k_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None,
-  v_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None,
-  sinks: Float[Array, " num_q_heads"] | None,
-  alibi_slopes: Float[Array, " num_q_heads"] | None,
-  **options,
+  arrays: ArrayOptions,
+  *,
+  options: Options,
 ) -> tuple[Array, Array]:
   """Returns output and LSE; see `paged_jax.ragged_paged_attention`."""
   num_tokens, num_q_heads, head_dim = q.shape
@@ -94,12 +88,9 @@ def ragged_paged_attention(
       page_indices,
       seq_ids,
       positions,
-      k_scales,
-      v_scales,
-      sinks,
-      alibi_slopes,
+      arrays,
+      options,
       tile_tokens=_PREFILL_TILE,
-      **options,
     )
     out = out.at[tokens].set(block_out.astype(q.dtype), mode="drop")
     return out, lse.at[tokens].set(block_lse, mode="drop")
@@ -152,15 +143,9 @@ def _attend(
   page_indices,
   seq_ids,  # i32[num_rows], row of page_indices
   positions,  # i32[num_rows, block_q]; a query below 0 sees nothing
-  k_scales,
-  v_scales,
-  sinks,
-  alibi_slopes,
+  arrays: ArrayOptions,
+  options: Options,
   *,
-  scale: float,
-  sliding_window: int | None,
-  num_sink_tokens: int,
-  logits_soft_cap: float | None,
   tile_tokens: int,
 ):
   """Returns f32 output [rows, block_q, heads, head_dim] and LSE."""
@@ -173,9 +158,9 @@ def _attend(
     positions,
     pages_per_tile * page_size,
     -(-page_indices.shape[1] // pages_per_tile),
-    sliding_window,
-    num_sink_tokens,
+    options,
   )
+  k_scales, v_scales, sinks, alibi_slopes = arrays
   q = q.reshape(num_rows, block_q, num_kv_heads, group, head_dim)
   # Probabilities times scales of V can lie outside of what float16 holds.
   narrow = v_scales is None or q.dtype == jnp.bfloat16
@@ -197,10 +182,7 @@ def _attend(
     key += jnp.arange(page_size, dtype=jnp.int32)[None, None]
     mapped = (page >= 0) & (page < num_pages)
     visible = mapped[:, None, :, None] & _visible(
-      positions[:, :, None, None],
-      key[:, None],
-      sliding_window,
-      num_sink_tokens,
+      positions[:, :, None, None], key[:, None], options
     )  # [num_rows, block_q, pages_per_tile, page_size]
     # 0 * NaN is NaN: V that no query of the block sees is selected away.
     seen = visible.any(1)[:, :, None]
@@ -208,13 +190,13 @@ def _attend(
     k = _gather(k_pages, page).astype(q.dtype)
     v = _gather(v_pages, page).astype(product_dtype)
     v = jnp.where(seen[..., None], v, 0)
-    s = scale * jnp.einsum(
+    s = options.scale * jnp.einsum(
       "rqhgd,rphsd->rhgqps", q, k, preferred_element_type=jnp.float32
     )
     if k_scales is not None:
       s *= _by_key(k_scales, page, seen)
-    if logits_soft_cap is not None:
-      s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
+    if (cap := options.logits_soft_cap) is not None:
+      s = cap * jnp.tanh(s / cap)
     if slopes is not None:
       distance = key[:, None] - positions[:, :, None, None]
       s += slopes * distance[:, None, None].astype(jnp.float32)
@@ -263,11 +245,11 @@ def _by_key(scales, page, seen):
   return scales.swapaxes(1, 2)[:, :, None, None]
 
 
-def _visible(pos, key, sliding_window, num_sink_tokens):
+def _visible(pos, key, options):
   """Whether a query at `pos` sees the key at position `key`."""
   visible = key <= pos
-  if sliding_window is not None:
-    visible &= (key > pos - sliding_window) | (key < num_sink_tokens)
+  if (window := options.sliding_window) is not None:
+    visible &= (key > pos - window) | (key < options.num_sink_tokens)
   return visible
 
 
@@ -279,19 +261,17 @@ class _Tiles:
       last tile see no key.
   """
 
-  def __init__(
-    self, positions, tile, num_tiles, sliding_window, num_sink_tokens
-  ):
+  def __init__(self, positions, tile, num_tiles, options):
     last = positions.max(1)
     # Exclusive; 0 for a row that sees nothing; no more than the table has.
     end = jnp.minimum(jnp.maximum(last, -1) // tile + 1, num_tiles)
-    if sliding_window is None:
+    if (window := options.sliding_window) is None:
       self._num_sink_tiles = 0
       self._first = jnp.zeros_like(end)
     else:
-      self._num_sink_tiles = (num_sink_tokens + tile - 1) // tile
+      self._num_sink_tiles = (options.num_sink_tokens + tile - 1) // tile
       earliest = jnp.where(positions < 0, last[:, None], positions).min(1)
-      first = jnp.maximum(earliest - (sliding_window - 1), 0) // tile
+      first = jnp.maximum(earliest - (window - 1), 0) // tile
       self._first = jnp.maximum(first, self._num_sink_tiles)
     sink_tiles = jnp.minimum(end, self._num_sink_tiles)
     count = sink_tiles + jnp.maximum(end - self._first, 0)

@@ -1,0 +1,80 @@
+"""The options of the public attention ops, checked once and handed down."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from paged_jax import attention_checks, kv_pool
+from pallas_kernels import decode_config
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """Options that a program is compiled for; see `paged_jax.paged_attention`."""
+
+  scale: float
+  sliding_window: int | None
+  num_sink_tokens: int
+  logits_soft_cap: float | None
+  batch_invariant: bool
+
+  def __post_init__(self):
+    if not isinstance(self.batch_invariant, bool):
+      raise ValueError(
+        f"batch_invariant={self.batch_invariant!r} must be True or False."
+      )
+    for name in ("scale", "logits_soft_cap"):
+      value = getattr(self, name)
+      is_number = isinstance(value, int | float) and not isinstance(value, bool)
+      if value is not None and not is_number:
+        raise ValueError(f"{name}={value!r} must be a Python number.")
+    cap = self.logits_soft_cap
+    if cap is not None and not 0 < cap < float("inf"):
+      raise ValueError(f"logits_soft_cap={cap} must be positive and finite.")
+    if not abs(self.scale) <= _FLOAT32_MAX:
+      raise ValueError(f"scale={self.scale} must be finite in float32.")
+    if self.sliding_window is not None:
+      attention_checks.check_count("sliding_window", self.sliding_window, 1)
+    attention_checks.check_count("num_sink_tokens", self.num_sink_tokens, 0)
+    # A float of NumPy would widen what it meets.
+    object.__setattr__(self, "scale", float(self.scale))
+    if cap is not None:
+      object.__setattr__(self, "logits_soft_cap", float(cap))
+
+  def named(self, names: Iterable[str]) -> dict[str, Any]:
+    """Returns those of these names, as a kernel takes them."""
+    return {name: getattr(self, name) for name in names}
+
+
+class ArrayOptions(NamedTuple):
+  """Options that are arrays, or None; see `paged_jax.paged_attention`."""
+
+  k_scales: Array | None
+  v_scales: Array | None
+  sinks: Array | None
+  alibi_slopes: Array | None
+
+  def check(self, q: Array, k_pages: Array) -> None:
+    """Raises a ValueError if one does not fit queries and pages."""
+    given = {name: x for name, x in self._asdict().items() if x is not None}
+    attention_checks.check_arrays(**given)
+    decode_config.check_scales(
+      k_pages, k_scales=self.k_scales, v_scales=self.v_scales
+    )
+    for name in ("sinks", "alibi_slopes"):
+      if (x := given.get(name)) is None:
+        continue
+      if jnp.shape(x) != (q.shape[1],):
+        raise ValueError(
+          f"{name}.shape={jnp.shape(x)} must be ({q.shape[1]},): num_q_heads."
+        )
+      if x.dtype not in kv_pool.FLOAT_DTYPES:
+        raise ValueError(
+          f"{name}.dtype={x.dtype} must be float32, bfloat16 or float16."
+        )
