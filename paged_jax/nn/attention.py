@@ -56,7 +56,7 @@ class PagedAttention(nnx.Module):
       logits_soft_cap: Soft cap of the logits.
       scale: Multiplies the logits; `head_dim ** -0.5` if None.
       implementation: Of decode: `"mosaic_gpu"`, `"xla"`, or None to choose.
-        Prefill is `"xla"` always.
+        Prefill chooses.
       dtype: Of the computation; that of the input and parameters if None.
       param_dtype: Of the parameters.
       rngs: For the initial parameters.

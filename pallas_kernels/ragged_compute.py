@@ -1,0 +1,225 @@
+"""The warpgroups of the ragged kernel that compute, 64 rows each.
+
+The products of one warpgroup follow each other without a pause: P V of a tile,
+then Q K^T of the next, whose softmax comes while the other warpgroup has its
+turn.
+"""
+
+import math
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import ragged_output, ragged_softmax
+from pallas_kernels.ragged_config import ROWS
+from pallas_kernels.ragged_load import page_ids
+from pallas_kernels.ragged_problem import Problem
+from pallas_kernels.ragged_softmax import State
+
+_COLUMNS = 64  # of V that are rewritten at once, to spare registers
+
+
+def run(problem: Problem, smem, walk) -> None:
+  """Attends all items of a program.
+
+  Args:
+    problem: what is static.
+    smem: shared memory and barriers.
+    walk: calls a function with each `Work`.
+  """
+  wg = lax.axis_index("warpgroup")
+  # The others are half a step behind the first.
+  pl.when(wg > 0)(lambda: _take_turns(problem, smem))
+  walk(_attend_item)
+  pl.when(wg == 0)(lambda: _take_turns(problem, smem))
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _take_turns(problem, smem, before=lambda: None):
+  """Waits until the other warpgroup is done with its half of a step.
+
+  Args:
+    problem: what is static.
+    smem: the barrier.
+    before: what to do before waiting.
+  """
+  takes_turns = problem.config.num_compute_wgs > 1
+  if takes_turns:
+    plgpu.barrier_arrive(smem.turn)
+  before()
+  if takes_turns:
+    plgpu.barrier_wait(smem.turn)
+
+
+def _attend_item(work):
+  """Attends the tiles of an item, and writes its output or its partial."""
+  nothing = ragged_softmax.init(ROWS, work.problem.head_dim)
+  state = lax.cond(
+    work.item.num_tiles > 0,
+    lambda: _attend_tiles(work, nothing),
+    lambda: nothing,
+  )
+  ragged_output.write(work, state)
+
+
+def _attend_tiles(work, state):
+  """Folds the tiles of an item, which are one or more, into the softmax."""
+  problem, smem, last = work.problem, work.smem, work.item.num_tiles - 1
+  plgpu.barrier_wait(smem.q_loaded)
+  by_token, by_row = (x.at[lax.axis_index("warpgroup")] for x in smem.q_smem)
+  problem.reinterpret(by_token, by_row)
+  plgpu.barrier_wait(smem.k_loaded.at[work.slot(0)])
+  qk = ragged_softmax.matmul(
+    _operands(work, by_row, 0), lambda: _take_turns(problem, smem)
+  )
+  plgpu.barrier_arrive(smem.k_consumed.at[work.slot(0)])
+
+  def fold(i, carry):
+    state, p = _fold_scores(work, i, *carry)
+
+    is_clean = _clean_values(work, i)
+
+    def await_tiles():
+      _await_clean_values(work, i, is_clean)
+      plgpu.barrier_wait(smem.k_loaded.at[work.slot(i + 1)])
+
+    _take_turns(problem, smem, await_tiles)
+    acc, qk = ragged_softmax.accumulate_and_matmul(
+      state.acc,
+      p,
+      smem.v_smem.at[work.slot(i)],
+      _operands(work, by_row, i + 1),
+      after_issue=lambda: _take_turns(problem, smem),
+      after_first=lambda: plgpu.barrier_arrive(
+        smem.v_consumed.at[work.slot(i)]
+      ),
+      interpreted=problem.interpret is not None,
+    )
+    plgpu.barrier_arrive(smem.k_consumed.at[work.slot(i + 1)])
+    return state._replace(acc=acc), qk
+
+  state, qk = lax.fori_loop(0, last, fold, (state, qk))
+  # Not later: the other warpgroup may need the next Q to end its turn.
+  plgpu.barrier_arrive(smem.q_consumed)
+  state, p = _fold_scores(work, last, state, qk)
+  is_clean = _clean_values(work, last)
+  _take_turns(problem, smem, lambda: _await_clean_values(work, last, is_clean))
+  acc = ragged_softmax.accumulate(
+    state.acc,
+    p,
+    smem.v_smem.at[work.slot(last)],
+    interpreted=problem.interpret is not None,
+  )
+  plgpu.barrier_arrive(smem.v_consumed.at[work.slot(last)])
+  return state._replace(acc=acc)
+
+
+def _operands(work, q_smem, i):
+  """Returns the operands of Q K^T for the i-th tile, by columns of tiles."""
+  k_smem, width = work.smem.k_smem.at[work.slot(i)], work.problem.columns
+  return [
+    (q_smem.at[j], k_smem.at[:, pl.ds(j * width, width)].T)
+    for j in range(q_smem.shape[0])
+  ]
+
+
+def _fold_scores(work, i, state, qk):
+  """Folds the i-th tile into the softmax but for P V; returns P as well."""
+  problem, base = work.problem, work.base(i)
+  sees_all = work.tiles.sees_all(base) & (work.item.tile.has_holes == 0)
+  s = lax.cond(
+    sees_all,
+    lambda s: s,
+    lambda s: _mask_scores(work, base, s),
+    problem.scores(qk),
+  )
+  (acc, m, l), p = ragged_softmax.fold(state, s, problem.factor)
+  # All of the softmax belongs to this half of the step.
+  *state, p = lax.optimization_barrier((acc, m, l, p.astype(problem.dtype)))
+  if problem.p_in_smem:
+    p_smem = work.smem.p_smem.at[lax.axis_index("warpgroup")]
+    p_smem[...] = p
+    plgpu.commit_smem()
+    p = p_smem
+  return State(*state), p
+
+
+def _iota(shape, axis):
+  return plgpu.broadcasted_iota(
+    jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA
+  )
+
+
+def _mask_scores(work, base, s):
+  """Returns the scores, -inf where the key of a column is not seen."""
+  column = _iota(s.shape, 1)
+  before = 0
+  if work.problem.causal:
+    first_row = lax.axis_index("warpgroup") * ROWS
+    token = (_iota(s.shape, 0) + first_row) >> _log2(work.problem.group)
+    before = work.item.tile.num_earlier - token
+  sees = work.tiles.sees(base + column, before)
+  sees &= _are_mapped(work, base, column)
+  return jnp.where(sees, s, -jnp.inf)
+
+
+def _are_mapped(work, base, positions):
+  """Tells of which positions of the tile at base the page is mapped."""
+  ids, num_pages = page_ids(work, base), work.problem.num_pages
+  mapped = [(page >= 0) & (page < num_pages) for page in ids]
+  bits = sum(bit.astype(jnp.int32) << j for j, bit in enumerate(mapped))
+  bits = lax.broadcast_in_dim(bits, positions.shape, [])
+  return ((bits >> (positions >> _log2(work.problem.chunk))) & 1) != 0
+
+
+def _log2(power: int) -> int:
+  return int(math.log2(power))
+
+
+def _await_clean_values(work, i, is_clean):
+  """Waits for V of the i-th tile, if `_clean_values` did not."""
+
+  @pl.when(is_clean)
+  def _():
+    plgpu.barrier_wait(work.smem.v_loaded.at[work.slot(i)])
+
+
+def _clean_values(work, i):
+  """Takes what no query of the item sees out of V of the i-th tile.
+
+  Before a turn ends, or the first warpgroup could be two cleanings ahead of one
+  that waits for the first of them.
+
+  Returns:
+    Whether there is nothing to clean.
+  """
+  problem, tiles, base = work.problem, work.tiles, work.base(i)
+  end = base + problem.config.block_kv
+  is_clean = (end <= tiles.kv_end) & (work.item.tile.has_holes == 0)
+  if problem.sliding_window is not None:
+    first = tiles.kv_len - tiles.num_earlier - problem.sliding_window
+    is_clean &= (base >= first) | (end <= problem.num_sink_tokens)
+
+  @pl.when(jnp.logical_not(is_clean))
+  def _():
+    wg, slot = lax.axis_index("warpgroup"), work.slot(i)
+    plgpu.barrier_wait(work.smem.v_loaded.at[slot])
+    pl.when(wg == 0)(lambda: _zero_unseen_rows(work, slot, base))
+    if problem.config.num_compute_wgs > 1:
+      pl.when(wg == 0)(lambda: plgpu.barrier_arrive(work.smem.v_cleaned))
+      pl.when(wg > 0)(lambda: plgpu.barrier_wait(work.smem.v_cleaned))
+
+  return is_clean
+
+
+def _zero_unseen_rows(work, slot, base):
+  """Zeroes the rows of V that no query of the item sees."""
+  v_smem, head_dim = work.smem.v_smem.at[slot], work.problem.head_dim
+  for column in range(0, head_dim, _COLUMNS):
+    v = v_smem.at[:, pl.ds(column, min(_COLUMNS, head_dim - column))]
+    rows = _iota(v.shape, 0)
+    sees = work.tiles.are_seen(base + rows) & _are_mapped(work, base, rows)
+    v[...] = jnp.where(sees, v[...], 0.0)
+  plgpu.commit_smem()
