@@ -1,10 +1,11 @@
 """The warpgroups of the ragged kernel that compute, 64 rows each.
 
-The products of one warpgroup follow each other without a pause: P V of a tile,
-then Q K^T of the next, whose softmax comes while the other warpgroup has its
-turn.
+In its turn, a warpgroup starts Q K^T of a tile and P V of the one before, and
+lets the next have its turn. The softmax of the tile comes as soon as its
+scores are there, while P V and the products of others go on.
 """
 
+import functools
 import math
 
 import jax.experimental.pallas as pl
@@ -29,28 +30,25 @@ def run(problem: Problem, smem, walk) -> None:
     smem: shared memory and barriers.
     walk: calls a function with each `Work`.
   """
-  wg = lax.axis_index("warpgroup")
-  # The others are half a step behind the first.
-  pl.when(wg > 0)(lambda: _take_turns(problem, smem))
+  wg, last = lax.axis_index("warpgroup"), problem.config.num_compute_wgs - 1
+  pl.when(wg == last)(lambda: _end_turn(problem, smem))
   walk(_attend_item)
-  pl.when(wg == 0)(lambda: _take_turns(problem, smem))
+  pl.when(wg == 0)(lambda: _await_turn(problem, smem))
   plgpu.wait_smem_to_gmem(0)
 
 
-def _take_turns(problem, smem, before=lambda: None):
-  """Waits until the other warpgroup is done with its half of a step.
+def _await_turn(problem, smem):
+  """Waits until the warpgroup before has started its products."""
+  if problem.config.num_compute_wgs > 1:
+    plgpu.barrier_wait(smem.turn.at[lax.axis_index("warpgroup")])
 
-  Args:
-    problem: what is static.
-    smem: the barrier.
-    before: what to do before waiting.
-  """
-  takes_turns = problem.config.num_compute_wgs > 1
-  if takes_turns:
-    plgpu.barrier_arrive(smem.turn)
-  before()
-  if takes_turns:
-    plgpu.barrier_wait(smem.turn)
+
+def _end_turn(problem, smem):
+  """Lets the next warpgroup start its products, after one's own."""
+  num_wgs = problem.config.num_compute_wgs
+  if num_wgs > 1:
+    after = lax.rem(lax.axis_index("warpgroup") + 1, jnp.int32(num_wgs))
+    plgpu.barrier_arrive(smem.turn.at[after])
 
 
 def _attend_item(work):
@@ -67,49 +65,54 @@ def _attend_item(work):
 def _attend_tiles(work, state):
   """Folds the tiles of an item, which are one or more, into the softmax."""
   problem, smem, last = work.problem, work.smem, work.item.num_tiles - 1
-  plgpu.barrier_wait(smem.q_loaded)
   by_token, by_row = (x.at[lax.axis_index("warpgroup")] for x in smem.q_smem)
+  end_turn = functools.partial(_end_turn, problem, smem)
+
+  def give_back_keys(i):
+    plgpu.barrier_arrive(smem.k_consumed.at[work.slot(i)])
+    pl.when(i == last)(lambda: plgpu.barrier_arrive(smem.q_consumed))
+
+  plgpu.barrier_wait(smem.q_loaded)
   problem.reinterpret(by_token, by_row)
   plgpu.barrier_wait(smem.k_loaded.at[work.slot(0)])
-  qk = ragged_softmax.matmul(
-    _operands(work, by_row, 0), lambda: _take_turns(problem, smem)
-  )
-  plgpu.barrier_arrive(smem.k_consumed.at[work.slot(0)])
+  _await_turn(problem, smem)
+  qk = ragged_softmax.matmul(_operands(work, by_row, 0), end_turn)
+  give_back_keys(jnp.int32(0))
+  m, l, _, p = _weigh_scores(work, 0, state, qk)
+  p = p.astype(problem.dtype)
 
   def fold(i, carry):
-    state, p = _fold_scores(work, i, *carry)
+    state, p = carry
+    _await_values(work, i)
+    plgpu.barrier_wait(smem.k_loaded.at[work.slot(i + 1)])
 
-    is_clean = _clean_values(work, i)
+    def weigh(qk):
+      give_back_keys(i + 1)
+      return _weigh_scores(work, i + 1, state, qk)
 
-    def await_tiles():
-      _await_clean_values(work, i, is_clean)
-      plgpu.barrier_wait(smem.k_loaded.at[work.slot(i + 1)])
-
-    _take_turns(problem, smem, await_tiles)
-    acc, qk = ragged_softmax.accumulate_and_matmul(
-      state.acc,
-      p,
-      smem.v_smem.at[work.slot(i)],
+    _await_turn(problem, smem)
+    acc, (m, l, alpha, next_p) = ragged_softmax.matmul_and_accumulate(
       _operands(work, by_row, i + 1),
-      after_issue=lambda: _take_turns(problem, smem),
-      after_first=lambda: plgpu.barrier_arrive(
-        smem.v_consumed.at[work.slot(i)]
-      ),
+      state.acc,
+      _left_operand(work, p),
+      smem.v_smem.at[work.slot(i)],
+      after_issue=end_turn,
+      meanwhile=weigh,
       interpreted=problem.interpret is not None,
     )
-    plgpu.barrier_arrive(smem.k_consumed.at[work.slot(i + 1)])
-    return state._replace(acc=acc), qk
+    plgpu.barrier_arrive(smem.v_consumed.at[work.slot(i)])
+    acc, p = lax.optimization_barrier((acc, next_p))
+    acc *= ragged_softmax.across(alpha, acc.shape)
+    return State(acc, m, l), p.astype(problem.dtype)
 
-  state, qk = lax.fori_loop(0, last, fold, (state, qk))
-  # Not later: the other warpgroup may need the next Q to end its turn.
-  plgpu.barrier_arrive(smem.q_consumed)
-  state, p = _fold_scores(work, last, state, qk)
-  is_clean = _clean_values(work, last)
-  _take_turns(problem, smem, lambda: _await_clean_values(work, last, is_clean))
+  state, p = lax.fori_loop(0, last, fold, (State(state.acc, m, l), p))
+  _await_values(work, last)
+  _await_turn(problem, smem)
   acc = ragged_softmax.accumulate(
     state.acc,
-    p,
+    _left_operand(work, p),
     smem.v_smem.at[work.slot(last)],
+    end_turn,
     interpreted=problem.interpret is not None,
   )
   plgpu.barrier_arrive(smem.v_consumed.at[work.slot(last)])
@@ -125,8 +128,8 @@ def _operands(work, q_smem, i):
   ]
 
 
-def _fold_scores(work, i, state, qk):
-  """Folds the i-th tile into the softmax but for P V; returns P as well."""
+def _weigh_scores(work, i, state, qk):
+  """Returns m, l, the factor of acc, and P, when the i-th tile is folded in."""
   problem, base = work.problem, work.base(i)
   sees_all = work.tiles.sees_all(base) & (work.item.tile.has_holes == 0)
   s = lax.cond(
@@ -135,15 +138,20 @@ def _fold_scores(work, i, state, qk):
     lambda s: _mask_scores(work, base, s),
     problem.scores(qk),
   )
-  (acc, m, l), p = ragged_softmax.fold(state, s, problem.factor)
   # All of the softmax belongs to this half of the step.
-  *state, p = lax.optimization_barrier((acc, m, l, p.astype(problem.dtype)))
-  if problem.p_in_smem:
-    p_smem = work.smem.p_smem.at[lax.axis_index("warpgroup")]
-    p_smem[...] = p
-    plgpu.commit_smem()
-    p = p_smem
-  return State(*state), p
+  return lax.optimization_barrier(
+    ragged_softmax.weigh(state, s, problem.factor)
+  )
+
+
+def _left_operand(work, p):
+  """Returns P as wgmma takes it: as it is, or in shared memory."""
+  if not work.problem.p_in_smem:
+    return p
+  p_smem = work.smem.p_smem.at[lax.axis_index("warpgroup")]
+  p_smem[...] = p
+  plgpu.commit_smem()
+  return p_smem
 
 
 def _iota(shape, axis):
@@ -178,40 +186,25 @@ def _log2(power: int) -> int:
   return int(math.log2(power))
 
 
-def _await_clean_values(work, i, is_clean):
-  """Waits for V of the i-th tile, if `_clean_values` did not."""
-
-  @pl.when(is_clean)
-  def _():
-    plgpu.barrier_wait(work.smem.v_loaded.at[work.slot(i)])
-
-
-def _clean_values(work, i):
-  """Takes what no query of the item sees out of V of the i-th tile.
-
-  Before a turn ends, or the first warpgroup could be two cleanings ahead of one
-  that waits for the first of them.
-
-  Returns:
-    Whether there is nothing to clean.
-  """
+def _await_values(work, i):
+  """Waits for V of the i-th tile, without what no query of the item sees."""
   problem, tiles, base = work.problem, work.tiles, work.base(i)
+  slot, wg = work.slot(i), lax.axis_index("warpgroup")
   end = base + problem.config.block_kv
   is_clean = (end <= tiles.kv_end) & (work.item.tile.has_holes == 0)
   if problem.sliding_window is not None:
     first = tiles.kv_len - tiles.num_earlier - problem.sliding_window
     is_clean &= (base >= first) | (end <= problem.num_sink_tokens)
+  plgpu.barrier_wait(work.smem.v_loaded.at[slot])
 
   @pl.when(jnp.logical_not(is_clean))
   def _():
-    wg, slot = lax.axis_index("warpgroup"), work.slot(i)
-    plgpu.barrier_wait(work.smem.v_loaded.at[slot])
     pl.when(wg == 0)(lambda: _zero_unseen_rows(work, slot, base))
     if problem.config.num_compute_wgs > 1:
-      pl.when(wg == 0)(lambda: plgpu.barrier_arrive(work.smem.v_cleaned))
-      pl.when(wg > 0)(lambda: plgpu.barrier_wait(work.smem.v_cleaned))
-
-  return is_clean
+      # One for each slot, as the first warpgroup may be a tile ahead.
+      cleaned = work.smem.v_cleaned.at[slot]
+      pl.when(wg == 0)(lambda: plgpu.barrier_arrive(cleaned))
+      pl.when(wg > 0)(lambda: plgpu.barrier_wait(cleaned))
 
 
 def _zero_unseen_rows(work, slot, base):

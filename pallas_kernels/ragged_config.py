@@ -78,7 +78,7 @@ def registers(config: Config, head_dim: int) -> tuple[int, int]:
   """
   if config.num_compute_wgs == 3:
     return 160, 32
-  return (216, 72) if head_dim <= 128 else (232, 40)
+  return (224, 56) if head_dim <= 128 else (232, 40)
 
 
 def smem_bytes(config: Config, head_dim: int) -> int:

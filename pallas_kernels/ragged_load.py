@@ -44,22 +44,26 @@ def page_ids(work: Work, base) -> list:
 
 def _load_item(work):
   """Copies Q, and the tiles of K and V into their rings."""
+  smem = work.smem
+  ids = page_ids(work, work.base(0))
 
   @pl.when(work.item.num_tiles > 0)
   def _():
-    pl.when(work.num_before > 0)(
-      lambda: plgpu.barrier_wait(work.smem.q_consumed)
-    )
+    # There may be room for K while Q is still taken.
+    _load_tile(work, "k", 0, ids)
+    pl.when(work.num_before > 0)(lambda: plgpu.barrier_wait(smem.q_consumed))
     _load_queries(work)
+    _load_tile(work, "v", 0, ids)
 
   # The page ids of the next tile are on their way while this one waits.
   def load(i, ids):
     next_ids = page_ids(work, work.base(i + 1))
-    _load_tile(work, i, ids)
+    _load_tile(work, "k", i, ids)
+    _load_tile(work, "v", i, ids)
     return next_ids
 
-  ids = page_ids(work, work.base(0))
-  lax.fori_loop(0, work.item.num_tiles, load, ids)
+  ids = page_ids(work, work.base(1))
+  lax.fori_loop(1, work.item.num_tiles, load, ids)
 
 
 def _load_queries(work):
@@ -75,24 +79,24 @@ def _load_queries(work):
       plgpu.copy_gmem_to_smem(source, by_token.at[wg, i], work.smem.q_loaded)
 
 
-def _load_tile(work, i, ids):
-  """Copies the i-th tile of K and of V into their rings."""
-  problem, gmem, smem = work.problem, work.gmem, work.smem
-  chunk, slot, base = problem.chunk, work.slot(i), work.base(i)
-  pages = [jnp.clip(page, 0, problem.num_pages - 1) for page in ids]
-  for source, ring, loaded, consumed in (
-    (gmem.k, smem.k_smem, smem.k_loaded, smem.k_consumed),
-    (gmem.v, smem.v_smem, smem.v_loaded, smem.v_consumed),
-  ):
+def _load_tile(work, which, i, ids):
+  """Copies the i-th tile of K or of V into its ring."""
+  problem, slot, base = work.problem, work.slot(i), work.base(i)
+  source, chunk = getattr(work.gmem, which), problem.chunk
+  ring, loaded, consumed = (
+    getattr(work.smem, f"{which}_{name}")
+    for name in ("smem", "loaded", "consumed")
+  )
 
-    @pl.when(work.num_before + i >= problem.config.num_stages)
-    def _(consumed=consumed):
-      plgpu.barrier_wait(consumed.at[slot])
+  @pl.when(work.num_before + i >= problem.config.num_stages)
+  def _():
+    plgpu.barrier_wait(consumed.at[slot])
 
-    for j, page in enumerate(pages):
-      rows = source.at[page, work.item.head]
-      if chunk < problem.page_size:
-        row = lax.rem(base + j * chunk, jnp.int32(problem.page_size))
-        rows = source.at[page, work.item.head, pl.ds(row, chunk)]
-      place = ring.at[slot, pl.ds(j * chunk, chunk)]
-      plgpu.copy_gmem_to_smem(rows, place, loaded.at[slot])
+  for j, page in enumerate(ids):
+    page = jnp.clip(page, 0, problem.num_pages - 1)
+    rows = source.at[page, work.item.head]
+    if chunk < problem.page_size:
+      row = lax.rem(base + j * chunk, jnp.int32(problem.page_size))
+      rows = source.at[page, work.item.head, pl.ds(row, chunk)]
+    place = ring.at[slot, pl.ds(j * chunk, chunk)]
+    plgpu.copy_gmem_to_smem(rows, place, loaded.at[slot])

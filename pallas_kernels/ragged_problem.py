@@ -187,8 +187,8 @@ def scratch(problem: Problem) -> dict[str, Any]:
     # With the swizzle of V, as the operands of wgmma must.
     memory["p_smem"] = tiled(num_wgs, ROWS, config.block_kv)
   if num_wgs > 1:
-    memory["v_cleaned"] = plgpu.Barrier()
-    memory["turn"] = plgpu.Barrier(num_arrivals=num_wgs)
+    memory["v_cleaned"] = barriers()
+    memory["turn"] = plgpu.Barrier(num_barriers=num_wgs)
   return memory
 
 

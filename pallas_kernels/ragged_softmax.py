@@ -11,10 +11,20 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float
 
 from pallas_kernels import online_softmax
 from pallas_kernels.online_softmax import LOG2_E, or_zero
+
+_STORE_IF_NEGATIVE = """{
+  .reg .pred never;
+  .reg .b32 nowhere;
+  mov.b32 nowhere, 0;
+  setp.lt.f32 never, $0, 0f00000000;
+  @never st.shared.f32 [nowhere], $0;
+}"""
 
 QUERIES = plgpu.Layout.WGMMA.reduce(1)
 
@@ -41,11 +51,11 @@ def across(values, shape: tuple[int, ...]):
   return lax.broadcast_in_dim(values, shape, [0])
 
 
-def fold(state: State, s, factor: float):
-  """Returns the state but for the product P V, and P.
+def weigh(state: State, s, factor: float):
+  """Returns m, l, the factor of acc, and P, when a tile is folded in.
 
   Args:
-    state: the softmax so far.
+    state: the softmax so far; its acc is not asked for.
     s: scores of a tile, which times `factor` are in base 2.
     factor: not negative.
   """
@@ -53,8 +63,7 @@ def fold(state: State, s, factor: float):
   shift = or_zero(m)
   p = jnp.exp2(s * factor - across(shift, s.shape))
   alpha = jnp.exp2(state.m - shift)
-  acc = state.acc * across(alpha, state.acc.shape)
-  return State(acc, m, state.l * alpha + p.sum(axis=1)), p
+  return m, state.l * alpha + p.sum(axis=1), alpha, p
 
 
 def merge(a: State, b: State) -> State:
@@ -110,49 +119,73 @@ def _product_of(operands):
   return plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32)
 
 
-def accumulate(acc, p, v, *, interpreted: bool):
+def accumulate(acc, p, v, after_issue, *, interpreted: bool):
   """Returns acc + p @ v by wgmma.
 
   Args:
     acc: f32.
     p: in registers or in shared memory.
     v: in shared memory.
+    after_issue: called while they are multiplied.
     interpreted: whether there is no GPU.
   """
-  return online_softmax.accumulate(acc, p, v, interpreted=interpreted)
+  return online_softmax.accumulate(
+    acc, p, v, after_issue, interpreted=interpreted
+  )
 
 
-def accumulate_and_matmul(
-  acc, p, v, operands, *, after_issue, after_first, interpreted: bool
+def matmul_and_accumulate(
+  operands, acc, p, v, *, after_issue, meanwhile, interpreted: bool
 ):
-  """Returns acc + p @ v, and then `matmul(operands)`, without a pause.
+  """Returns acc + p @ v, and `meanwhile(matmul(operands))`.
 
   Args:
+    operands: see `matmul`; their product comes first.
     acc: see `accumulate`.
     p: see `accumulate`.
     v: see `accumulate`.
-    operands: see `matmul`.
     after_issue: called while they are multiplied.
-    after_first: called when the first product is there.
+    meanwhile: called with the product while p @ v is multiplied.
     interpreted: see `accumulate`.
   """
   if interpreted:  # the interpreter cannot start from a given accumulator
-    acc = accumulate(acc, p, v, interpreted=interpreted)
-    after_first()
-    return acc, matmul(operands, after_issue)
+    acc = accumulate(acc, p, v, lambda: None, interpreted=interpreted)
+    return acc, meanwhile(matmul(operands, after_issue))
 
-  def multiply(acc_ref):
-    acc_ref[...] = acc
-    plgpu.wgmma(acc_ref, p, v)
+  def multiply(product_ref):
+    for a, b in operands:
+      plgpu.wgmma(product_ref, a, b)
 
-    def multiply_next(product_ref):
-      for a, b in operands:
-        plgpu.wgmma(product_ref, a, b)
+    def multiply_more(acc_ref):
+      acc_ref[...] = acc
+      plgpu.wgmma(acc_ref, p, v)
       after_issue()
-      out = plgpu.wgmma_accumulator_load(acc_ref, wait_n=len(operands))
-      after_first()
-      return out, product_ref[...]
+      product = plgpu.wgmma_accumulator_load(product_ref, wait_n=1)
+      result = meanwhile(product)
+      _keep_before(result[1])
+      return acc_ref[...], result
 
-    return pl.run_scoped(multiply_next, _product_of(operands))
+    return pl.run_scoped(multiply_more, plgpu.ACC(acc.shape, jnp.float32))
 
-  return pl.run_scoped(multiply, plgpu.ACC(acc.shape, jnp.float32))
+  return pl.run_scoped(multiply, _product_of(operands))
+
+
+def _keep_before(l):
+  """Keeps the compiler from waiting for wgmma before l is there.
+
+  It moves what can wait behind the wait, and with it all of the softmax. What
+  may be stored, to where nobody looks, cannot; l is never negative.
+  """
+
+  @plgpu.inline_mgpu(arg_types=(QUERIES,))
+  def pin(_, l):
+    for register in l.registers.flat:
+      llvm.inline_asm(
+        ir.Type.parse("!llvm.void"),
+        [register],
+        _STORE_IF_NEGATIVE,
+        "f",
+        has_side_effects=True,
+      )
+
+  pin(l)
