@@ -10,6 +10,7 @@ The default takes the kernel where it exists for the shapes at hand.
 
 import functools
 from collections.abc import Callable
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,13 @@ from jaxtyping import Array, Float, Float32, Int, Real
 
 from paged_jax import attention_checks, attention_xla, devices
 from paged_jax.attention_options import ArrayOptions, Options
-from pallas_kernels import decode_config, paged_decode, short_queries
+from pallas_kernels import (
+  decode_config,
+  paged_decode,
+  ragged_attention,
+  ragged_config,
+  short_queries,
+)
 
 IMPLEMENTATIONS = ("mosaic_gpu", "xla")
 
@@ -157,10 +164,10 @@ def ragged_paged_attention(
     cu_q_lens: i32[num_seqs + 1], offsets into the token axis, not decreasing,
       `cu_q_lens[0] == 0`.
     num_active: i32[] or i32[1]; sequences from this row on are ignored.
-    max_q_len: Most query tokens of a sequence, if it is known; up to 8, a
-      kernel takes them, as for the verification of speculative tokens. It is
-      not checked: what a sequence has beyond it may be left at 0 and -inf.
-      Without it, plain JAX takes them.
+    max_q_len: Most query tokens of a sequence, if it is known; up to 8, the
+      kernel of decode takes them, as for the verification of speculative
+      tokens. It is not checked: what a sequence has beyond it may be left at 0
+      and -inf.
     k_scales: See `paged_attention`, as for the other options.
     v_scales: See `paged_attention`.
     scale: See `paged_attention`.
@@ -252,8 +259,11 @@ def _ragged_paged_attention(
 
   def mosaic(*args):
     *args, arrays = args
-    more = arrays._asdict() | options.named(paged_decode.OPTIONS)
-    return short_queries.attend(*args, max_q_len=max_q_len, **more)
+    if _has_few_queries(max_q_len):
+      more = arrays._asdict() | options.named(paged_decode.OPTIONS)
+      return short_queries.attend(*args, max_q_len=max_q_len, **more)
+    more = options.named(ragged_attention.OPTIONS)
+    return ragged_attention.attend(*args, sinks=arrays.sinks, **more)
 
   return lax.platform_dependent(*args, cuda=mosaic, default=xla)
 
@@ -270,21 +280,26 @@ def why_not_mosaic_gpu(
     k_pages: The same.
     max_q_len: Most query tokens of a sequence, None if it is not known.
   """
-  if max_q_len is None:
-    most = decode_config.MAX_Q_LEN
-    return f"without a max_q_len of at most {most}, no kernel takes it yet."
   if device := devices.why_not_hopper():
     return device
   _, num_kv_heads, page_size, head_dim = k_pages.shape
-  return decode_config.unsupported(
-    head_dim,
-    page_size,
-    q.shape[1],
-    num_kv_heads,
-    q.dtype,
-    kv_dtype=k_pages.dtype,
-    max_q_len=max_q_len,
-  )
+  shape = head_dim, page_size, q.shape[1], num_kv_heads, q.dtype
+  if _has_few_queries(max_q_len):
+    return decode_config.unsupported(
+      *shape, kv_dtype=k_pages.dtype, max_q_len=max_q_len
+    )
+  if k_pages.dtype != q.dtype:
+    most = decode_config.MAX_Q_LEN
+    return (
+      f"for queries of {q.dtype}, pages of {k_pages.dtype} need a max_q_len of "
+      f"at most {most}."
+    )
+  return ragged_config.unsupported(*shape)
+
+
+def _has_few_queries(max_q_len: int | None) -> TypeGuard[int]:
+  """Returns whether the decode kernel takes the queries of a sequence."""
+  return max_q_len is not None and max_q_len <= decode_config.MAX_Q_LEN
 
 
 def _choose(implementation: str | None, why_not: Callable) -> str:

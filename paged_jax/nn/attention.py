@@ -64,7 +64,7 @@ class PagedAttention(nnx.Module):
         have them have no rotary embedding.
       batch_invariant: Whether a row must not depend on other rows.
       implementation: Of decode: `"mosaic_gpu"`, `"xla"`, or None to choose.
-        Prefill is `"xla"` always.
+        Prefill chooses.
       dtype: Of the computation; that of the input and parameters if None.
       param_dtype: Of the parameters.
       rngs: For the initial parameters.

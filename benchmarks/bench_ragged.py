@@ -1,0 +1,190 @@
+"""What prefill over pages costs on a GPU, in microseconds and TFLOP/s.
+
+Whole prompts, chunks of prompts on top of a context, and mixed batches, each by
+several Configs of the kernel. A TFLOP/s counts what the queries see, so nothing
+above the diagonal: 4 * head_dim * num_q_heads for every query and key.
+
+Pages lie at random places of a pool with pages to spare, which hold NaN. A
+figure is the time of a compiled loop seen from the host, divided by its calls.
+The list of items is made anew in each call, and counted. The last output of a
+loop is compared with that of plain JAX before the loop is timed.
+
+  python benchmarks/bench_ragged.py
+
+Results: benchmarks/results/h200/ragged.json
+"""
+
+import dataclasses
+import functools
+import sys
+
+import decode_batches
+import device_loop
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+from decode_batches import Batch
+from decode_loop import loop_inputs, loop_start, loop_step, relative_error
+from decode_parts import attempt
+
+from paged_jax import attention_xla
+from pallas_kernels import ragged_attention
+from pallas_kernels.ragged_config import Config, default_config, padded_group
+
+PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy"]
+GUESS = 5e8  # FLOP in a microsecond, to choose how often to call
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A batch: query tokens and context before them of each sequence."""
+
+  q_lens: tuple[int, ...]
+  contexts: tuple[int, ...]
+  page_size: int = 16
+  head_dim: int = 128
+  heads: tuple[int, int] = (32, 8)
+  sliding_window: int | None = None
+
+  @property
+  def flops(self) -> float:
+    """Those of the scores that are seen, and of their values."""
+    keys = 0
+    for q_len, context in zip(self.q_lens, self.contexts, strict=True):
+      seen = context + 1 + np.arange(q_len)
+      keys += np.minimum(seen, self.sliding_window or seen).sum()
+    return 4.0 * self.head_dim * self.heads[0] * float(keys)
+
+
+MIXED = Case((512, 300) + (1,) * 62, (8192, 0) + (2048,) * 62)
+CASES = {
+  "1 x 4k": Case((4096,), (0,)),
+  "4 x 4k": Case((4096,) * 4, (0,) * 4),
+  "4 x 4k, page 64": Case((4096,) * 4, (0,) * 4, page_size=64),
+  "1 x 16k": Case((16384,), (0,)),
+  "1 x 16k, page 64": Case((16384,), (0,), page_size=64),
+  "1 x 4k, 32 KV heads": Case((4096,), (0,), heads=(32, 32)),
+  "8 x 1k": Case((1024,) * 8, (0,) * 8),
+  "8 x 512 on 4k": Case((512,) * 8, (4096,) * 8),
+  "8 x 512 on 4k, page 64": Case((512,) * 8, (4096,) * 8, page_size=64),
+  "1 x 512 on 128k": Case((512,), (131072,)),
+  "1 x 512 on 128k, 4 and 1 heads": Case((512,), (131072,), heads=(4, 1)),
+  "2 prompts, 62 decoding": MIXED,
+  "1 x 16k, window 4k": Case((16384,), (0,), sliding_window=4096),
+  "4 x 4k, head_dim 64": Case((4096,) * 4, (0,) * 4, head_dim=64),
+  "4 x 4k, head_dim 256": Case((4096,) * 4, (0,) * 4, head_dim=256),
+}
+SMALL_CASES = {
+  "small": Case((70, 3), (0, 40), head_dim=64, heads=(4, 2)),
+}
+
+
+def main() -> None:
+  """Times everything, writes the figures and prints a table of them."""
+  on_cpu = jax.default_backend() == "cpu"
+  args, environment = harness.start_on_gpu(
+    __doc__.splitlines()[0], PACKAGES, on_cpu=on_cpu
+  )
+  record: dict = {"environment": environment, "cases": {}}
+  for name, case in (SMALL_CASES if args.small else CASES).items():
+    record["cases"][name] = sides = attempt(timed, case, small=args.small)
+    for config, side in sides.items():
+      print(f"{name:32} {line(config, side)}", flush=True)
+  if not args.small:
+    print("written to", harness.save("h200", "ragged", record, args.out))
+  failed = [name for name, sides in record["cases"].items() if failures(sides)]
+  if failed:
+    sys.exit(f"failed: {'; '.join(failed)}")
+
+
+def line(config: str, side: dict | str) -> str:
+  """Returns the figures, or the error, as text."""
+  if isinstance(side, str) or "error" in side:
+    return f"{config} {side}"
+  speed = f"{side['us']['median']:9.1f} us {side['tflop_per_s']:6.0f} TFLOP/s"
+  return f"{speed}  error {side['relative_error']:.1e}  {config}"
+
+
+def failures(sides: dict) -> bool:
+  """Tells whether a case, or one of its Configs, has no figures."""
+  return "error" in sides or any("error" in side for side in sides.values())
+
+
+def configs(case: Case) -> tuple[Config, ...]:
+  """Returns the Configs to time, the default first."""
+  num_kv_heads = case.heads[1]
+  group = padded_group(*case.heads, case.head_dim)
+  default = default_config(sum(case.q_lens), num_kv_heads, group, case.head_dim)
+  change = functools.partial(dataclasses.replace, default)
+  return (
+    default,
+    change(splits=not default.splits),
+    change(block_kv=64, num_stages=3 if case.head_dim <= 128 else 2),
+  )
+
+
+def timed(case: Case, *, small: bool) -> dict:
+  """Returns the figures of a case by Config; attends by plain JAX if small."""
+  batch = make(case)
+  options = dict(
+    scale=case.head_dim**-0.5,
+    sliding_window=case.sliding_window,
+    num_sink_tokens=0,
+    logits_soft_cap=None,
+    sinks=None,
+  )
+  plain = functools.partial(attention_xla.ragged_paged_attention, **options)
+  kernel = functools.partial(ragged_attention.attend, **options)
+  reference, *inputs = batch.q, *loop_inputs(batch)
+  inputs[3] = inputs[3][0]
+  expected = jax.jit(lambda *args: plain(*args)[0])(reference, *inputs)
+  sides = {}
+  for config in configs(case):
+    attend = functools.partial(kernel, config=config)
+    attend = plain if small else attend
+    sides[str(config)] = attempt(
+      _timed, case, batch, lambda *args, f=attend: f(*args)[0], expected
+    )
+  return sides
+
+
+def _timed(case: Case, batch: Batch, attend, expected) -> dict:
+  steps = max(1, round(100_000 / (case.flops / GUESS + 20)))
+  error = {}
+
+  def verify(state):
+    error["relative_error"] = relative_error(expected, state[1])
+
+  side = device_loop.measure(
+    loop_step(attend, batch, steps),
+    loop_start(batch),
+    steps,
+    5,
+    verify,
+    inputs=loop_inputs(batch),
+  )
+  side["tflop_per_s"] = case.flops / side["us"]["median"] / 1e6
+  return side | error
+
+
+def make(case: Case) -> Batch:
+  """Returns the sequences and queries of a case."""
+  sizes = decode_batches.Sizes(
+    num_q_heads=case.heads[0],
+    num_kv_heads=case.heads[1],
+    head_dim=case.head_dim,
+    page_size=case.page_size,
+    apart_bytes=0,
+  )
+  lens = np.array(case.q_lens) + np.array(case.contexts)
+  starts = np.concatenate([[0], np.cumsum(case.q_lens)])
+  return dataclasses.replace(
+    decode_batches.make(sizes, lens),
+    q=decode_batches.random_queries(sizes, int(starts[-1])),
+    more=(jnp.asarray(starts, jnp.int32), jnp.int32(len(lens))),
+  )
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,318 @@
+"""Paged attention of many query tokens a sequence, for Hopper.
+
+Prefill, chunks on top of a context, decode, and mixtures: queries of all
+sequences lie one after the other on a token axis, and are the last tokens of
+their sequences. Persistent programs attend items (`ragged_schedule`): a tile of
+query tokens of one sequence, for one KV head. The rows of a tile are the query
+heads of the KV head, token by token, so that K and V are read once for all of
+them. A program has a warpgroup for memory and others that compute:
+
+  memory   reads page ids from the page table as scalars, and copies Q, and K
+           and V chunk by chunk (TMA) into a ring of `num_stages` tiles
+  compute  64 rows each: S = Q K^T, mask, online softmax in base 2, O += P V
+           (wgmma); two take turns, so that one multiplies while the other
+           exponentiates, and P V of a tile goes on during the next softmax
+
+  compute 0   QK | soft      | QK, PV      | QK, PV      | PV
+                             |    | soft   |    | soft   |
+  compute 1      | QK | soft      | QK, PV      | QK, PV ...
+
+A tile of K is `block_kv` consecutive positions, copied in chunks that never
+straddle a page: `chunk = gcd(page_size, block_kv)`. Which tiles are visited is
+as in decode (`kv_tiles`); most of them are seen whole by every row, and need no
+mask.
+
+A key counts if its page is mapped and the query sees its position. Scores of
+other keys are selected away, and rows of V that no query of the item sees are
+zeroed in shared memory (0 * NaN is NaN).
+"""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import (
+  online_softmax,
+  partials,
+  ragged_compute,
+  ragged_config,
+  ragged_load,
+  ragged_output,
+  ragged_schedule,
+  schedule,
+)
+from pallas_kernels.ragged_config import Config, default_config
+from pallas_kernels.ragged_problem import (
+  COMPILER_PARAMS,
+  Item,
+  Problem,
+  Work,
+  scratch,
+)
+
+OPTIONS = (
+  "scale",
+  "sliding_window",
+  "num_sink_tokens",
+  "logits_soft_cap",
+  "causal",
+  "batch_invariant",
+)
+
+
+@functools.partial(jax.jit, static_argnames=(*OPTIONS, "config", "interpret"))
+def attend(
+  q: Float[Array, "num_tokens num_q_heads head_dim"],
+  k_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
+  v_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
+  kv_lens: Int[Array, " num_seqs"],
+  page_indices: Int[Array, "num_seqs pages_per_seq"],
+  cu_q_lens: Int[Array, " num_seqs+1"],
+  num_active: Int[Array, ""],
+  *,
+  scale: float,
+  sliding_window: int | None,
+  num_sink_tokens: int,
+  logits_soft_cap: float | None,
+  sinks: Float[Array, " num_q_heads"] | None,
+  causal: bool = True,
+  batch_invariant: bool = False,
+  config: Config | None = None,
+  interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[
+  Float[Array, "num_tokens num_q_heads head_dim"],
+  Float[Array, "num_tokens num_q_heads"],
+]:
+  """Attends the last tokens of each sequence over pages.
+
+  Args:
+    q: queries of all sequences, one sequence after the other, bfloat16 or
+      float16.
+    k_pages: the pool of keys, in the dtype of q.
+    v_pages: the pool of values, in the dtype of q.
+    kv_lens: tokens stored of each sequence, the queries' own among them.
+    page_indices: physical page of each logical page. A page that is not in
+      [0, num_pages) is unmapped, and its positions are skipped.
+    cu_q_lens: offsets of the sequences on the token axis.
+    num_active: sequences from this one on have no queries.
+    scale: factor of the scores.
+    sliding_window: positions a query sees, its own among them, or None.
+    num_sink_tokens: first positions that are seen besides the window.
+    logits_soft_cap: scores become cap * tanh(score / cap), or None.
+    sinks: a logit per query head that only the denominator counts, or None.
+    causal: whether a query sees no position past its own; if not, it sees all
+      tokens of its sequence.
+    batch_invariant: whether what a sequence gets must not depend, bit for bit,
+      on the others; with the default config.
+    config: tile sizes; `default_config` if None.
+    interpret: parameters of the interpreter that stands in for a GPU.
+
+  Returns:
+    The output in the dtype of q, and the natural log-sum-exp of the scores,
+    sinks included, in f32; 0 and -inf for tokens that see nothing or are of no
+    sequence.
+
+  Raises:
+    NotImplementedError: if the kernel does not take these shapes.
+    ValueError: if dtypes differ, the config exceeds shared memory or has fewer
+      rows than a KV head has queries, or there is a window that is not causal.
+  """
+  if not q.dtype == k_pages.dtype == v_pages.dtype:
+    raise ValueError(
+      f"{q.dtype=}, {k_pages.dtype=} and {v_pages.dtype=} must be the same."
+    )
+  if not causal and sliding_window is not None:
+    raise ValueError(f"{sliding_window=} must be None with {causal=}.")
+  num_tokens, num_q_heads, head_dim = q.shape
+  num_pages, num_kv_heads, page_size, _ = k_pages.shape
+  if reason := ragged_config.unsupported(
+    head_dim, page_size, num_q_heads, num_kv_heads, k_pages.dtype
+  ):
+    raise NotImplementedError(reason)
+  num_seqs, pages_per_seq = page_indices.shape
+  if 0 in (num_tokens, num_seqs, num_pages, pages_per_seq):
+    return jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
+  group = ragged_config.padded_group(num_q_heads, num_kv_heads, head_dim)
+  if config is None:
+    config = default_config(num_tokens, num_kv_heads, group, head_dim)
+    if batch_invariant:
+      config = dataclasses.replace(config, splits=False)
+  problem = Problem(
+    config=config,
+    dtype=q.dtype,
+    num_tokens=num_tokens,
+    num_seqs=num_seqs,
+    num_kv_heads=num_kv_heads,
+    group=group,
+    head_dim=head_dim,
+    num_pages=num_pages,
+    page_size=page_size,
+    pages_per_seq=pages_per_seq,
+    scale=scale,
+    sliding_window=sliding_window,
+    num_sink_tokens=num_sink_tokens,
+    logits_soft_cap=logits_soft_cap,
+    has_sinks=sinks is not None,
+    causal=causal,
+    interpret=interpret,
+  )
+  ints = [
+    x.astype(jnp.int32) for x in (cu_q_lens, kv_lens, num_active, page_indices)
+  ]
+  return _launch(problem, q, k_pages, v_pages, sinks, *ints)
+
+
+def _launch(
+  problem: Problem, q, k_pages, v_pages, sinks, cu_q_lens, kv_lens, active, ids
+):
+  """Lists the items, runs the kernel, and merges what it split."""
+  sizes, config = problem.sizes, problem.config
+  group = q.shape[1] // problem.num_kv_heads
+  holes = _has_holes(problem, cu_q_lens, kv_lens, ids)
+  cost = lambda *lens: problem.visit(*lens).num_visited
+  plan, places = ragged_schedule.plan(
+    sizes, kv_lens, cu_q_lens, active, holes, cost
+  )
+  dealt: tuple[Array, ...] = (plan.num_items,)
+  if config.splits:
+    # What visits nothing has a share too, to write its output of 0.
+    costs = jnp.maximum(plan.costs, 1)
+    dealt = schedule.deal(costs, problem.num_kv_heads, config.num_programs)
+  heads = q.reshape(problem.num_tokens, -1, group, problem.head_dim)
+  more = ()
+  if sinks is not None:
+    sinks = sinks.astype(jnp.float32) * online_softmax.LOG2_E
+    rows = _pad_group(problem, sinks.reshape(problem.num_kv_heads, group), 1)
+    more = (jnp.tile(rows, (1, sizes.tile_tokens)),)
+  kernel = plgpu.kernel(
+    functools.partial(_body, problem),
+    out_type=ragged_output.shapes(problem),
+    scratch_types=scratch(problem),
+    grid=(config.num_programs,),
+    grid_names=("program",),
+    num_threads=config.num_compute_wgs + 1,
+    thread_name="warpgroup",
+    compiler_params=COMPILER_PARAMS,
+    interpret=problem.interpret,
+    kernel_name="ragged_attention",
+  )
+  out, lse, *parts = kernel(
+    *dealt,
+    plan.tiles,
+    ids,
+    _pad_group(problem, heads, 2),
+    k_pages,
+    v_pages,
+    *more,
+  )
+  if config.splits:
+    out, lse = ragged_output.merge(
+      problem, dealt[-1], plan.tiles, parts, more, out, lse
+    )
+  head = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+  row = places.nth[:, None] * problem.group + lax.rem(head, group)
+  lse = lse[places.tile[:, None], lax.div(head, group), row]
+  return out[:, :, :group].reshape(q.shape), lse
+
+
+def _pad_group(problem, x, axis):
+  """Pads the axis of the query heads of a KV head, if it is not yet."""
+  missing = problem.group - x.shape[axis]
+  padding = [(0, missing if i == axis else 0) for i in range(x.ndim)]
+  return jnp.pad(x, padding) if missing else x
+
+
+def _has_holes(problem, cu_q_lens, kv_lens, ids):
+  """Tells, 0 or 1, of which sequences a query may see an unmapped page."""
+  first = jnp.arange(problem.pages_per_seq, dtype=jnp.int32)
+  first = first[None] * problem.page_size
+  seen = first < kv_lens[:, None]
+  if problem.sliding_window is not None:
+    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
+    start = kv_lens - q_lens + 1 - problem.sliding_window
+    in_window = first + problem.page_size > start[:, None]
+    seen &= in_window | (first < problem.num_sink_tokens)
+  is_hole = seen & ((ids < 0) | (ids >= problem.num_pages))
+  return jnp.any(is_hole, axis=1).astype(jnp.int32)
+
+
+def _body(problem, *refs, **smem):
+  """Runs a program: its warpgroups over its items."""
+  names = ("starts", "firsts") if problem.config.splits else ("num_items",)
+  names += "tiles", "table", "q", "k", "v"
+  names += ("sinks",) * problem.has_sinks + ("out", "lse")
+  names += ("acc", "m", "l") * problem.config.splits
+  gmem = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
+  smem = types.SimpleNamespace(**smem)
+  num_wgs = problem.config.num_compute_wgs
+  num_registers = ragged_config.registers(problem.config, problem.head_dim)
+  wg = lax.axis_index("warpgroup")
+  walk = functools.partial(_for_each_item, problem, gmem, smem)
+
+  @pl.when(wg < num_wgs)
+  def _compute():
+    if num_wgs > 1:
+      plgpu.set_max_registers(num_registers[0], action="increase")
+    ragged_compute.run(problem, smem, walk)
+
+  @pl.when(wg == num_wgs)
+  def _memory():
+    if num_wgs > 1:
+      plgpu.set_max_registers(num_registers[1], action="decrease")
+    ragged_load.run(problem, smem, walk)
+
+
+def _for_each_item(problem, gmem, smem, step):
+  """Attends a program's items, or parts of them; returns their tiles of K.
+
+  Args:
+    problem: what is static.
+    gmem: arrays in memory of the GPU.
+    smem: shared memory and barriers.
+    step: called with each `Work`.
+  """
+  num_kv_heads = problem.num_kv_heads
+
+  def visited(tile):
+    return problem.visit(tile.kv_len, tile.num_earlier)
+
+  def take(nth, tile, head, num_before):
+    tiles = visited(tile)
+    item = Item(nth, head, tile, 0, tiles.num_visited, None, None)
+    step(Work(problem, gmem, smem, item, tiles, num_before))
+    return num_before + item.num_tiles
+
+  def take_piece(piece, num_before):
+    tile = ragged_schedule.load(gmem.tiles, piece.seq)
+    tiles = visited(tile)
+    item = Item(
+      nth=piece.seq,
+      head=piece.head,
+      tile=tile,
+      first=piece.first,
+      num_tiles=jnp.where(tiles.num_visited > 0, piece.num_tiles, 0),
+      is_whole=piece.is_whole,
+      kind=jnp.where(piece.nth == 0, partials.FIRST, partials.LAST),
+    )
+    step(Work(problem, gmem, smem, item, tiles, num_before))
+    return num_before + item.num_tiles
+
+  nothing = jnp.int32(0)
+  if problem.config.splits:
+    plan = schedule.Plan(gmem.starts, gmem.firsts)
+    return schedule.for_each_piece(plan, num_kv_heads, nothing, take_piece)
+  return ragged_schedule.for_each_item(
+    gmem.num_items,
+    gmem.tiles,
+    num_kv_heads,
+    problem.config.num_programs,
+    nothing,
+    take,
+  )

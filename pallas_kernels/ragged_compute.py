@@ -1,0 +1,218 @@
+"""The warpgroups of the ragged kernel that compute, 64 rows each.
+
+In its turn, a warpgroup starts Q K^T of a tile and P V of the one before, and
+lets the next have its turn. The softmax of the tile comes as soon as its
+scores are there, while P V and the products of others go on.
+"""
+
+import functools
+import math
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import ragged_output, ragged_softmax
+from pallas_kernels.ragged_config import ROWS
+from pallas_kernels.ragged_load import page_ids
+from pallas_kernels.ragged_problem import Problem
+from pallas_kernels.ragged_softmax import State
+
+_COLUMNS = 64  # of V that are rewritten at once, to spare registers
+
+
+def run(problem: Problem, smem, walk) -> None:
+  """Attends all items of a program.
+
+  Args:
+    problem: what is static.
+    smem: shared memory and barriers.
+    walk: calls a function with each `Work`.
+  """
+  wg, last = lax.axis_index("warpgroup"), problem.config.num_compute_wgs - 1
+  pl.when(wg == last)(lambda: _end_turn(problem, smem))
+  walk(_attend_item)
+  pl.when(wg == 0)(lambda: _await_turn(problem, smem))
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _await_turn(problem, smem):
+  """Waits until the warpgroup before has started its products."""
+  if problem.config.num_compute_wgs > 1:
+    plgpu.barrier_wait(smem.turn.at[lax.axis_index("warpgroup")])
+
+
+def _end_turn(problem, smem):
+  """Lets the next warpgroup start its products, after one's own."""
+  num_wgs = problem.config.num_compute_wgs
+  if num_wgs > 1:
+    after = lax.rem(lax.axis_index("warpgroup") + 1, jnp.int32(num_wgs))
+    plgpu.barrier_arrive(smem.turn.at[after])
+
+
+def _attend_item(work):
+  """Attends the tiles of an item, and writes its output or its partial."""
+  nothing = ragged_softmax.init(ROWS, work.problem.head_dim)
+  state = lax.cond(
+    work.item.num_tiles > 0,
+    lambda: _attend_tiles(work, nothing),
+    lambda: nothing,
+  )
+  ragged_output.write(work, state)
+
+
+def _attend_tiles(work, state):
+  """Folds the tiles of an item, which are one or more, into the softmax."""
+  problem, smem, last = work.problem, work.smem, work.item.num_tiles - 1
+  by_token, by_row = (x.at[lax.axis_index("warpgroup")] for x in smem.q_smem)
+  end_turn = functools.partial(_end_turn, problem, smem)
+
+  def give_back_keys(i):
+    plgpu.barrier_arrive(smem.k_consumed.at[work.slot(i)])
+    pl.when(i == last)(lambda: plgpu.barrier_arrive(smem.q_consumed))
+
+  plgpu.barrier_wait(smem.q_loaded)
+  problem.reinterpret(by_token, by_row)
+  plgpu.barrier_wait(smem.k_loaded.at[work.slot(0)])
+  _await_turn(problem, smem)
+  qk = ragged_softmax.matmul(_operands(work, by_row, 0), end_turn)
+  give_back_keys(jnp.int32(0))
+  m, l, _, p = _weigh_scores(work, 0, state, qk)
+  p = p.astype(problem.dtype)
+
+  def fold(i, carry):
+    state, p = carry
+    _await_values(work, i)
+    plgpu.barrier_wait(smem.k_loaded.at[work.slot(i + 1)])
+
+    def weigh(qk):
+      give_back_keys(i + 1)
+      return _weigh_scores(work, i + 1, state, qk)
+
+    _await_turn(problem, smem)
+    acc, (m, l, alpha, next_p) = ragged_softmax.matmul_and_accumulate(
+      _operands(work, by_row, i + 1),
+      state.acc,
+      _left_operand(work, p),
+      smem.v_smem.at[work.slot(i)],
+      after_issue=end_turn,
+      meanwhile=weigh,
+      interpreted=problem.interpret is not None,
+    )
+    plgpu.barrier_arrive(smem.v_consumed.at[work.slot(i)])
+    acc, p = lax.optimization_barrier((acc, next_p))
+    acc *= ragged_softmax.across(alpha, acc.shape)
+    return State(acc, m, l), p.astype(problem.dtype)
+
+  state, p = lax.fori_loop(0, last, fold, (State(state.acc, m, l), p))
+  _await_values(work, last)
+  _await_turn(problem, smem)
+  acc = ragged_softmax.accumulate(
+    state.acc,
+    _left_operand(work, p),
+    smem.v_smem.at[work.slot(last)],
+    end_turn,
+    interpreted=problem.interpret is not None,
+  )
+  plgpu.barrier_arrive(smem.v_consumed.at[work.slot(last)])
+  return state._replace(acc=acc)
+
+
+def _operands(work, q_smem, i):
+  """Returns the operands of Q K^T for the i-th tile, by columns of tiles."""
+  k_smem, width = work.smem.k_smem.at[work.slot(i)], work.problem.columns
+  return [
+    (q_smem.at[j], k_smem.at[:, pl.ds(j * width, width)].T)
+    for j in range(q_smem.shape[0])
+  ]
+
+
+def _weigh_scores(work, i, state, qk):
+  """Returns m, l, the factor of acc, and P, when the i-th tile is folded in."""
+  problem, base = work.problem, work.base(i)
+  sees_all = work.tiles.sees_all(base) & (work.item.tile.has_holes == 0)
+  s = lax.cond(
+    sees_all,
+    lambda s: s,
+    lambda s: _mask_scores(work, base, s),
+    problem.scores(qk),
+  )
+  # All of the softmax belongs to this half of the step.
+  return lax.optimization_barrier(
+    ragged_softmax.weigh(state, s, problem.factor)
+  )
+
+
+def _left_operand(work, p):
+  """Returns P as wgmma takes it: as it is, or in shared memory."""
+  if not work.problem.p_in_smem:
+    return p
+  p_smem = work.smem.p_smem.at[lax.axis_index("warpgroup")]
+  p_smem[...] = p
+  plgpu.commit_smem()
+  return p_smem
+
+
+def _iota(shape, axis):
+  return plgpu.broadcasted_iota(
+    jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA
+  )
+
+
+def _mask_scores(work, base, s):
+  """Returns the scores, -inf where the key of a column is not seen."""
+  column = _iota(s.shape, 1)
+  before = 0
+  if work.problem.causal:
+    first_row = lax.axis_index("warpgroup") * ROWS
+    token = (_iota(s.shape, 0) + first_row) >> _log2(work.problem.group)
+    before = work.item.tile.num_earlier - token
+  sees = work.tiles.sees(base + column, before)
+  sees &= _are_mapped(work, base, column)
+  return jnp.where(sees, s, -jnp.inf)
+
+
+def _are_mapped(work, base, positions):
+  """Tells of which positions of the tile at base the page is mapped."""
+  ids, num_pages = page_ids(work, base), work.problem.num_pages
+  mapped = [(page >= 0) & (page < num_pages) for page in ids]
+  bits = sum(bit.astype(jnp.int32) << j for j, bit in enumerate(mapped))
+  bits = lax.broadcast_in_dim(bits, positions.shape, [])
+  return ((bits >> (positions >> _log2(work.problem.chunk))) & 1) != 0
+
+
+def _log2(power: int) -> int:
+  return int(math.log2(power))
+
+
+def _await_values(work, i):
+  """Waits for V of the i-th tile, without what no query of the item sees."""
+  problem, tiles, base = work.problem, work.tiles, work.base(i)
+  slot, wg = work.slot(i), lax.axis_index("warpgroup")
+  end = base + problem.config.block_kv
+  is_clean = (end <= tiles.kv_end) & (work.item.tile.has_holes == 0)
+  if problem.sliding_window is not None:
+    first = tiles.kv_len - tiles.num_earlier - problem.sliding_window
+    is_clean &= (base >= first) | (end <= problem.num_sink_tokens)
+  plgpu.barrier_wait(work.smem.v_loaded.at[slot])
+
+  @pl.when(jnp.logical_not(is_clean))
+  def _():
+    pl.when(wg == 0)(lambda: _zero_unseen_rows(work, slot, base))
+    if problem.config.num_compute_wgs > 1:
+      # One for each slot, as the first warpgroup may be a tile ahead.
+      cleaned = work.smem.v_cleaned.at[slot]
+      pl.when(wg == 0)(lambda: plgpu.barrier_arrive(cleaned))
+      pl.when(wg > 0)(lambda: plgpu.barrier_wait(cleaned))
+
+
+def _zero_unseen_rows(work, slot, base):
+  """Zeroes the rows of V that no query of the item sees."""
+  v_smem, head_dim = work.smem.v_smem.at[slot], work.problem.head_dim
+  for column in range(0, head_dim, _COLUMNS):
+    v = v_smem.at[:, pl.ds(column, min(_COLUMNS, head_dim - column))]
+    rows = _iota(v.shape, 0)
+    sees = work.tiles.are_seen(base + rows) & _are_mapped(work, base, rows)
+    v[...] = jnp.where(sees, v[...], 0.0)
+  plgpu.commit_smem()

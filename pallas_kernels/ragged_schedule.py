@@ -1,0 +1,186 @@
+"""Cuts the queries of a ragged batch into tiles, and deals them to programs.
+
+A sequence's query tokens fall into tiles. An item is a tile for one KV head:
+
+  tokens   |  seq 0           |seq 1|  seq 2                |  nobody's  |
+  tiles    | 0  | 1  | 2  | 3 | 0   | 0  | 1  | 2  | 3  | 4 | 0  | 1  |2|
+
+Tokens of no sequence are one more sequence, which has no keys: its output of 0
+is written like any other.
+
+Tiles are listed by cost, the dearest first, and programs take their items in
+rounds, back and forth: whoever takes the dearest of a round takes the cheapest
+of the next.
+
+  programs    0  1  2  3  |  3  2  1  0  |  0  1  2  3
+  items       0  1  2  3     4  5  6  7     8  9
+
+They thus end at about the same time, and those of a round, whose items cost
+about the same, read the same keys at about the same time, from the L2 cache.
+
+The list depends on lengths, so it is made on the device, and once for all
+layers of a step: they ask for the same, and the compiler computes it once.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+  """What is static about a list."""
+
+  num_tokens: int
+  num_seqs: int
+  num_kv_heads: int
+  tile_tokens: int  # of a tile, at most
+  causal: bool
+
+  @property
+  def num_tiles(self) -> int:
+    """Tiles there may be: all but the last of a sequence are full."""
+    num_tiles = self.num_tokens // self.tile_tokens + self.num_seqs + 1
+    return min(num_tiles, self.num_tokens)
+
+
+class Tile(NamedTuple):
+  """Consecutive query tokens of one sequence. Or of all tiles, their arrays."""
+
+  seq: jax.Array
+  token: jax.Array  # its first
+  num_tokens: jax.Array
+  kv_len: jax.Array  # one past the last position that some query may see
+  num_earlier: jax.Array  # positions by which the first query sees less
+  has_holes: jax.Array  # 1 if the sequence has unmapped pages, or 0
+
+
+class Plan(NamedTuple):
+  """The list. Tiles that do not exist are empty, and come last."""
+
+  num_items: Int[Array, "1"]
+  tiles: Int[Array, "num_tiles 6"]  # the fields of `Tile`
+  costs: Int[Array, " num_tiles"]
+
+
+class Places(NamedTuple):
+  """Where tokens are: i32[num_tokens] each."""
+
+  tile: jax.Array  # in the list
+  nth: jax.Array  # token of the tile
+
+
+def plan(
+  sizes: Sizes,
+  kv_lens: Int[Array, " num_seqs"],
+  cu_q_lens: Int[Array, " num_seqs+1"],
+  num_active: Int[Array, ""],
+  has_holes: Int[Array, " num_seqs"],
+  cost: Callable[[jax.Array, jax.Array], jax.Array],
+) -> tuple[Plan, Places]:
+  """Lists the tiles, and says where their tokens are in the list.
+
+  Args:
+    sizes: what is static.
+    kv_lens: tokens stored of each sequence.
+    cu_q_lens: their offsets on the token axis.
+    num_active: sequences from this one on have no queries.
+    has_holes: 1 of sequences that have unmapped pages, or 0.
+    cost: from the `kv_len` and `num_earlier` of tiles to what they cost.
+  """
+  tile_tokens, num_seqs = sizes.tile_tokens, sizes.num_seqs
+  starts = jnp.clip(cu_q_lens, 0, sizes.num_tokens)
+  num_active = jnp.clip(num_active, 0, num_seqs)
+  # Of the sequences, and of nobody.
+  seq = jnp.arange(num_seqs + 1, dtype=jnp.int32)
+  start = jnp.where(seq < num_seqs, starts, starts[num_active])
+  end = jnp.append(starts[1:], jnp.int32(sizes.num_tokens))
+  has_queries = (seq < num_active) | (seq == num_seqs)
+  q_len = jnp.where(has_queries, end - start, 0)
+  kv_len, has_holes = jnp.append(kv_lens, 0), jnp.append(has_holes, 0)
+  num_tiles = lax.div(q_len + (tile_tokens - 1), jnp.int32(tile_tokens))
+  # Sums over pairs are one kernel; a running sum would be a chain of them.
+  upto = jnp.where(seq[None] <= seq[:, None], num_tiles[None], 0)
+  ends = jnp.sum(upto, axis=1, dtype=jnp.int32)
+
+  nth = jnp.arange(sizes.num_tiles, dtype=jnp.int32)
+  at = jnp.sum(ends[None] <= nth[:, None], axis=1, dtype=jnp.int32)
+  exists, at = at <= num_seqs, jnp.minimum(at, num_seqs)
+  first = (nth - (ends - num_tiles)[at]) * tile_tokens
+  num_tokens = jnp.minimum(q_len[at] - first, tile_tokens)
+  seen, num_earlier = kv_len[at], jnp.zeros_like(num_tokens)
+  if sizes.causal:
+    seen, num_earlier = seen - (q_len[at] - first - num_tokens), num_tokens - 1
+  tiles = Tile(
+    seq=jnp.minimum(at, num_seqs - 1),
+    token=start[at] + first,
+    num_tokens=jnp.where(exists, num_tokens, 0),
+    kv_len=jnp.where(at < num_seqs, seen, 0),
+    num_earlier=num_earlier,
+    has_holes=has_holes[at],
+  )
+  costs = jnp.where(exists, cost(tiles.kv_len, tiles.num_earlier), -1)
+  rank = _rank(costs)
+  rows = jnp.stack([*tiles, costs], axis=1)
+  listed = jnp.zeros_like(rows).at[rank].set(rows, unique_indices=True)
+
+  token = jnp.arange(sizes.num_tokens, dtype=jnp.int32)
+  is_in = (start[None] <= token[:, None]) & (token[:, None] < end[None])
+  of = lambda x: jnp.sum(jnp.where(is_in & has_queries[None], x[None], 0), 1)
+  within = token - of(start)
+  tile = of(ends - num_tiles) + lax.div(within, jnp.int32(tile_tokens))
+  places = Places(rank[tile], lax.rem(within, jnp.int32(tile_tokens)))
+  num_items = ends[-1:] * sizes.num_kv_heads
+  return Plan(num_items, listed[:, :-1], listed[:, -1]), places
+
+
+def _rank(costs: Int[Array, " n"]) -> Int[Array, " n"]:
+  """Returns the place of each when the dearest come first."""
+  nth = jnp.arange(costs.shape[0], dtype=jnp.int32)
+  dearer = costs[None] > costs[:, None]
+  same = (costs[None] == costs[:, None]) & (nth[None] < nth[:, None])
+  return jnp.sum(dearer | same, axis=1, dtype=jnp.int32)
+
+
+def load(tiles_gmem, nth) -> Tile:
+  """Loads the nth tile of the list, in a kernel."""
+  return Tile(*(tiles_gmem[nth, i] for i in range(len(Tile._fields))))
+
+
+def for_each_item[C](
+  num_items_gmem,
+  tiles_gmem,
+  num_kv_heads: int,
+  num_programs: int,
+  carry: C,
+  step: Callable[[jax.Array, Tile, jax.Array, C], C],
+) -> C:
+  """Folds `step(place of the tile, Tile, head, carry)` over whole items.
+
+  In a kernel: those of a program, as `Plan` has them.
+  """
+  num_items, program = num_items_gmem[0], lax.axis_index("program")
+
+  def place(turn):
+    return jnp.where(turn & 1 == 0, program, num_programs - 1 - program)
+
+  def load_item(turn):
+    item = jnp.minimum(turn * num_programs + place(turn), num_items - 1)
+    nth, head = lax.div(item, num_kv_heads), lax.rem(item, num_kv_heads)
+    return nth, load(tiles_gmem, nth), head
+
+  # The next item is on its way while this one is attended.
+  def take(turn, state):
+    (nth, tile, head), carry = state
+    next_item = load_item(turn + 1)
+    return next_item, step(nth, tile, head, carry)
+
+  whole = lax.div(num_items, jnp.int32(num_programs))
+  is_longer = place(whole) < num_items - whole * num_programs
+  count = whole + is_longer.astype(jnp.int32)
+  return lax.fori_loop(0, count, take, (load_item(0), carry))[1]

@@ -1,0 +1,191 @@
+"""Streaming softmax in registers, in base 2, with queries down and keys across.
+
+The turned one of `online_softmax`: many queries fill the 64 rows of wgmma, so
+that P stays in registers as the left operand of P V. The state of each row is
+the greatest score m, the sum l of 2^(s - m), and acc = sum 2^(s - m) v.
+"""
+
+from typing import NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+from jaxtyping import Array, Float
+
+from pallas_kernels import online_softmax
+from pallas_kernels.online_softmax import LOG2_E, or_zero
+
+_STORE_IF_NEGATIVE = """{
+  .reg .pred never;
+  .reg .b32 nowhere;
+  mov.b32 nowhere, 0;
+  setp.lt.f32 never, $0, 0f00000000;
+  @never st.shared.f32 [nowhere], $0;
+}"""
+
+QUERIES = plgpu.Layout.WGMMA.reduce(1)
+
+
+class State(NamedTuple):
+  """The softmax over the keys folded in so far."""
+
+  acc: Float[Array, "rows head_dim"]
+  m: Float[Array, " rows"]
+  l: Float[Array, " rows"]
+
+
+def init(rows: int, head_dim: int) -> State:
+  """Returns the softmax over no keys."""
+  vector = lambda value: plgpu.layout_cast(
+    jnp.full((rows,), value, jnp.float32), QUERIES
+  )
+  acc = online_softmax.tile(0.0, (rows, head_dim))
+  return State(acc, vector(-jnp.inf), vector(0.0))
+
+
+def across(values, shape: tuple[int, ...]):
+  """Returns values of queries, repeated along a tile."""
+  return lax.broadcast_in_dim(values, shape, [0])
+
+
+def weigh(state: State, s, factor: float):
+  """Returns m, l, the factor of acc, and P, when a tile is folded in.
+
+  Args:
+    state: the softmax so far; its acc is not asked for.
+    s: scores of a tile, which times `factor` are in base 2.
+    factor: not negative.
+  """
+  m = jnp.maximum(state.m, s.max(axis=1) * factor)
+  shift = or_zero(m)
+  p = jnp.exp2(s * factor - across(shift, s.shape))
+  alpha = jnp.exp2(state.m - shift)
+  return m, state.l * alpha + p.sum(axis=1), alpha, p
+
+
+def merge(a: State, b: State) -> State:
+  """Returns the softmax over the keys of both."""
+  m = jnp.maximum(a.m, b.m)
+  shift = or_zero(m)
+  of_a, of_b = jnp.exp2(a.m - shift), jnp.exp2(b.m - shift)
+  shape = a.acc.shape
+  acc = a.acc * across(of_a, shape) + b.acc * across(of_b, shape)
+  return State(acc, m, a.l * of_a + b.l * of_b)
+
+
+def finish(state: State, sinks):
+  """Returns the normalised output and the natural log-sum-exp.
+
+  Args:
+    state: the softmax over all keys.
+    sinks: f32[rows], a logit in base 2 that only the denominator counts, or
+      None. What has seen no key stays empty.
+  """
+  acc, m, l = state
+  sees = l != 0  # NaN is no emptiness
+  if sinks is not None:
+    top = or_zero(jnp.maximum(m, sinks))
+    alpha = jnp.exp2(m - top)
+    acc *= across(alpha, acc.shape)
+    l = jnp.where(sees, l * alpha + jnp.exp2(sinks - top), 0.0)
+    m = top
+  inverse = jnp.where(sees, 1 / l, 0.0)
+  lse = jnp.where(sees, (m + jnp.log2(l)) * (1 / LOG2_E), -jnp.inf)
+  return acc * across(inverse, acc.shape), lse
+
+
+def matmul(operands, after_issue=lambda: None):
+  """Returns the sum of products a @ b by wgmma, in f32.
+
+  Args:
+    operands: pairs of a and b, in shared memory.
+    after_issue: called while they are multiplied.
+  """
+
+  def issue(acc):
+    for a, b in operands:
+      plgpu.wgmma(acc, a, b)
+    after_issue()
+    return acc[...]
+
+  return pl.run_scoped(issue, _product_of(operands))
+
+
+def _product_of(operands):
+  (a, b), *_ = operands
+  return plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32)
+
+
+def accumulate(acc, p, v, after_issue, *, interpreted: bool):
+  """Returns acc + p @ v by wgmma.
+
+  Args:
+    acc: f32.
+    p: in registers or in shared memory.
+    v: in shared memory.
+    after_issue: called while they are multiplied.
+    interpreted: whether there is no GPU.
+  """
+  return online_softmax.accumulate(
+    acc, p, v, after_issue, interpreted=interpreted
+  )
+
+
+def matmul_and_accumulate(
+  operands, acc, p, v, *, after_issue, meanwhile, interpreted: bool
+):
+  """Returns acc + p @ v, and `meanwhile(matmul(operands))`.
+
+  Args:
+    operands: see `matmul`; their product comes first.
+    acc: see `accumulate`.
+    p: see `accumulate`.
+    v: see `accumulate`.
+    after_issue: called while they are multiplied.
+    meanwhile: called with the product while p @ v is multiplied.
+    interpreted: see `accumulate`.
+  """
+  if interpreted:  # the interpreter cannot start from a given accumulator
+    acc = accumulate(acc, p, v, lambda: None, interpreted=interpreted)
+    return acc, meanwhile(matmul(operands, after_issue))
+
+  def multiply(product_ref):
+    for a, b in operands:
+      plgpu.wgmma(product_ref, a, b)
+
+    def multiply_more(acc_ref):
+      acc_ref[...] = acc
+      plgpu.wgmma(acc_ref, p, v)
+      after_issue()
+      product = plgpu.wgmma_accumulator_load(product_ref, wait_n=1)
+      result = meanwhile(product)
+      _keep_before(result[1])
+      return acc_ref[...], result
+
+    return pl.run_scoped(multiply_more, plgpu.ACC(acc.shape, jnp.float32))
+
+  return pl.run_scoped(multiply, _product_of(operands))
+
+
+def _keep_before(l):
+  """Keeps the compiler from waiting for wgmma before l is there.
+
+  It moves what can wait behind the wait, and with it all of the softmax. What
+  may be stored, to where nobody looks, cannot; l is never negative.
+  """
+
+  @plgpu.inline_mgpu(arg_types=(QUERIES,))
+  def pin(_, l):
+    for register in l.registers.flat:
+      llvm.inline_asm(
+        ir.Type.parse("!llvm.void"),
+        [register],
+        _STORE_IF_NEGATIVE,
+        "f",
+        has_side_effects=True,
+      )
+
+  pin(l)

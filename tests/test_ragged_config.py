@@ -1,0 +1,159 @@
+"""What the ragged kernel takes, and that it lowers: no GPU needed."""
+
+import dataclasses
+import itertools
+
+import cases
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import gpu, ragged_attention, ragged_config
+from pallas_kernels.decode_config import HEAD_DIMS, SMEM_LIMIT
+from pallas_kernels.ragged_config import Config, default_config
+
+
+def _lower(
+  *,
+  num_tokens=4096,
+  heads=(8, 2),
+  head_dim=128,
+  page_size=16,
+  dtype="bfloat16",
+  config=None,
+  **options,
+):
+  """Lowers the kernel to Hopper, which needs no GPU."""
+  pages = jax.ShapeDtypeStruct((99, heads[1], page_size, head_dim), dtype)
+  ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+  return (
+    jax.jit(
+      lambda *args: ragged_attention.attend(
+        *args[:7], sinks=args[7], config=config, **cases.PLAIN | options
+      )
+    )
+    .trace(
+      jax.ShapeDtypeStruct((num_tokens, heads[0], head_dim), dtype),
+      pages,
+      pages,
+      ints(5),
+      ints(5, 40),
+      ints(6),
+      ints(),
+      jax.ShapeDtypeStruct((heads[0],), jnp.float32),
+    )
+    .lower(lowering_platforms=("cuda",))
+    .as_text()
+  )
+
+
+# Many items and few, whose default splits them.
+@pytest.mark.parametrize(
+  ("head_dim", "num_tokens", "heads", "page_size", "dtype"),
+  [
+    (head_dim, *rest)
+    for head_dim, rest in itertools.product(
+      HEAD_DIMS,
+      [
+        (99999, (32, 8), 16, "bfloat16"),
+        (100, (1, 1), 8, "float16"),
+        (300, (128, 1), 256, "bfloat16"),
+      ],
+    )
+  ],
+)
+def test_lowers_to_hopper(head_dim, num_tokens, heads, page_size, dtype):
+  text = _lower(
+    head_dim=head_dim,
+    num_tokens=num_tokens,
+    heads=heads,
+    page_size=page_size,
+    dtype=dtype,
+  )
+  assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    dict(sliding_window=100, num_sink_tokens=4, logits_soft_cap=30.0),
+    dict(causal=False, scale=-1.0),
+    dict(config=Config(64, 4)),
+    dict(config=Config(128, 2, p_in_smem=True)),
+    dict(config=Config(64, 2, num_compute_wgs=3), head_dim=64),
+    dict(config=Config(64, 2, num_compute_wgs=1, splits=True)),
+  ],
+  ids=str,
+)
+def test_lowers_to_hopper_with_options(options):
+  assert "mosaic_gpu" in _lower(**options)
+
+
+@pytest.mark.parametrize(
+  ("changed", "reason"),
+  [
+    (dict(dtype="float32"), "dtype=float32"),
+    (dict(head_dim=72), "head_dim=72"),
+    (dict(page_size=12), "page_size=12"),
+    (dict(num_q_heads=9), "num_q_heads=9"),
+    (dict(num_q_heads=258), "group=129"),
+  ],
+)
+def test_unsupported_names_the_value(changed, reason):
+  shapes = dict(
+    head_dim=128, page_size=16, num_q_heads=8, num_kv_heads=2, dtype="bfloat16"
+  )
+  assert ragged_config.unsupported(**shapes) is None
+  assert reason in str(ragged_config.unsupported(**shapes | changed))
+
+
+@pytest.mark.parametrize(
+  "fields", [(96, 2), (64, 1), (64, 2, 4), (64, 2, 2, 0)]
+)
+def test_config_refuses_bad_values(fields):
+  with pytest.raises(ValueError, match="must be"):
+    Config(*fields)
+
+
+def test_config_beyond_shared_memory_is_refused():
+  config = Config(128, 3)
+  needed = ragged_config.smem_bytes(config, 128)
+  assert needed > SMEM_LIMIT
+  with pytest.raises(ValueError, match=f"takes {needed} bytes"):
+    _lower(config=config)
+
+
+def test_config_with_too_few_rows_is_refused():
+  with pytest.raises(ValueError, match="must be whole self.group=128s"):
+    _lower(heads=(128, 1), config=Config(64, 2, num_compute_wgs=1))
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_default_config_fits_and_fills_the_device(head_dim):
+  for num_tokens, group in itertools.product((1, 512, 16384), (1, 4, 128)):
+    config = default_config(
+      num_tokens, 2, group, head_dim, device=gpu.Gpu("", 100)
+    )
+    assert ragged_config.smem_bytes(config, head_dim) <= SMEM_LIMIT
+    assert config.num_programs == 100
+    items = num_tokens * group * 2 // config.block_q
+    assert config.splits or items >= 100
+
+
+def test_registers_suffice_for_all_warpgroups():
+  config = Config(64, 2)
+  for num_wgs, head_dim in itertools.product((2, 3), HEAD_DIMS):
+    config = dataclasses.replace(config, num_compute_wgs=num_wgs)
+    compute, memory = ragged_config.registers(config, head_dim)
+    assert num_wgs * compute + memory <= 512
+
+
+@pytest.mark.parametrize("num_wgs", [2, 3])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_warpgroups_do_not_ask_for_more_registers_than_a_program_has(
+  head_dim, num_wgs
+):
+  config = Config(64, 2, num_compute_wgs=num_wgs)
+  compute, memory = ragged_config.registers(config, head_dim)
+  each = 65_536 // (128 * (num_wgs + 1)) // 8 * 8
+  assert compute * num_wgs + memory <= each * (num_wgs + 1)

@@ -1,0 +1,254 @@
+"""The ragged kernel: on a Hopper GPU as it is, elsewhere interpreted."""
+
+import dataclasses
+
+import cases
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from pallas_kernels import ragged_attention
+from pallas_kernels.ragged_config import Config
+
+# The default has a program for each multiprocessor, which takes the
+# interpreter minutes.
+SMALL = Config(64, 2, num_programs=3)
+SPLIT = dataclasses.replace(SMALL, splits=True)
+Q_LENS = [0, 1, 7, 63, 64, 65, 3]
+KV_LENS = [20, 1, 70, 200, 64, 130, 0]
+
+
+def _run(
+  problem, *, config=SMALL, sinks=None, interpret=cases.INTERPRET, **options
+):
+  out, lse = ragged_attention.attend(
+    *problem.args(),
+    sinks=None if sinks is None else jnp.asarray(sinks, jnp.float32),
+    config=config,
+    interpret=interpret,
+    **cases.PLAIN | options,
+  )
+  assert out.dtype == problem.q.dtype
+  assert lse.dtype == jnp.float32
+  return np.asarray(out), np.asarray(lse)
+
+
+def _check(problem, *, config=SMALL, sinks=None, **options):
+  expected = oracle.ragged_paged_attention(
+    *dataclasses.astuple(problem), sinks=sinks, **cases.PLAIN | options
+  )
+  for each in [config] + [None] * cases.ON_HOPPER:
+    out, lse = _run(problem, config=each, sinks=sinks, **options)
+    cases.assert_matches(out, lse, *expected, problem.k_pages.dtype)
+
+
+def _make(**options):
+  options = (
+    dict(kv_lens=KV_LENS, q_lens=Q_LENS, dtype="bfloat16", spare_tokens=5)
+    | options
+  )
+  return cases.make(**options)
+
+
+@pytest.mark.parametrize("config", [SMALL, SPLIT])
+def test_matches_oracle(config):
+  _check(_make(), config=config)
+
+
+def test_no_token_follows_the_last_tile():
+  _check(_make(kv_lens=[20, 7], q_lens=[20, 7], spare_tokens=0))
+
+
+def test_sequences_past_num_active_leave_no_trace():
+  _check(_make(kv_lens=[40, 9, 77], q_lens=[30, 4, 40], num_active=2))
+
+
+# Of 64 rows, tiles of K: aaaaaaa, then aaa bb c, or the like.
+@pytest.mark.parametrize(
+  ("kv_lens", "q_lens", "num_programs"),
+  [
+    ([400], [32], 9),  # more programs than tiles
+    ([600], [1], 3),
+    ([300, 70, 1, 0], [40, 70, 1, 0], 5),
+    ([700, 20], [10, 20], 4),
+  ],
+)
+def test_any_splitting_of_items_matches_oracle(kv_lens, q_lens, num_programs):
+  config = dataclasses.replace(SPLIT, num_programs=num_programs)
+  problem = _make(kv_lens=kv_lens, q_lens=q_lens)
+  _check(problem, config=config, sinks=[-2, 0, 1, 5])
+
+
+@pytest.mark.parametrize("num_compute_wgs", [1, 3])
+def test_any_number_of_warpgroups_matches_oracle(num_compute_wgs):
+  problem = _make(kv_lens=[300, 33], q_lens=[200, 33])
+  _check(problem, config=Config(64, 2, num_compute_wgs, 2))
+
+
+@pytest.mark.parametrize(
+  ("head_dim", "heads", "page_size", "dtype", "config"),
+  [
+    (64, (2, 2), 8, "bfloat16", Config(128, 2, 2, 2)),
+    (80, (3, 1), 40, "bfloat16", Config(64, 2, 1, 2)),
+    (96, (10, 2), 32, "float16", Config(64, 3, 2, 2)),
+    (128, (8, 2), 24, "float16", Config(64, 2, 2, 3)),
+    (192, (16, 1), 256, "bfloat16", Config(64, 2, 2, 4, splits=True)),
+    (256, (6, 1), 64, "float16", Config(64, 2, 2, 1)),
+    (256, (2, 1), 16, "bfloat16", Config(64, 2, 1, 7, splits=True)),
+    (64, (71, 1), 16, "bfloat16", Config(64, 2, 2, 4)),
+  ],
+)
+def test_matches_oracle_for_shapes(head_dim, heads, page_size, dtype, config):
+  q_lens = [40, 0, 17, 1] if heads[0] < 16 else [9, 0, 2, 1]
+  problem = _make(
+    kv_lens=[40, 9, page_size + 17, 200],
+    q_lens=q_lens,
+    num_q_heads=heads[0],
+    num_kv_heads=heads[1],
+    head_dim=head_dim,
+    page_size=page_size,
+    dtype=dtype,
+  )
+  _check(problem, config=config)
+
+
+@pytest.mark.parametrize(
+  ("options", "sinks"),
+  [
+    (dict(sliding_window=1), None),
+    (dict(sliding_window=70, num_sink_tokens=5), [-2, 0, 1, 5]),
+    (dict(logits_soft_cap=30.0, scale=4.0), [-2, 0, 1, 40]),
+    (dict(sliding_window=100, num_sink_tokens=64, logits_soft_cap=2.0), None),
+    (dict(scale=-0.1), None),
+  ],
+  ids=str,
+)
+def test_matches_oracle_for_options(options, sinks):
+  _check(_make(kv_lens=[330, 66], q_lens=[80, 66]), sinks=sinks, **options)
+
+
+def test_every_query_sees_all_keys_if_not_causal():
+  problem = _make(kv_lens=[150, 70], q_lens=[40, 70])
+  out, lse = _run(problem, causal=False)
+  for seq, (start, end) in enumerate([(0, 40), (40, 110)]):
+    for token in range(start, end):
+      one = dataclasses.replace(
+        problem,
+        q=problem.q[token : token + 1],
+        kv_lens=problem.kv_lens[seq : seq + 1],
+        page_indices=problem.page_indices[seq : seq + 1],
+        cu_q_lens=np.array([0, 1]),
+        num_active=1,
+      )
+      expected = oracle.ragged_paged_attention(
+        *dataclasses.astuple(one), **cases.PLAIN
+      )
+      at = slice(token, token + 1)
+      cases.assert_matches(out[at], lse[at], *expected, problem.q.dtype)
+  assert not out[110:].any()
+
+
+def test_holes_are_skipped():
+  problem = _make(kv_lens=[330, 64, 300], q_lens=[70, 64, 90])
+  num_pages, table = len(problem.k_pages), problem.page_indices
+  table[0, [0, 3, 8, 9]] = -1, num_pages + 7, 2**31 - 1, -(2**31)
+  table[1, :] = num_pages
+  table[2, 2:6] = num_pages
+  _check(problem)
+  _check(problem, sliding_window=150, num_sink_tokens=20)
+
+
+def _assert_same_bits(a, b):
+  for x, y in zip(a, b, strict=True):
+    assert x.tobytes() == y.tobytes()
+
+
+# The interpreter multiplies with NumPy, which warns of Inf - Inf.
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 3e4])
+def test_unused_memory_leaves_no_trace(poison):
+  clean, poisoned = (
+    _run(
+      _make(kv_lens=[70, 201], q_lens=[70, 5], dtype="float16", poison=filler)
+    )
+    for filler in (0.0, poison)
+  )
+  _assert_same_bits(clean, poisoned)
+
+
+# In the second, sink tokens and the window lie in one tile.
+@pytest.mark.parametrize(("kv_len", "window"), [(300, 100), (64, 15)])
+def test_keys_left_of_the_window_leave_no_trace(kv_len, window):
+  problem = _make(kv_lens=[kv_len], q_lens=[30], spare_tokens=0)
+  options = dict(sliding_window=window, num_sink_tokens=3)
+  clean = _run(problem, **options)
+  problem.k_pages, problem.v_pages = (
+    np.array(x) for x in (problem.k_pages, problem.v_pages)
+  )
+  for position in range(3, kv_len - 29 - window):
+    page = problem.page_indices[0, position // 16]
+    problem.k_pages[page, :, position % 16] = np.nan
+    problem.v_pages[page, :, position % 16] = np.nan
+  _assert_same_bits(clean, _run(problem, **options))
+
+
+def test_two_runs_are_bitwise_equal():
+  _assert_same_bits(_run(_make(), config=SPLIT), _run(_make(), config=SPLIT))
+
+
+def test_all_lengths_share_one_trace():
+  traces = []
+
+  @jax.jit
+  def attend(*args):
+    traces.append(args)
+    return ragged_attention.attend(
+      *args, sinks=None, config=SMALL, interpret=cases.INTERPRET, **cases.PLAIN
+    )
+
+  problem = _make(kv_lens=[100, 40], q_lens=[30, 40])
+  for cu_q_lens, kv_lens in (([0, 30, 70], [100, 40]), ([0, 1, 9], [7, 8])):
+    problem.cu_q_lens = np.asarray(cu_q_lens, np.int32)
+    problem.kv_lens = np.asarray(kv_lens, np.int32)
+    attend(*problem.args()[:-1], jnp.int32(2))
+  assert len(traces) == 1
+
+
+def test_no_sequences_and_no_tokens_are_fine():
+  problem = _make(kv_lens=[9], q_lens=[3])
+  q, k, v, kv_lens, table, _, _ = problem.args()
+  nobody = kv_lens[:0], table[:0], jnp.zeros(1, jnp.int32), jnp.int32(0)
+  for queries in (q, q[:0]):
+    out, lse = ragged_attention.attend(
+      queries, k, v, *nobody, sinks=None, **cases.PLAIN
+    )
+    assert not out.any()
+    assert np.isneginf(lse).all()
+    assert lse.shape == queries.shape[:2]
+
+
+def test_dtypes_must_agree():
+  problem = _make(kv_lens=[9], q_lens=[3])
+  problem.v_pages = problem.v_pages.astype(np.float16)
+  with pytest.raises(ValueError, match="must be the same"):
+    _run(problem)
+
+
+def test_a_window_must_be_causal():
+  problem = _make(kv_lens=[9], q_lens=[3])
+  with pytest.raises(ValueError, match="sliding_window=4 must be None"):
+    _run(problem, sliding_window=4, causal=False)
+
+
+@pytest.mark.skipif(
+  cases.ON_HOPPER, reason="only the interpreter looks for races"
+)
+@pytest.mark.parametrize("config", [SMALL, SPLIT])
+def test_no_memory_is_reused_before_it_was_read(config, capfd):
+  problem = _make(kv_lens=[150, 9, 70], q_lens=[70, 9, 1])
+  interpret = plgpu.InterpretGPUParams(detect_races=True)
+  _run(problem, config=config, interpret=interpret)
+  assert "RACE" not in capfd.readouterr().out
