@@ -20,8 +20,6 @@ from jaxtyping import Array, Float, Float32, Int, Real
 from paged_jax import attention_checks, attention_xla, devices
 from pallas_kernels import decode_config, paged_decode, short_queries
 
-IMPLEMENTATIONS = ("mosaic_gpu", "xla")
-
 
 def paged_attention(
   q: Float[Array, "num_seqs num_q_heads head_dim"],
@@ -114,7 +112,7 @@ def paged_attention(
     num_sink_tokens=num_sink_tokens,
     logits_soft_cap=logits_soft_cap,
     batch_invariant=batch_invariant,
-    implementation=_choose(
+    implementation=devices.choose(
       implementation, lambda: why_not_mosaic_gpu(q, k_pages)
     ),
   )
@@ -223,7 +221,7 @@ def ragged_paged_attention(
     logits_soft_cap=logits_soft_cap,
     batch_invariant=batch_invariant,
     max_q_len=max_q_len,
-    implementation=_choose(
+    implementation=devices.choose(
       implementation, lambda: why_not_mosaic_gpu(q, k_pages, max_q_len)
     ),
   )
@@ -307,24 +305,3 @@ def why_not_mosaic_gpu(
     kv_dtype=k_pages.dtype,
     max_q_len=max_q_len,
   )
-
-
-def _choose(implementation: str | None, why_not: Callable) -> str:
-  """Returns the implementation to take, given why the kernel is none."""
-  check_implementation(implementation)
-  if implementation == "xla":
-    return "xla"
-  reason = why_not()
-  if implementation is None:
-    return "mosaic_gpu" if reason is None else "xla"
-  if reason is not None:
-    raise NotImplementedError(f"{implementation=} is not available: {reason}")
-  return implementation
-
-
-def check_implementation(implementation: str | None) -> None:
-  """Raises a ValueError if there is no such implementation."""
-  if implementation is not None and implementation not in IMPLEMENTATIONS:
-    raise ValueError(
-      f"{implementation=} must be None or one of {IMPLEMENTATIONS}."
-    )

@@ -15,7 +15,7 @@ have no place are read, and not stored: a store has a predicate, not a branch.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.mosaic.gpu as mgpu
@@ -206,7 +206,7 @@ def _load(ref, at: _Pieces, *, interpreted: bool):
 @plgpu.inline_mgpu()
 def _issue_loads(_) -> None:
   """Keeps ptxas from loading a piece as late as where it is stored."""
-  nvvm.bar_warp_sync(mgpu.c(-1, ir.IntegerType.get_signless(32)))
+  nvvm.bar_warp_sync(_i32(-1))
 
 
 def _store(pool, at: _Pieces, pieces, *, interpreted: bool) -> None:
@@ -280,9 +280,8 @@ def _places(ref, row, column, num_bytes: int, per_row: int):
 
 def _store_if_somewhere(words, place, row) -> None:
   """Stores words by a predicate, without a branch."""
-  i32 = ir.IntegerType.get_signless(32)
   (n,) = ir.VectorType(words.type).shape
-  registers = [llvm.extractelement(words, mgpu.c(i, i32)) for i in range(n)]
+  registers = [llvm.extractelement(words, _i32(i)) for i in range(n)]
   width = f"v{n}.b32" if n > 1 else "b32"
   names = ", ".join(f"${i + 2}" for i in range(n))
   ptx = f"""{{
@@ -294,3 +293,7 @@ def _store_if_somewhere(words, place, row) -> None:
   llvm.inline_asm(
     None, [place, row, *registers], ptx, constraints, has_side_effects=True
   )
+
+
+def _i32(value: int) -> Any:
+  return mgpu.c(value, ir.IntegerType.get_signless(32))
