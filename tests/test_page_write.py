@@ -35,11 +35,11 @@ def _random(rng, shape, dtype):
   return data.view(dtype).reshape(shape)
 
 
-def _arrays(kind, num_tokens, seed=0):
+def _arrays(kind, num_tokens, num_pages=NUM_PAGES, seed=0):
   """Pools and tokens: K and V, and scales of what has 8 bits."""
   num_kv_heads, page_size, head_dim, dtype = kind
   rng = np.random.default_rng(seed)
-  pool = NUM_PAGES, NUM_LAYERS, num_kv_heads, page_size
+  pool = num_pages, NUM_LAYERS, num_kv_heads, page_size
   token = num_tokens, num_kv_heads
   rows = [((head_dim,), dtype)] * 2
   if jnp.dtype(dtype).itemsize == 1:
@@ -50,9 +50,9 @@ def _arrays(kind, num_tokens, seed=0):
   )
 
 
-def _slots(kind, num_tokens, seed=0):
+def _slots(kind, num_tokens, num_pages=NUM_PAGES, seed=0):
   """Slots all over the pool, first and last among them, some out of range."""
-  num_slots = NUM_PAGES * kind[1]
+  num_slots = num_pages * kind[1]
   rng = np.random.default_rng(seed)
   inner = 1 + rng.permutation(num_slots - 2)
   nowhere = [num_slots, -1, num_slots + 1, -(2**31), 2**31 - 1, -num_slots]
@@ -87,9 +87,9 @@ def _written(pools, tokens, slots, layer, **options):
   )
 
 
-def _assert_written(kind, num_tokens, layer=1, **options):
-  pools, tokens = _arrays(kind, num_tokens)
-  slots = _slots(kind, num_tokens)
+def _assert_written(kind, num_tokens, layer=1, num_pages=NUM_PAGES, **options):
+  pools, tokens = _arrays(kind, num_tokens, num_pages)
+  slots = _slots(kind, num_tokens, num_pages)
   written = _written(pools, tokens, slots, layer, **options)
   expected = _expected(pools, tokens, slots, layer)
   for after, before, want in zip(written, pools, expected, strict=True):
@@ -125,6 +125,55 @@ def test_no_tokens_and_tokens_of_no_place_change_nothing(name):
       pools, _written(pools, tokens, slots, 0), strict=True
     ):
       assert np.asarray(after).tobytes() == before.tobytes()
+
+
+@pytest.mark.gpu
+@kinds
+def test_many_tokens_are_written_by_a_whole_gpu(kind):
+  _, page_size, head_dim, dtype = kind
+  many = 8, page_size, head_dim, dtype
+  for num_tokens in (700, 4099):
+    _assert_written(many, num_tokens, num_pages=8192 // page_size)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_pools_may_have_more_than_2_to_the_31_elements(dtype):
+  page, num_tokens = (2, 8, 16, 128), 300
+  num_pages = 2**31 // math.prod(page) + 1000
+  _, tokens = _arrays((8, 16, 128, dtype), num_tokens)
+  # The bits of a scale are not 0 either.
+  pools = tuple(
+    jax.jit(jnp.zeros, static_argnums=(0, 1))(
+      (num_pages, *page[: x.ndim + 1]), x.dtype
+    )
+    for x in tokens
+  )
+  rng = np.random.default_rng(0)
+  slots = num_pages * 16 - 2 - rng.permutation(15_000)[:num_tokens]
+  slots[:3] = num_pages * 16 - 1, 0, 2**31 // math.prod(page) * 16
+  write = jax.jit(page_write.write_tokens, donate_argnums=0)
+  written = write(
+    pools,
+    tuple(map(jnp.asarray, tokens)),
+    jnp.asarray(slots, jnp.int32),
+    jnp.asarray(1, jnp.int32),
+  )
+  pages, place = np.unique(slots // 16, return_inverse=True)
+  is_page = np.isin(np.arange(num_pages), pages)
+  for pool, rows in zip(written, tokens, strict=True):
+    bits = jnp.dtype(f"int{8 * pool.dtype.itemsize}")
+    are_touched = jax.jit(_pages_that_are_not_zero, static_argnums=1)
+    np.testing.assert_array_equal(are_touched(pool, bits), is_page)
+    few = np.zeros((len(pages), *pool.shape[1:]), pool.dtype)
+    few_slots = place * 16 + slots % 16
+    (expected,) = _expected([few], [rows], few_slots, 1)
+    assert np.asarray(pool[jnp.asarray(pages)]).tobytes() == expected.tobytes()
+
+
+def _pages_that_are_not_zero(pool, bits):
+  bits = jax.lax.bitcast_convert_type(pool, bits)
+  return (bits != 0).any(axis=range(1, pool.ndim))
 
 
 def _lowered(kind, num_tokens=64):
