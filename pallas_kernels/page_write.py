@@ -55,7 +55,7 @@ def unsupported(
   if math.prod(shape[:-1]) >= 2**31:
     return f"a pool of {shape} has 2**31 rows or more."
   if num_tokens * shape[2] * row_bytes >= 2**32:
-    return f"{num_tokens} tokens are more than 4 GiB of keys."
+    return f"{num_tokens} tokens have 4 GiB of keys or more."
   return None
 
 
@@ -134,10 +134,8 @@ def _by_row(x: Array, axes: int) -> Array:
 class _Pieces(NamedTuple):
   """Which pieces of an array the threads of a program move."""
 
-  row: jax.Array  # i32[step], place `128 * i + t` of the piece i of thread t
-  column: jax.Array | None = (
-    None  # i32[step], piece of the row; None: all of it
-  )
+  row: jax.Array  # i32[step]: of thread t, at 128 * i + t
+  column: jax.Array | None = None  # i32[step] in the row; None: all of it
   per_row: int = 1  # pieces
 
 
