@@ -9,7 +9,6 @@ The default takes the kernel where it exists for the shapes at hand.
 """
 
 import functools
-from collections.abc import Callable
 from typing import TypeGuard
 
 import jax
@@ -27,8 +26,6 @@ from pallas_kernels import (
   ragged_config,
   short_queries,
 )
-
-IMPLEMENTATIONS = ("mosaic_gpu", "xla")
 
 
 def paged_attention(
@@ -119,7 +116,7 @@ def paged_attention(
     page_indices,
     arrays,
     options=options,
-    implementation=_choose(
+    implementation=devices.choose(
       implementation, lambda: why_not_mosaic_gpu(q, k_pages)
     ),
   )
@@ -223,7 +220,7 @@ def ragged_paged_attention(
     arrays,
     options=options,
     max_q_len=max_q_len,
-    implementation=_choose(
+    implementation=devices.choose(
       implementation, lambda: why_not_mosaic_gpu(q, k_pages, max_q_len)
     ),
   )
@@ -300,24 +297,3 @@ def why_not_mosaic_gpu(
 def _has_few_queries(max_q_len: int | None) -> TypeGuard[int]:
   """Returns whether the decode kernel takes the queries of a sequence."""
   return max_q_len is not None and max_q_len <= decode_config.MAX_Q_LEN
-
-
-def _choose(implementation: str | None, why_not: Callable) -> str:
-  """Returns the implementation to take, given why the kernel is none."""
-  check_implementation(implementation)
-  if implementation == "xla":
-    return "xla"
-  reason = why_not()
-  if implementation is None:
-    return "mosaic_gpu" if reason is None else "xla"
-  if reason is not None:
-    raise NotImplementedError(f"{implementation=} is not available: {reason}")
-  return implementation
-
-
-def check_implementation(implementation: str | None) -> None:
-  """Raises a ValueError if there is no such implementation."""
-  if implementation is not None and implementation not in IMPLEMENTATIONS:
-    raise ValueError(
-      f"{implementation=} must be None or one of {IMPLEMENTATIONS}."
-    )

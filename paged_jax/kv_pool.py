@@ -14,16 +14,19 @@ updates the donated pool in place.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.experimental import checkify
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from paged_jax import devices, quantised
 from paged_jax.pytree import Leaf
-from pallas_kernels import page_copy
+from pallas_kernels import page_copy, page_write
 
 FLOAT_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
 DTYPES = FLOAT_DTYPES + quantised.DTYPES
@@ -116,6 +119,9 @@ def write(
   k: Float[Array, "num_tokens num_kv_heads head_dim"],
   v: Float[Array, "num_tokens num_kv_heads head_dim"],
   slots: Int[Array, " num_tokens"],
+  *,
+  debug: bool = False,
+  implementation: str | None = None,
 ) -> KVPool:
   """Returns the pool with new tokens of one layer at their slots.
 
@@ -130,11 +136,17 @@ def write(
     slots: i32[num_tokens], `page * page_size + offset` (see
       `page_table.slots`). Slots out of range are dropped; the others must
       differ from one another.
+    debug: Whether to check that they do, with `checkify.check` (see
+      `page_table.assert_valid`).
+    implementation: `"mosaic_gpu"`, a kernel for Hopper GPUs, `"xla"`, which
+      scatters, or None to choose.
 
   Raises:
-    ValueError: If a shape does not fit the pool, or `layer` is out of range.
+    ValueError: If a shape does not fit the pool, `layer` is out of range, or
+      `implementation` is unknown.
+    NotImplementedError: If `implementation` cannot serve this pool here.
   """
-  num_pages, num_layers, num_kv_heads, page_size, head_dim = pool.k.shape
+  num_kv_heads, head_dim = pool.k.shape[2], pool.k.shape[4]
   num_tokens = slots.shape[0]
   _check_layer(pool, layer)
   for name, x in (("k", k), ("v", v)):
@@ -143,6 +155,52 @@ def write(
         f"{name}.shape={x.shape} must be "
         f"{(num_tokens, num_kv_heads, head_dim)}."
       )
+  implementation = devices.choose(
+    implementation,
+    lambda: (
+      devices.why_not_hopper()
+      or page_write.unsupported(pool.k.shape, pool.k.dtype, num_tokens)
+    ),
+  )
+  if debug:
+    _assert_distinct(slots, pool.num_pages * pool.page_size)
+  return _write(
+    pool, k, v, slots, np.int32(layer), implementation=implementation
+  )
+
+
+# Jitted, with the layer an argument: layers share the kernel.
+@functools.partial(jax.jit, static_argnames="implementation")
+def _write(
+  pool: KVPool,
+  k: Array,
+  v: Array,
+  slots: Array,
+  layer: Array,
+  *,
+  implementation: str,
+) -> KVPool:
+  tokens = _stored(pool, k, v)
+  if implementation == "xla":
+    return _scatter(pool, tokens, slots, layer)
+  return lax.platform_dependent(
+    pool, tokens, slots, layer, cuda=_write_by_kernel, default=_scatter
+  )
+
+
+def _write_by_kernel(
+  pool: KVPool, tokens: KVPool, slots: Array, layer: Array
+) -> KVPool:
+  arrays, structure = jax.tree.flatten(pool)
+  written = page_write.write_tokens(
+    tuple(arrays), tuple(jax.tree.leaves(tokens)), slots, layer
+  )
+  return jax.tree.unflatten(structure, written)
+
+
+def _scatter(
+  pool: KVPool, tokens: KVPool, slots: Array, layer: Array
+) -> KVPool:
   rows = _flat_rows(slots, layer, pool.k.shape)
 
   def put(pages: Array, x: Array) -> Array:
@@ -154,7 +212,7 @@ def write(
     flat = quantised.move(scatter, flat, rows, x.reshape(-1, *row))
     return flat.reshape(pages.shape)
 
-  return jax.tree.map(put, pool, _stored(pool, k, v))
+  return jax.tree.map(put, pool, tokens)
 
 
 def layer_pages(
@@ -326,7 +384,21 @@ def _check_layer(pool: KVPool, layer: int) -> None:
     raise ValueError(f"{layer=} must be in [0, {pool.k.shape[1]}).")
 
 
-def _flat_rows(slots: Array, layer: int, shape: tuple[int, ...]) -> Array:
+def _assert_distinct(slots: Array, num_slots: int) -> None:
+  """Checks that no slot of the pool is there twice, with `checkify.check`."""
+  if slots.shape[0] < 2:
+    return
+  inside = (slots >= 0) & (slots < num_slots)
+  in_order = jnp.sort(jnp.where(inside, slots, num_slots))
+  same = (in_order[1:] == in_order[:-1]) & (in_order[1:] < num_slots)
+  checkify.check(
+    ~jnp.any(same),
+    "Several tokens have the slot {slot}.",
+    slot=in_order[jnp.argmax(same)],
+  )
+
+
+def _flat_rows(slots: Array, layer: Array, shape: tuple[int, ...]) -> Array:
   """Returns i32[num_tokens * num_kv_heads], rows of the pool seen flat."""
   num_pages, num_layers, num_kv_heads, page_size, _ = shape
   inside = (slots >= 0) & (slots < num_pages * page_size)

@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
-from paged_jax import kv_pool
+from paged_jax import devices, kv_pool
 
 SHAPE = dict(
   num_pages=3, num_layers=2, num_kv_heads=2, page_size=8, head_dim=16
@@ -78,6 +79,64 @@ def test_a_donated_pool_is_written_in_place():
   pool_bytes = 512 * kv_pool.page_bytes(2, 2, 8, 16, jnp.bfloat16)
   assert memory.alias_size_in_bytes == pool_bytes
   assert memory.temp_size_in_bytes < pool_bytes / 100
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_layers_share_one_kernel_on_a_hopper_gpu(monkeypatch, dtype):
+  monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
+  pool = jax.eval_shape(lambda: kv_pool.init(**SHAPE, dtype=jnp.dtype(dtype)))
+
+  def step(pool, k, v, slots):
+    for layer in range(2):
+      pool = kv_pool.write(pool, layer, k, v, slots)
+    return pool
+
+  tokens = jax.ShapeDtypeStruct((4, 2, 16), jnp.bfloat16)
+  slots = jax.ShapeDtypeStruct((4,), jnp.int32)
+  traced = jax.jit(step, donate_argnums=0).trace(pool, tokens, tokens, slots)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("custom_call @mosaic_gpu") == 1
+  assert "scatter" not in text
+  assert "scatter" in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_the_implementation_is_what_is_named(monkeypatch):
+  pool, x = kv_pool.init(**SHAPE), _tokens(1, 0)
+  write = lambda pool, name, head_dim=16: kv_pool.write(
+    pool,
+    0,
+    x[..., :head_dim],
+    x[..., :head_dim],
+    jnp.zeros(1, jnp.int32),
+    implementation=name,
+  )
+  assert write(pool, "xla").k.any()
+  with pytest.raises(ValueError, match="implementation='triton'"):
+    write(pool, "triton")
+  monkeypatch.setattr(devices, "why_not_hopper", lambda: "too old.")
+  with pytest.raises(NotImplementedError, match="not available: too old"):
+    write(pool, "mosaic_gpu")
+  monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
+  odd = kv_pool.init(**(SHAPE | dict(head_dim=3)))
+  with pytest.raises(NotImplementedError, match="rows of 6 bytes"):
+    write(odd, "mosaic_gpu", 3)
+  assert write(odd, None, 3).k.any()
+
+
+def test_debug_finds_tokens_that_have_one_slot():
+  pool, x = kv_pool.init(**SHAPE), _tokens(4, 0)
+  write = lambda slots, debug=True: kv_pool.write(
+    pool, 0, x, x, slots, debug=debug
+  )
+  run = jax.jit(checkify.checkify(write))
+  for distinct in ([3, 7, 0, 23], [24, 24, -1, -1]):
+    assert run(jnp.array(distinct, jnp.int32))[0].get() is None
+  twice = jnp.array([24, 7, 3, 7], jnp.int32)
+  assert "the slot 7" in run(twice)[0].get()
+  with pytest.raises(checkify.JaxRuntimeError, match="the slot 7"):
+    write(twice)
+  # Without the switch no check is compiled.
+  jax.jit(lambda slots: write(slots, debug=False))(twice)
 
 
 def _numbered():

@@ -7,6 +7,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
+from jax.experimental import checkify
 
 from paged_jax import cache as paged_cache
 from paged_jax.nn import PagedAttention, apply_rotary
@@ -208,6 +209,18 @@ def test_padding_tokens_of_a_step_have_no_slot():
   assert (np.asarray(step.slots[3:]) == nowhere).all()
   assert step.ok.tolist() == [True, False]
   assert step.positions.tolist() == [0, 1, 2, 0, 0, 0]
+
+
+def test_debug_finds_tokens_that_have_one_slot():
+  cache, step = paged_cache.begin_step(_cache(), jnp.array([3, 0]), 3)
+  table = dataclasses.replace(cache.table, debug=True)
+  cache = dataclasses.replace(cache, table=table)
+  run = jax.jit(
+    checkify.checkify(lambda step: _module()(_tokens(3), cache, step))
+  )
+  assert run(step)[0].get() is None
+  twice = dataclasses.replace(step, slots=step.slots.at[2].set(step.slots[0]))
+  assert "have the slot" in run(twice)[0].get()
 
 
 def test_rotary_turns_pairs_by_their_position():

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from paged_jax import kv_pool
-from paged_jax.attention import IMPLEMENTATIONS
 from paged_jax.cli.errors import CommandError
+from paged_jax.devices import IMPLEMENTATIONS
 
 _MOST = 2**31 - 1  # of whatever becomes an i32
 

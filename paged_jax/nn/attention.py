@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from paged_jax import attention, kv_pool, quantised
+from paged_jax import attention, devices, kv_pool, quantised
 from paged_jax.cache import PagedCache, Step
 from paged_jax.nn.rotary import apply_rotary
 
@@ -73,7 +73,7 @@ class PagedAttention(nnx.Module):
       ValueError: If the heads do not divide, `head_dim` is odd, there is not
         one slope for each head, or `implementation` is unknown.
     """
-    attention.check_implementation(implementation)
+    devices.check_implementation(implementation)
     if num_q_heads % num_kv_heads:
       raise ValueError(f"{num_q_heads=} must be a multiple of {num_kv_heads=}.")
     if head_dim % 2:
@@ -128,7 +128,9 @@ class PagedAttention(nnx.Module):
     if self.rope_theta is not None:
       q = apply_rotary(q, step.positions, self.rope_theta)
       k = apply_rotary(k, step.positions, self.rope_theta)
-    pool = kv_pool.write(cache.pool, self.layer, k, v, step.slots)
+    pool = kv_pool.write(
+      cache.pool, self.layer, k, v, step.slots, debug=cache.table.debug
+    )
     cache = dataclasses.replace(cache, pool=pool)
     q = q.astype(quantised.query_dtype(q.dtype, pool.k.dtype))
     out = self._attend(q, cache, step)

@@ -1,0 +1,72 @@
+"""What the benchmark of writing K and V times does what it says."""
+
+import dataclasses
+import json
+
+import bench_kv_write
+import jax.numpy as jnp
+import kv_write_batch
+import kv_write_rival
+import numpy as np
+import pytest
+
+from paged_jax import kv_pool
+
+SIZES = kv_write_batch.SMALL
+
+
+def test_figures_of_every_kind_are_taken():
+  record = json.loads(json.dumps(bench_kv_write.figures(SIZES)))
+  assert not bench_kv_write.failures(record)
+  for sides in record["write"].values():
+    assert "error" in sides.pop(bench_kv_write.RIVAL)  # it needs a GPU
+    assert len(sides) == 1 + 2 * len(SIZES.dtypes)
+    assert all("percent_of_copy" in side for side in sides.values())
+  num_sides = sum(map(len, record["write"].values()))
+  assert len(bench_kv_write.table(record).splitlines()) == 1 + num_sides
+
+
+def test_what_fails_is_named_and_the_others_are_timed():
+  sizes = dataclasses.replace(
+    SIZES, batches=((2, 3),), implementation="mosaic_gpu", dtypes=("int8",)
+  )
+  record = bench_kv_write.figures(sizes)
+  assert bench_kv_write.failures(record) == ["6 tokens, int8, mosaic_gpu"]
+  assert "NotImplementedError" in bench_kv_write.table(record)
+
+
+@pytest.mark.parametrize(("num_seqs", "num_new"), [(5, 1), (3, 29)])
+def test_tokens_lie_at_distinct_slots_that_the_rival_sees_too(
+  num_seqs, num_new
+):
+  batch = kv_write_batch.make(SIZES, num_seqs, num_new)
+  page_size = SIZES.page_size
+  assert len(set(batch.slots.tolist())) == num_seqs * num_new
+  assert batch.slots.max() < batch.num_pages * page_size
+  assert (batch.positions[::num_new] % page_size).any()
+  seqs, positions, pages, ends, last = kv_write_rival._arguments(SIZES, batch)
+  page = pages[ends[seqs] + positions // page_size]
+  np.testing.assert_array_equal(
+    page * page_size + positions % page_size, batch.slots
+  )
+  lens = (np.diff(ends) - 1) * page_size + last
+  np.testing.assert_array_equal(lens, positions[num_new - 1 :: num_new] + 1)
+
+
+@pytest.mark.parametrize("dtype", SIZES.dtypes)
+def test_faults_are_found(dtype):
+  batch = kv_write_batch.make(SIZES, 3, 5)
+  shape = SIZES.num_kv_heads, SIZES.page_size, SIZES.head_dim
+  pool = kv_pool.init(batch.num_pages, 2, *shape, jnp.dtype(dtype))
+  write = lambda pool, layer: kv_pool.write(
+    pool, layer, batch.k, batch.v, jnp.asarray(batch.slots)
+  )
+  once = write(pool, 0)
+  with pytest.raises(RuntimeError, match="of k is wrong"):
+    bench_kv_write.check(batch, once)
+  right = write(once, 1)
+  bench_kv_write.check(batch, right)
+  spare = np.setdiff1d(np.arange(batch.num_pages), batch.tables)[0]
+  wrong = dataclasses.replace(right, v=right.v.at[spare].set(1))
+  with pytest.raises(RuntimeError, match="of v is wrong"):
+    bench_kv_write.check(batch, wrong)
