@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int, Real
+from jaxtyping import Array, Bool, Float, Float32, Int, Real
 
 from paged_jax import attention_checks, attention_xla, devices
 from pallas_kernels import (
@@ -138,6 +138,8 @@ def ragged_paged_attention(
   num_active: Int[Array, ""] | int,
   *,
   max_q_len: int | None = None,
+  causal: bool = True,
+  tree_mask: Bool[Array, "num_tokens max_new"] | None = None,
   k_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None = None,
   v_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None = None,
   scale: float | None = None,
@@ -149,12 +151,13 @@ def ragged_paged_attention(
   return_lse: bool = False,
   implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
-  """Attends causally with any number of query tokens per sequence.
+  """Attends with any number of query tokens per sequence.
 
   Queries of all sequences lie one after the other on the token axis: those of
   sequence `s` are `cu_q_lens[s] : cu_q_lens[s + 1]`. They are its last tokens:
-  query `i` of `q_len` sees its first `kv_len - q_len + i + 1` keys. Prefill,
-  chunks on top of a context, decode, and a mixture are the same call.
+  query `i` of `q_len` sees its first `kv_len - q_len + i + 1` keys, unless
+  `causal` or `tree_mask` says otherwise. Prefill, chunks on top of a context,
+  decode, verification, and a mixture are the same call.
 
   Args:
     q: [num_tokens, num_q_heads, head_dim].
@@ -169,10 +172,22 @@ def ragged_paged_attention(
       kernel of decode takes them, as for the verification of speculative
       tokens. It is not checked: what a sequence has beyond it may be left at 0
       and -inf.
+    causal: Whether a query sees no key past its own; if not, it sees all keys
+      of its sequence.
+    tree_mask: bool[num_tokens, max_new], to verify a tree of speculative
+      tokens: `tree_mask[t, j]` says whether token `t` sees the j-th query token
+      of its sequence, whose key is at `kv_len - q_len + j`. It sees all keys
+      before these. The mask alone decides: no order, no causality and no token
+      that sees itself is assumed. Columns from `q_len` on are ignored; query
+      tokens past the last column are not seen. What a sequence has beyond
+      `max_q_len` may not be seen either.
     k_scales: See `paged_attention`, as for the other options.
     v_scales: See `paged_attention`.
     scale: See `paged_attention`.
-    sliding_window: See `paged_attention`.
+    sliding_window: See `paged_attention`; `causal` must be True. With a
+      `tree_mask`, a token stands where its path does: `pos` is
+      `kv_len - q_len` plus the number of query tokens that it sees, minus 1,
+      and the window bounds the keys before `kv_len - q_len` only.
     num_sink_tokens: See `paged_attention`.
     logits_soft_cap: See `paged_attention`.
     batch_invariant: See `paged_attention`.
@@ -213,6 +228,13 @@ def ragged_paged_attention(
     raise ValueError(f"num_active.shape={active.shape} must be () or (1,).")
   if max_q_len is not None:
     attention_checks.check_count("max_q_len", max_q_len, 1)
+  attention_checks.check_visibility(q, causal, tree_mask, sliding_window)
+
+  def why_not():
+    if not causal or tree_mask is not None:
+      return "its kernels take neither causal=False nor a tree_mask yet."
+    return why_not_mosaic_gpu(q, k_pages, max_q_len)
+
   out, lse = _ragged_paged_attention(
     q,
     k_pages,
@@ -224,15 +246,15 @@ def ragged_paged_attention(
     k_scales,
     v_scales,
     sinks,
+    tree_mask,
     scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
     sliding_window=sliding_window,
     num_sink_tokens=num_sink_tokens,
     logits_soft_cap=logits_soft_cap,
     batch_invariant=batch_invariant,
+    causal=causal,
     max_q_len=max_q_len,
-    implementation=_choose(
-      implementation, lambda: why_not_mosaic_gpu(q, k_pages, max_q_len)
-    ),
+    implementation=_choose(implementation, why_not),
   )
   return (out, lse) if return_lse else out
 
@@ -259,21 +281,32 @@ def _paged_attention(*args, implementation: str, **options):
 
 @functools.partial(
   jax.jit,
-  static_argnames=(*paged_decode.OPTIONS, "max_q_len", "implementation"),
+  static_argnames=(
+    *paged_decode.OPTIONS,
+    "causal",
+    "max_q_len",
+    "implementation",
+  ),
 )
 def _ragged_paged_attention(
-  *args, max_q_len: int | None, implementation: str, **options
+  *args,
+  causal: bool,
+  max_q_len: int | None,
+  implementation: str,
+  **options,
 ):
-  xla = _xla(attention_xla.ragged_paged_attention, **options)
+  xla = _xla(attention_xla.ragged_paged_attention, causal=causal, **options)
   if implementation == "xla":
     return xla(*args)
 
   def mosaic(*args):
-    *args, k_scales, v_scales, sinks = args
+    *args, k_scales, v_scales, sinks, tree_mask = args
+    del tree_mask
+    arrays = dict(sinks=sinks)
     if _has_few_queries(max_q_len):
       more = dict(max_q_len=max_q_len, k_scales=k_scales, v_scales=v_scales)
-      return short_queries.attend(*args, sinks=sinks, **more, **options)
-    return ragged_attention.attend(*args, sinks=sinks, **options)
+      return short_queries.attend(*args, **arrays, **more, **options)
+    return ragged_attention.attend(*args, **arrays, **options)
 
   return lax.platform_dependent(*args, cuda=mosaic, default=xla)
 

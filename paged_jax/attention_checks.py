@@ -132,6 +132,27 @@ def check_options(
     )
 
 
+def check_visibility(q, causal, tree_mask, sliding_window) -> None:
+  """Raises a ValueError if what says which keys are seen is at odds."""
+  if not isinstance(causal, bool):
+    raise ValueError(f"{causal=} must be True or False.")
+  if not causal and sliding_window is not None:
+    raise ValueError(f"{sliding_window=} must be None with {causal=}.")
+  if tree_mask is None:
+    return
+  if not causal:
+    raise ValueError(f"{causal=} must be True with a tree_mask.")
+  check_arrays(tree_mask=tree_mask)
+  shape = jnp.shape(tree_mask)
+  if tree_mask.dtype != jnp.bool_:
+    raise ValueError(f"tree_mask.dtype={tree_mask.dtype} must be bool.")
+  if len(shape) != 2 or shape[0] != q.shape[0] or shape[1] < 1:
+    raise ValueError(
+      f"tree_mask.shape={shape} must be ({q.shape[0]}, max_new): num_tokens, "
+      "and at least one column."
+    )
+
+
 def check_count(name: str, value: object, least: int) -> None:
   """Raises a ValueError if a value is no integer of at least `least`."""
   if isinstance(value, bool) or not isinstance(value, int):
