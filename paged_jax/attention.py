@@ -231,8 +231,9 @@ def ragged_paged_attention(
   attention_checks.check_visibility(q, causal, tree_mask, sliding_window)
 
   def why_not():
-    if not causal or tree_mask is not None:
-      return "its kernels take neither causal=False nor a tree_mask yet."
+    if tree_mask is not None and not _has_few_queries(max_q_len):
+      most = decode_config.MAX_Q_LEN
+      return f"a tree_mask needs a max_q_len of at most {most}."
     return why_not_mosaic_gpu(q, k_pages, max_q_len)
 
   out, lse = _ragged_paged_attention(
@@ -301,12 +302,11 @@ def _ragged_paged_attention(
 
   def mosaic(*args):
     *args, k_scales, v_scales, sinks, tree_mask = args
-    del tree_mask
-    arrays = dict(sinks=sinks)
+    more = options | dict(causal=causal, sinks=sinks)
     if _has_few_queries(max_q_len):
-      more = dict(max_q_len=max_q_len, k_scales=k_scales, v_scales=v_scales)
-      return short_queries.attend(*args, **arrays, **more, **options)
-    return ragged_attention.attend(*args, **arrays, **options)
+      more |= dict(k_scales=k_scales, v_scales=v_scales, tree_mask=tree_mask)
+      return short_queries.attend(*args, max_q_len=max_q_len, **more)
+    return ragged_attention.attend(*args, **more)
 
   return lax.platform_dependent(*args, cuda=mosaic, default=xla)
 
