@@ -229,13 +229,6 @@ def ragged_paged_attention(
   if max_q_len is not None:
     attention_checks.check_count("max_q_len", max_q_len, 1)
   attention_checks.check_visibility(q, causal, tree_mask, sliding_window)
-
-  def why_not():
-    if tree_mask is not None and not _has_few_queries(max_q_len):
-      most = decode_config.MAX_Q_LEN
-      return f"a tree_mask needs a max_q_len of at most {most}."
-    return why_not_mosaic_gpu(q, k_pages, max_q_len)
-
   out, lse = _ragged_paged_attention(
     q,
     k_pages,
@@ -255,7 +248,9 @@ def ragged_paged_attention(
     batch_invariant=batch_invariant,
     causal=causal,
     max_q_len=max_q_len,
-    implementation=_choose(implementation, why_not),
+    implementation=_choose(
+      implementation, lambda: why_not_mosaic_gpu(q, k_pages, max_q_len)
+    ),
   )
   return (out, lse) if return_lse else out
 
@@ -302,9 +297,9 @@ def _ragged_paged_attention(
 
   def mosaic(*args):
     *args, k_scales, v_scales, sinks, tree_mask = args
-    more = options | dict(causal=causal, sinks=sinks)
+    more = options | dict(causal=causal, tree_mask=tree_mask, sinks=sinks)
     if _has_few_queries(max_q_len):
-      more |= dict(k_scales=k_scales, v_scales=v_scales, tree_mask=tree_mask)
+      more |= dict(k_scales=k_scales, v_scales=v_scales)
       return short_queries.attend(*args, max_q_len=max_q_len, **more)
     return ragged_attention.attend(*args, **more)
 

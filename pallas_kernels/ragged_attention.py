@@ -35,7 +35,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import (
   online_softmax,
@@ -46,6 +46,7 @@ from pallas_kernels import (
   ragged_output,
   ragged_schedule,
   schedule,
+  tree_bits,
 )
 from pallas_kernels.ragged_config import Config, default_config
 from pallas_kernels.ragged_problem import (
@@ -82,6 +83,7 @@ def attend(
   logits_soft_cap: float | None,
   sinks: Float[Array, " num_q_heads"] | None,
   causal: bool = True,
+  tree_mask: Bool[Array, "num_tokens max_new"] | None = None,
   batch_invariant: bool = False,
   config: Config | None = None,
   interpret: plgpu.InterpretGPUParams | None = None,
@@ -108,6 +110,8 @@ def attend(
     sinks: a logit per query head that only the denominator counts, or None.
     causal: whether a query sees no position past its own; if not, it sees all
       tokens of its sequence.
+    tree_mask: which of the query tokens of its sequence a token sees, instead;
+      or None. With a window, see `tree_bits`.
     batch_invariant: whether what a sequence gets must not depend, bit for bit,
       on the others; with the default config.
     config: tile sizes; `default_config` if None.
@@ -160,24 +164,42 @@ def attend(
     logits_soft_cap=logits_soft_cap,
     has_sinks=sinks is not None,
     causal=causal,
+    has_tree=tree_mask is not None,
     interpret=interpret,
   )
   ints = [
     x.astype(jnp.int32) for x in (cu_q_lens, kv_lens, num_active, page_indices)
   ]
-  return _launch(problem, q, k_pages, v_pages, sinks, *ints)
+  tree = None
+  if tree_mask is not None:
+    rows = dict(group=group, more_rows=config.block_q)
+    tree = tree_bits.pack(tree_mask, ints[0], ints[2], sliding_window, **rows)
+  return _launch(problem, q, k_pages, v_pages, sinks, tree, *ints)
 
 
 def _launch(
-  problem: Problem, q, k_pages, v_pages, sinks, cu_q_lens, kv_lens, active, ids
+  problem: Problem,
+  q,
+  k_pages,
+  v_pages,
+  sinks,
+  tree,
+  cu_q_lens,
+  kv_lens,
+  active,
+  ids,
 ):
   """Lists the items, runs the kernel, and merges what it split."""
   sizes, config = problem.sizes, problem.config
   group = q.shape[1] // problem.num_kv_heads
-  holes = _has_holes(problem, cu_q_lens, kv_lens, ids)
+  num_earlier = cu_q_lens[1:] - cu_q_lens[:-1] - 1
+  of_tree = None if tree is None else tree.num_earlier
+  holes = _has_holes(
+    problem, num_earlier if tree is None else of_tree, kv_lens, ids
+  )
   cost = lambda *lens: problem.visit(*lens).num_visited
   plan, places = ragged_schedule.plan(
-    sizes, kv_lens, cu_q_lens, active, holes, cost
+    sizes, kv_lens, cu_q_lens, active, holes, cost, of_tree
   )
   dealt: tuple[Array, ...] = (plan.num_items,)
   if config.splits:
@@ -210,6 +232,7 @@ def _launch(
     k_pages,
     v_pages,
     *more,
+    *(() if tree is None else (tree.of_seqs, tree.of_rows)),
   )
   if config.splits:
     out, lse = ragged_output.merge(
@@ -228,14 +251,13 @@ def _pad_group(problem, x, axis):
   return jnp.pad(x, padding) if missing else x
 
 
-def _has_holes(problem, cu_q_lens, kv_lens, ids):
+def _has_holes(problem, num_earlier, kv_lens, ids):
   """Tells, 0 or 1, of which sequences a query may see an unmapped page."""
   first = jnp.arange(problem.pages_per_seq, dtype=jnp.int32)
   first = first[None] * problem.page_size
   seen = first < kv_lens[:, None]
   if problem.sliding_window is not None:
-    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
-    start = kv_lens - q_lens + 1 - problem.sliding_window
+    start = kv_lens - num_earlier - problem.sliding_window
     in_window = first + problem.page_size > start[:, None]
     seen &= in_window | (first < problem.num_sink_tokens)
   is_hole = seen & ((ids < 0) | (ids >= problem.num_pages))
@@ -246,7 +268,8 @@ def _body(problem, *refs, **smem):
   """Runs a program: its warpgroups over its items."""
   names = ("starts", "firsts") if problem.config.splits else ("num_items",)
   names += "tiles", "table", "q", "k", "v"
-  names += ("sinks",) * problem.has_sinks + ("out", "lse")
+  names += ("sinks",) * problem.has_sinks
+  names += ("tree_of_seqs", "tree") * problem.has_tree + ("out", "lse")
   names += ("acc", "m", "l") * problem.config.splits
   gmem = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
   smem = types.SimpleNamespace(**smem)
@@ -280,7 +303,7 @@ def _for_each_item(problem, gmem, smem, step):
   num_kv_heads = problem.num_kv_heads
 
   def visited(tile):
-    return problem.visit(tile.kv_len, tile.num_earlier)
+    return problem.visit(tile.kv_len, tile.num_earlier, tile.num_new)
 
   def take(nth, tile, head, num_before):
     tiles = visited(tile)
