@@ -19,7 +19,8 @@ them. A program has a warpgroup for memory and others that compute:
 A tile of K is `block_kv` consecutive positions, copied in chunks that never
 straddle a page: `chunk = gcd(page_size, block_kv)`. Which tiles are visited is
 as in decode (`kv_tiles`); most of them are seen whole by every row, and need no
-mask.
+mask. Where a mask tells what is seen of the query tokens, these are the tiles
+before the first of them (`tree_bits`).
 
 A key counts if its page is mapped and the query sees its position. Scores of
 other keys are selected away, and rows of V that no query of the item sees are
@@ -192,11 +193,11 @@ def _launch(
   """Lists the items, runs the kernel, and merges what it split."""
   sizes, config = problem.sizes, problem.config
   group = q.shape[1] // problem.num_kv_heads
-  num_earlier = cu_q_lens[1:] - cu_q_lens[:-1] - 1
   of_tree = None if tree is None else tree.num_earlier
-  holes = _has_holes(
-    problem, num_earlier if tree is None else of_tree, kv_lens, ids
-  )
+  num_earlier = cu_q_lens[1:] - cu_q_lens[:-1] - 1
+  if of_tree is not None:
+    num_earlier = of_tree
+  holes = _has_holes(problem, num_earlier, kv_lens, ids)
   cost = lambda *lens: problem.visit(*lens).num_visited
   plan, places = ragged_schedule.plan(
     sizes, kv_lens, cu_q_lens, active, holes, cost, of_tree

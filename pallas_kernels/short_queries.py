@@ -3,6 +3,7 @@
 Speculative decoding verifies some draft tokens of each sequence at once. Their
 queries are more columns of the kernel's tiles, so that K and V are still read
 only once: column `t * group + g` is query head g of token t of the sequence.
+What a token of a tree sees of the others is a word of bits (`tree_bits`).
 """
 
 import functools
@@ -61,7 +62,7 @@ def attend(
     max_q_len: most query tokens of a sequence; the rest is not attended.
     sinks: see `paged_decode`.
     causal: whether a query sees no position past its own; if not, it sees all
-      tokens of its sequence.
+      tokens of its sequence, and there is no window.
     tree_mask: which of the query tokens of its sequence a token sees, of the
       first `max_q_len`, instead; or None.
     sliding_window: see `paged_decode`; with a mask, see `tree_bits`.

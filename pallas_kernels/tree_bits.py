@@ -18,8 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels import decode_config
+
 _WORD = 32  # bits
-_FEW = 8  # bits of new tokens of a word that has `before` above them
+_FEW = decode_config.MAX_Q_LEN  # bits of a word that has `before` above them
 
 
 class Many(NamedTuple):
