@@ -68,9 +68,9 @@ def ragged_paged_attention(
   k_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None,
   v_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None,
   sinks: Float[Array, " num_q_heads"] | None,
-  tree_mask: Bool[Array, "num_tokens max_new"] | None,
+  tree_mask: Bool[Array, "num_tokens max_new"] | None = None,
   *,
-  causal: bool,
+  causal: bool = True,
   **options,
 ) -> tuple[Array, Array]:
   """Returns output and LSE; see `paged_jax.ragged_paged_attention`."""

@@ -8,6 +8,7 @@ only the tiles of the sink tokens and those of the window are visited:
 """
 
 import dataclasses
+from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
@@ -28,8 +29,7 @@ class Tiles:
   num_visited: Array
   gap_start: Array  # first tile that is not visited
   gap: Array  # tiles that are not visited
-  # Last tokens, of which a mask tells what is seen; None without one.
-  num_new: Array | None = None
+  num_new: Any = None  # last tokens, of which a mask tells what is seen, if any
 
   def base(self, i):
     """Returns the first position of the i-th visited tile."""
