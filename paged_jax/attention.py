@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int, Real
+from jaxtyping import Array, Bool, Float, Float32, Int, Real
 
 from paged_jax import attention_checks, attention_xla, devices
-from paged_jax.attention_options import ArrayOptions, Options
+from paged_jax.attention_options import ArrayOptions, Options, check_tree_mask
 from pallas_kernels import (
   decode_config,
   paged_decode,
@@ -133,6 +133,8 @@ def ragged_paged_attention(
   num_active: Int[Array, ""] | int,
   *,
   max_q_len: int | None = None,
+  causal: bool = True,
+  tree_mask: Bool[Array, "num_tokens max_new"] | None = None,
   k_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None = None,
   v_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None = None,
   scale: float | None = None,
@@ -145,12 +147,13 @@ def ragged_paged_attention(
   return_lse: bool = False,
   implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
-  """Attends causally with any number of query tokens per sequence.
+  """Attends with any number of query tokens per sequence.
 
   Queries of all sequences lie one after the other on the token axis: those of
   sequence `s` are `cu_q_lens[s] : cu_q_lens[s + 1]`. They are its last tokens:
-  query `i` of `q_len` sees its first `kv_len - q_len + i + 1` keys. Prefill,
-  chunks on top of a context, decode, and a mixture are the same call.
+  query `i` of `q_len` sees its first `kv_len - q_len + i + 1` keys, unless
+  `causal` or `tree_mask` says otherwise. Prefill, chunks on top of a context,
+  decode, verification, and a mixture are the same call.
 
   Args:
     q: [num_tokens, num_q_heads, head_dim].
@@ -165,15 +168,28 @@ def ragged_paged_attention(
       kernel of decode takes them, as for the verification of speculative
       tokens. It is not checked: what a sequence has beyond it may be left at 0
       and -inf.
+    causal: Whether a query sees no key past its own; if not, it sees all keys
+      of its sequence.
+    tree_mask: bool[num_tokens, max_new], to verify a tree of speculative
+      tokens: `tree_mask[t, j]` says whether token `t` sees the j-th query token
+      of its sequence, whose key is at `kv_len - q_len + j`. It sees all keys
+      before these. The mask alone decides: no order, no causality and no token
+      that sees itself is assumed. Columns from `q_len` on are ignored; query
+      tokens past the last column are not seen. What a sequence has beyond
+      `max_q_len` may not be seen either.
     k_scales: See `paged_attention`, as for the other options.
     v_scales: See `paged_attention`.
     scale: See `paged_attention`.
-    sliding_window: See `paged_attention`.
+    sliding_window: See `paged_attention`; `causal` must be True. With a
+      `tree_mask`, a token stands where its path does: `pos` is
+      `kv_len - q_len` plus the number of query tokens that it sees, minus 1,
+      and the window bounds the keys before `kv_len - q_len` only.
     num_sink_tokens: See `paged_attention`.
     logits_soft_cap: See `paged_attention`.
     batch_invariant: See `paged_attention`.
     sinks: See `paged_attention`.
-    alibi_slopes: See `paged_attention`.
+    alibi_slopes: See `paged_attention`; `tree_mask` must be None. Query `i`
+      stands at `kv_len - q_len + i` whatever `causal` says.
     return_lse: See `paged_attention`.
     implementation: See `paged_attention`.
 
@@ -193,9 +209,11 @@ def ragged_paged_attention(
     num_sink_tokens=num_sink_tokens,
     logits_soft_cap=logits_soft_cap,
     batch_invariant=batch_invariant,
+    causal=causal,
   )
   arrays = ArrayOptions(k_scales, v_scales, sinks, alibi_slopes)
   arrays.check(q, k_pages)
+  check_tree_mask(tree_mask, q, arrays, options)
   active = num_active
   if isinstance(active, int):
     active = np.int32(max(0, min(active, kv_lens.shape[0])))
@@ -217,6 +235,7 @@ def ragged_paged_attention(
     page_indices,
     cu_q_lens,
     jnp.reshape(active, ()),
+    tree_mask,
     arrays,
     options=options,
     max_q_len=max_q_len,
@@ -255,11 +274,12 @@ def _ragged_paged_attention(
     return xla(*args)
 
   def mosaic(*args):
-    *args, arrays = args
+    *args, tree_mask, arrays = args
+    more = dict(causal=options.causal, tree_mask=tree_mask)
     if _has_few_queries(max_q_len):
-      more = arrays._asdict() | options.named(paged_decode.OPTIONS)
+      more |= arrays._asdict() | options.named(paged_decode.OPTIONS)
       return short_queries.attend(*args, max_q_len=max_q_len, **more)
-    more = options.named(ragged_attention.OPTIONS)
+    more |= options.named(ragged_attention.OPTIONS)
     return ragged_attention.attend(*args, sinks=arrays.sinks, **more)
 
   return lax.platform_dependent(*args, cuda=mosaic, default=xla)

@@ -23,12 +23,13 @@ class Options:
   num_sink_tokens: int
   logits_soft_cap: float | None
   batch_invariant: bool
+  causal: bool = True
 
   def __post_init__(self):
-    if not isinstance(self.batch_invariant, bool):
-      raise ValueError(
-        f"batch_invariant={self.batch_invariant!r} must be True or False."
-      )
+    for name in ("batch_invariant", "causal"):
+      value = getattr(self, name)
+      if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False.")
     for name in ("scale", "logits_soft_cap"):
       value = getattr(self, name)
       is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -41,6 +42,11 @@ class Options:
       raise ValueError(f"scale={self.scale} must be finite in float32.")
     if self.sliding_window is not None:
       attention_checks.check_count("sliding_window", self.sliding_window, 1)
+      if not self.causal:
+        raise ValueError(
+          f"sliding_window={self.sliding_window} must be None with "
+          "causal=False."
+        )
     attention_checks.check_count("num_sink_tokens", self.num_sink_tokens, 0)
     # A float of NumPy would widen what it meets.
     object.__setattr__(self, "scale", float(self.scale))
@@ -78,3 +84,27 @@ class ArrayOptions(NamedTuple):
         raise ValueError(
           f"{name}.dtype={x.dtype} must be float32, bfloat16 or float16."
         )
+
+
+def check_tree_mask(
+  tree_mask: Array | None, q: Array, arrays: ArrayOptions, options: Options
+) -> None:
+  """Raises a ValueError if a mask does not fit queries and other options."""
+  if tree_mask is None:
+    return
+  if not options.causal:
+    raise ValueError("causal=False must be True with a tree_mask.")
+  if arrays.alibi_slopes is not None:
+    raise ValueError(
+      "alibi_slopes must be None with a tree_mask: where the key of a token of "
+      "a tree is stored says nothing of distances along its path."
+    )
+  attention_checks.check_arrays(tree_mask=tree_mask)
+  shape = jnp.shape(tree_mask)
+  if tree_mask.dtype != jnp.bool_:
+    raise ValueError(f"tree_mask.dtype={tree_mask.dtype} must be bool.")
+  if len(shape) != 2 or shape[0] != q.shape[0] or shape[1] < 1:
+    raise ValueError(
+      f"tree_mask.shape={shape} must be ({q.shape[0]}, max_new): num_tokens, "
+      "and at least one column."
+    )

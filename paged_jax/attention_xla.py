@@ -13,9 +13,11 @@ Masking selects, it never multiplies: what lies in unread page tails, holes and
 other sequences' pages leaves no trace, not even NaN.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Real
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from paged_jax import quantised
 from paged_jax.attention_options import ArrayOptions, Options
@@ -45,8 +47,10 @@ def paged_attention(
     page_indices,
     jnp.arange(q.shape[0], dtype=jnp.int32),
     kv_lens[:, None] - 1,
+    kv_lens[:, None],
     arrays,
     options,
+    tree=None,
     tile_tokens=_DECODE_TILE,
   )
   return out[:, 0].astype(q.dtype), lse[:, 0]
@@ -60,6 +64,7 @@ def ragged_paged_attention(
   page_indices: Int[Array, "num_seqs pages_per_seq"],
   cu_q_lens: Int[Array, " num_seqs+1"],
   num_active: Int[Array, ""],
+  tree_mask: Bool[Array, "num_tokens max_new"] | None,
   arrays: ArrayOptions,
   *,
   options: Options,
@@ -81,6 +86,12 @@ def ragged_paged_attention(
     out, lse = carry
     block = i * wave + jnp.arange(wave, dtype=jnp.int32)
     seq_ids, tokens, positions = blocks.at(block)
+    ends, tree = positions + 1, None
+    if not options.causal or tree_mask is not None:
+      ends = jnp.where(tokens < num_tokens, kv_lens[seq_ids][:, None], 0)
+    if tree_mask is not None:
+      tree = _Tree(tree_mask, tokens, blocks.context[seq_ids])
+      positions = tree.positions(blocks.q_lens[seq_ids])
     block_out, block_lse = _attend(
       q.at[tokens].get(mode="clip"),
       k_pages,
@@ -88,8 +99,10 @@ def ragged_paged_attention(
       page_indices,
       seq_ids,
       positions,
+      ends,
       arrays,
       options,
+      tree=tree,
       tile_tokens=_PREFILL_TILE,
     )
     out = out.at[tokens].set(block_out.astype(q.dtype), mode="drop")
@@ -101,16 +114,22 @@ def ragged_paged_attention(
 
 
 class _QueryBlocks:
-  """The queries of a ragged batch, cut into blocks of one sequence each."""
+  """The queries of a ragged batch, cut into blocks of one sequence each.
+
+  Attributes:
+    q_lens: i32[num_seqs], query tokens of each sequence.
+    context: i32[num_seqs], tokens before them.
+    count: i32[], blocks.
+  """
 
   def __init__(self, cu_q_lens, kv_lens, num_active, block_q):
     num_seqs = kv_lens.shape[0]
     active = jnp.arange(num_seqs, dtype=jnp.int32) < num_active
     self._block_q = block_q
     self._first_token = cu_q_lens[:-1]
-    self._q_lens = jnp.where(active, cu_q_lens[1:] - cu_q_lens[:-1], 0)
-    self._kv_lens = kv_lens
-    blocks = (self._q_lens + block_q - 1) // block_q
+    self.q_lens = jnp.where(active, cu_q_lens[1:] - cu_q_lens[:-1], 0)
+    self.context = kv_lens - self.q_lens
+    blocks = (self.q_lens + block_q - 1) // block_q
     self._ends = jnp.cumsum(blocks, dtype=jnp.int32)
     self._starts = self._ends - blocks
     self.count = self._ends[-1]
@@ -126,8 +145,8 @@ class _QueryBlocks:
     seq = jnp.where(exists, seq, 0)
     within = jnp.arange(self._block_q, dtype=jnp.int32)[None]
     offset = (block - self._starts[seq])[:, None] * self._block_q + within
-    valid = exists[:, None] & (offset < self._q_lens[seq][:, None])
-    context = (self._kv_lens - self._q_lens)[seq][:, None]
+    valid = exists[:, None] & (offset < self.q_lens[seq][:, None])
+    context = self.context[seq][:, None]
     token = self._first_token[seq][:, None] + offset
     return (
       seq,
@@ -136,16 +155,51 @@ class _QueryBlocks:
     )
 
 
+class _Tree(NamedTuple):
+  """What the queries of blocks see of the new tokens of their sequences."""
+
+  mask: Array  # bool[num_tokens, max_new]
+  tokens: Array  # i32[num_rows, block_q]
+  context: Array  # i32[num_rows], position of the first new token
+
+  def positions(self, q_lens: Array) -> Array:
+    """Returns i32[num_rows, block_q]: depths below the context."""
+    column = jnp.arange(self.mask.shape[1], dtype=jnp.int32)
+    rows = self.mask.at[self.tokens].get(mode="fill", fill_value=False)
+    rows &= (column[None] < q_lens[:, None])[:, None]
+    num_seen = rows.sum(-1, dtype=jnp.int32)
+    return self.context[:, None] + num_seen - 1
+
+  def select(self, visible: Array, key: Array, ends: Array) -> Array:
+    """Returns what is visible, where new tokens are as the mask says.
+
+    Args:
+      visible: bool[num_rows, block_q, pages_per_tile, page_size].
+      key: i32[num_rows, pages_per_tile, page_size], positions.
+      ends: i32[num_rows, block_q], see `_attend`.
+    """
+    nth = key - self.context[:, None, None]
+    # Never negative: that would count from the end.
+    column = jnp.where(nth >= 0, nth, self.mask.shape[1])
+    sees = self.mask.at[self.tokens[:, :, None, None], column[:, None]].get(
+      mode="fill", fill_value=False
+    )
+    sees &= key[:, None] < ends[:, :, None, None]
+    return jnp.where((nth >= 0)[:, None], sees, visible)
+
+
 def _attend(
   q,  # [num_rows, block_q, num_q_heads, head_dim]
   k_pages,
   v_pages,
   page_indices,
   seq_ids,  # i32[num_rows], row of page_indices
-  positions,  # i32[num_rows, block_q]; a query below 0 sees nothing
+  positions,  # i32[num_rows, block_q], to which a window belongs
+  ends,  # i32[num_rows, block_q]; a query sees no key from there on
   arrays: ArrayOptions,
   options: Options,
   *,
+  tree: _Tree | None,
   tile_tokens: int,
 ):
   """Returns f32 output [rows, block_q, heads, head_dim] and LSE."""
@@ -156,6 +210,8 @@ def _attend(
   pages_per_tile = min(pages_per_tile, page_indices.shape[1])
   tiles = _Tiles(
     positions,
+    ends,
+    None if tree is None else tree.context,
     pages_per_tile * page_size,
     -(-page_indices.shape[1] // pages_per_tile),
     options,
@@ -181,9 +237,15 @@ def _attend(
     key = column[:, :, None] * page_size
     key += jnp.arange(page_size, dtype=jnp.int32)[None, None]
     mapped = (page >= 0) & (page < num_pages)
-    visible = mapped[:, None, :, None] & _visible(
-      positions[:, :, None, None], key[:, None], options
+    visible = _visible(
+      positions[:, :, None, None],
+      ends[:, :, None, None],
+      key[:, None],
+      options,
     )  # [num_rows, block_q, pages_per_tile, page_size]
+    if tree is not None:
+      visible = tree.select(visible, key, ends)
+    visible &= mapped[:, None, :, None]
     # 0 * NaN is NaN: V that no query of the block sees is selected away.
     seen = visible.any(1)[:, :, None]
     page = jnp.where(mapped, page, 0)
@@ -245,9 +307,9 @@ def _by_key(scales, page, seen):
   return scales.swapaxes(1, 2)[:, :, None, None]
 
 
-def _visible(pos, key, options):
-  """Whether a query at `pos` sees the key at position `key`."""
-  visible = key <= pos
+def _visible(pos, end, key, options):
+  """Whether a query at `pos` sees the key at position `key`, before `end`."""
+  visible = key < end
   if (window := options.sliding_window) is not None:
     visible &= (key > pos - window) | (key < options.num_sink_tokens)
   return visible
@@ -261,17 +323,20 @@ class _Tiles:
       last tile see no key.
   """
 
-  def __init__(self, positions, tile, num_tiles, options):
-    last = positions.max(1)
+  def __init__(self, positions, ends, context, tile, num_tiles, options):
+    last = jnp.maximum(ends.max(1), 0) - 1
     # Exclusive; 0 for a row that sees nothing; no more than the table has.
-    end = jnp.minimum(jnp.maximum(last, -1) // tile + 1, num_tiles)
+    end = jnp.minimum(last // tile + 1, num_tiles)
     if (window := options.sliding_window) is None:
       self._num_sink_tiles = 0
       self._first = jnp.zeros_like(end)
     else:
       self._num_sink_tiles = (options.num_sink_tokens + tile - 1) // tile
-      earliest = jnp.where(positions < 0, last[:, None], positions).min(1)
-      first = jnp.maximum(earliest - (window - 1), 0) // tile
+      earliest = jnp.where(ends <= 0, last[:, None], positions).min(1)
+      first = earliest - (window - 1)
+      if context is not None:  # windows do not bound new tokens
+        first = jnp.minimum(first, context)
+      first = jnp.maximum(first, 0) // tile
       self._first = jnp.maximum(first, self._num_sink_tiles)
     sink_tiles = jnp.minimum(end, self._num_sink_tiles)
     count = sink_tiles + jnp.maximum(end - self._first, 0)

@@ -40,8 +40,10 @@ def visited(problem, gmem, piece):
   There are none in a sequence without tokens, whatever the schedule says.
   """
   lens = [gmem.lens[piece.seq]]
-  if problem.max_q_len > 1:
+  if problem.has_q_lens:
     lens.append(gmem.q_lens[piece.seq])
+  if problem.has_tree:
+    lens.append(gmem.tree_of_seqs[piece.seq])
   tiles = problem.visit(*lens)
   return tiles, jnp.where(tiles.num_visited > 0, piece.num_tiles, 0)
 

@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import kv_tiles, partials, schedule
+from pallas_kernels import kv_tiles, partials, schedule, tree_bits
 from pallas_kernels.decode_config import (
   SMEM_LIMIT,
   Config,
@@ -42,6 +42,8 @@ class Problem:
   logits_soft_cap: float | None
   has_sinks: bool
   has_alibi: bool
+  causal: bool
+  has_tree: bool
   batch_invariant: bool
   interpret: plgpu.InterpretGPUParams | None
 
@@ -94,6 +96,11 @@ class Problem:
     return self.group * self.max_q_len
 
   @property
+  def has_q_lens(self) -> bool:
+    """Whether sequences differ in their query tokens."""
+    return self.max_q_len > 1 or self.has_tree
+
+  @property
   def num_queries(self) -> int:
     """The same, padded: columns of a tile."""
     return padded_queries(self.num_rows)
@@ -107,15 +114,24 @@ class Problem:
     """
     return self.head_dim % 64 != 0
 
-  def visit(self, kv_len, q_len=None) -> kv_tiles.Tiles:
-    """Returns the tiles that sequences of these lengths visit."""
+  def visit(self, kv_len, q_len=None, tree=None) -> kv_tiles.Tiles:
+    """Returns the tiles that sequences visit.
+
+    Args:
+      kv_len: tokens stored.
+      q_len: query tokens, if there is not one everywhere.
+      tree: words of `tree_bits.Few`, if there is a mask.
+    """
     num_earlier = jnp.zeros_like(kv_len)
     if q_len is not None:
       num_earlier = jnp.maximum(q_len - 1, 0)
       kv_len = jnp.where(q_len > 0, kv_len, 0)
+    if tree is not None:
+      num_earlier = tree_bits.before(tree)
     return kv_tiles.visit(
       kv_len,
       num_earlier,
+      None if tree is None else q_len,
       capacity=self.pages_per_seq * self.page_size,
       block_kv=self.config.block_kv,
       sliding_window=self.sliding_window,

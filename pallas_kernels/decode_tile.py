@@ -17,7 +17,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import kv_ring, online_softmax
+from pallas_kernels import kv_ring, online_softmax, tree_bits
 from pallas_kernels.decode_problem import Problem
 from pallas_kernels.kv_tiles import Tiles
 
@@ -35,6 +35,7 @@ class Tile:
   smem: Any  # what `scratch` asks for
   tiles: Tiles  # of the sequence
   slopes: Any  # of ALiBi, of the queries, or None
+  tree: tree_bits.Few | None  # of the sequence, and of the columns
   nth: Any  # of the program
   base: Any  # first position
   mapped: Any  # a bit per chunk
@@ -68,6 +69,7 @@ def fold(
   smem,
   tiles: Tiles,
   slopes,
+  tree: tree_bits.Few | None,
   nth,
   base,
   ids,
@@ -81,6 +83,7 @@ def fold(
     smem: what `scratch` asks for.
     tiles: of the sequence.
     slopes: of ALiBi, in base 2, for each query, or None.
+    tree: words of the columns and of the sequence, or None.
     nth: number of the tile, of the program's.
     base: its first position.
     ids: the page of each chunk.
@@ -88,7 +91,7 @@ def fold(
     state: the softmax over the keys before.
   """
   mapped = kv_ring.mapped_chunks(problem, ids)
-  tile = Tile(problem, smem, tiles, slopes, nth, base, mapped)
+  tile = Tile(problem, smem, tiles, slopes, tree, nth, base, mapped)
   s, is_seen = _scores(tile)
   weighted = taint = None
   if problem.is_quantised:
@@ -135,7 +138,7 @@ def _scores(tile):
     tile.wait(kv_ring.K)
   k_smem, q_smem = tile.operand(kv_ring.K), tile.smem.q_smem
   s = online_softmax.matmul(k_smem, q_smem.T, meanwhile)
-  is_seen = tile.seen(s.shape, functools.partial(_sees, problem, tile.tiles))
+  is_seen = tile.seen(s.shape, functools.partial(_sees, tile))
   if problem.is_quantised:
     s *= online_softmax.down(tile.scales(kv_ring.K), s.shape)
   tile.give_back(kv_ring.K)
@@ -173,7 +176,7 @@ def _zero_unseen_rows(tile):
     for start, size in online_softmax.row_blocks(problem.head_dim):
       for column in range(start, start + size, _COLUMNS):
         v = v_smem.at[:, pl.ds(column, _COLUMNS)]
-        keep = tile.seen(v.shape, tile.tiles.are_seen)
+        keep = tile.seen(v.shape, functools.partial(_are_seen, tile))
         v[...] = jnp.where(keep, v[...], 0.0)
 
 
@@ -191,16 +194,36 @@ def _iota(shape, axis):
   )
 
 
-def _sees(problem, tiles, positions):
+def _sees(tile, positions):
   """Tells which of the positions, down the rows, each query sees."""
-  if problem.max_q_len == 1:
+  problem, tiles, shape = tile.problem, tile.tiles, positions.shape
+  if not problem.has_q_lens:
     return tiles.sees(positions)
-  before = _before(problem, tiles, positions.shape)
   # The columns past the sequence's query tokens see nothing.
-  return tiles.sees(positions, before) & (before >= 0)
+  if tile.tree is not None:
+    words = online_softmax.across(tile.tree.of_queries, shape)
+    sees_new = tree_bits.has(words, tiles.nth_new(positions))
+    sees = tiles.sees(positions, tree_bits.before(words), sees_new)
+    return sees & (_token(problem, shape) < tiles.num_new)
+  before = _before(problem, tiles, shape)
+  sees = tiles.sees(positions, before if problem.causal else 0)
+  return sees & (before >= 0)
 
 
 def _before(problem, tiles, shape):
   """Returns how many tokens before the last each query is, below 0 for none."""
-  token = lax.div(_iota(shape, 1), jnp.int32(problem.group))
-  return tiles.num_earlier - token
+  return tiles.num_earlier - _token(problem, shape)
+
+
+def _token(problem, shape):
+  """Returns which query token of its sequence each column belongs to."""
+  return lax.div(_iota(shape, 1), jnp.int32(problem.group))
+
+
+def _are_seen(tile, positions):
+  """Tells which of the positions, down the rows, some query sees."""
+  if tile.tree is None:
+    return tile.tiles.are_seen(positions)
+  word = lax.broadcast_in_dim(tile.tree.of_seqs, positions.shape, [])
+  sees_new = tree_bits.has(word, tile.tiles.nth_new(positions))
+  return tile.tiles.are_seen(positions, sees_new)

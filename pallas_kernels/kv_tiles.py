@@ -8,6 +8,7 @@ only the tiles of the sink tokens and those of the window are visited:
 """
 
 import dataclasses
+from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
@@ -28,32 +29,53 @@ class Tiles:
   num_visited: Array
   gap_start: Array  # first tile that is not visited
   gap: Array  # tiles that are not visited
+  num_new: Any = None  # last tokens, of which a mask tells what is seen, if any
 
   def base(self, i):
     """Returns the first position of the i-th visited tile."""
     return jnp.where(i < self.gap_start, i, i + self.gap) * self.block_kv
 
-  def sees(self, positions, before=0):
-    """Tells which positions a query sees, `before` tokens before the last."""
-    sees = positions < jnp.minimum(self.kv_end, self.kv_len - before)
-    if self.sliding_window is None:
-      return sees
-    in_window = positions >= self.kv_len - before - self.sliding_window
-    return sees & (in_window | (positions < self.num_sink_tokens))
+  def nth_new(self, positions):
+    """Returns which of the new tokens are at positions, negative for others."""
+    return positions - (self.kv_len - self.num_new)
 
-  def are_seen(self, positions):
-    """Tells which positions some query sees."""
+  def sees(self, positions, before=0, sees_new=None):
+    """Tells which positions a query sees, `before` tokens before the last.
+
+    Args:
+      positions: of keys.
+      before: of a query.
+      sees_new: with a mask, whether the query sees the new tokens there.
+    """
+    end = self.kv_end
+    if sees_new is None:
+      end = jnp.minimum(end, self.kv_len - before)
+    return self._select(positions, positions < end, before, sees_new)
+
+  def are_seen(self, positions, sees_new=None):
+    """Tells which positions some query sees; see `sees`."""
     seen = positions < self.kv_end
-    if self.sliding_window is None:
-      return seen
-    first = self.kv_len - self.num_earlier - self.sliding_window
-    in_window = positions >= first
-    return seen & (in_window | (positions < self.num_sink_tokens))
+    return self._select(positions, seen, self.num_earlier, sees_new)
+
+  def _select(self, positions, seen, before, sees_new):
+    """Leaves of what is `seen` what the window and the mask leave."""
+    in_window = None
+    if self.sliding_window is not None:
+      first = self.kv_len - before - self.sliding_window
+      in_window = (positions >= first) | (positions < self.num_sink_tokens)
+    if sees_new is not None:
+      is_context = self.nth_new(positions) < 0
+      if in_window is None:
+        in_window = is_context | sees_new
+      else:
+        in_window = jnp.where(is_context, in_window, sees_new)
+    return seen if in_window is None else seen & in_window
 
   def sees_all(self, base):
     """Tells whether every query sees every position of the tile at base."""
     end = base + self.block_kv
-    sees = end <= jnp.minimum(self.kv_end, self.kv_len - self.num_earlier)
+    last = self.num_earlier if self.num_new is None else self.num_new
+    sees = end <= jnp.minimum(self.kv_end, self.kv_len - last)
     if self.sliding_window is None:
       return sees
     in_window = base >= self.kv_len - self.sliding_window
@@ -63,6 +85,7 @@ class Tiles:
 def visit(
   kv_len: Array,
   num_earlier: Array,
+  num_new: Array | None = None,
   *,
   capacity: int,
   block_kv: int,
@@ -73,7 +96,9 @@ def visit(
 
   Args:
     kv_len: i32, of any shape: tokens of a sequence; its queries are the last.
-    num_earlier: queries before the last one, of the same shape.
+    num_earlier: queries before the last one, of the same shape; or with a mask,
+      see `tree_bits`.
+    num_new: last tokens, of which a mask tells what is seen, or None.
     capacity: positions that the page table has room for, and most tokens.
     block_kv: positions of a tile.
     sliding_window: positions that the query sees, or None.
@@ -97,4 +122,5 @@ def visit(
     num_visited=num_tiles - gap,
     gap_start=gap_start,
     gap=gap,
+    num_new=num_new,
   )

@@ -48,6 +48,7 @@ from pallas_kernels import (
   online_softmax,
   partials,
   schedule,
+  tree_bits,
 )
 from pallas_kernels.decode_config import (
   REDUCTION_BYTES,
@@ -170,6 +171,8 @@ def attend(
   scales: tuple[Array | None, Array | None],
   config: Config | None,
   max_q_len: int = 1,
+  causal: bool = True,
+  tree: tree_bits.Few | None = None,
   batch_invariant: bool = False,
   **options,
 ) -> tuple[
@@ -182,7 +185,7 @@ def attend(
     q: the queries of an item: `max_q_len` tokens of each query head of its KV
       head, token by token.
     q_lens: query tokens of each sequence, its last ones, at most `max_q_len`;
-      None where all have one.
+      None where all have one, and there is no tree.
     k_pages: see `paged_decode`.
     v_pages: see `paged_decode`.
     kv_lens: see `paged_decode`.
@@ -192,6 +195,8 @@ def attend(
     scales: of keys and of values; see `paged_decode`.
     config: see `paged_decode`.
     max_q_len: most query tokens of a sequence.
+    causal: whether a query sees no position past its own.
+    tree: what of the query tokens is seen instead, or None.
     batch_invariant: see `paged_decode`.
     options: the other options of `paged_decode`.
 
@@ -210,13 +215,14 @@ def attend(
     choose = default_rule if batch_invariant else default_config
     shape = num_seqs * num_kv_heads, num_queries, head_dim
     config = choose(*shape, k_pages.dtype)
+  group = num_queries // max_q_len
   problem = Problem(
     config=config,
     dtype=q.dtype,
     kv_dtype=k_pages.dtype,
     num_seqs=num_seqs,
     num_kv_heads=num_kv_heads,
-    group=num_queries // max_q_len,
+    group=group,
     max_q_len=max_q_len,
     head_dim=head_dim,
     num_pages=k_pages.shape[0],
@@ -224,6 +230,8 @@ def attend(
     pages_per_seq=page_indices.shape[1],
     has_sinks=sinks is not None,
     has_alibi=alibi_slopes is not None,
+    causal=causal,
+    has_tree=tree is not None,
     batch_invariant=batch_invariant,
     **options,
   )
@@ -234,8 +242,13 @@ def attend(
     sinks = _by_query(problem, sinks)
   lens = kv_lens, page_indices, *(() if q_lens is None else (q_lens,))
   lens = [x.astype(jnp.int32) for x in lens]
+  columns = ()
+  if tree is not None:
+    lens.append(tree.of_seqs)
+    columns = (problem.pad_queries(jnp.repeat(tree.of_queries, group, axis=1)),)
   pages = k_pages, v_pages, *(x for x in scales if x is not None)
-  out, lse = _launch(problem, q, pages, sinks, alibi_slopes, *lens)
+  per_head = sinks, alibi_slopes
+  out, lse = _launch(problem, q, pages, per_head, columns, *lens)
   return out, lse[..., :num_queries]
 
 
@@ -260,7 +273,7 @@ def _check_pages(k_pages, v_pages, k_scales, v_scales):
 
 
 def _launch(
-  problem: Problem, q, pages, sinks, alibi_slopes, kv_lens, table, *q_lens
+  problem: Problem, q, pages, per_head, tree, kv_lens, table, *q_lens
 ):
   """Runs the kernel, and merges what it split."""
   config, num_queries = problem.config, problem.num_queries
@@ -300,7 +313,7 @@ def _launch(
     kernel_name="paged_decode",
   )
   q = _rows_of_queries(problem, q)
-  more = *q_lens, *(x for x in (sinks, alibi_slopes) if x is not None)
+  more = *q_lens, *tree, *(x for x in per_head if x is not None)
   out, lse, *parts = kernel(*plan, table, kv_lens, q, *pages, *more)
   if fixed_splits and problem.max_splits == 1:
     return out, lse
@@ -309,7 +322,7 @@ def _launch(
   return partials.merge(
     plan,
     partials.Partials(*parts),
-    sinks,
+    per_head[0],
     out,
     lse,
     fixed_splits=fixed_splits,
@@ -345,7 +358,8 @@ def _body(problem, *refs, **smem):
   """Runs a program: two warpgroups over its share of the tiles."""
   names = "starts", "firsts", "table", "lens", "q", "k", "v"
   names += ("k_scales", "v_scales") * problem.is_quantised
-  names += ("q_lens",) * (problem.max_q_len > 1)
+  names += ("q_lens",) * problem.has_q_lens
+  names += ("tree_of_seqs", "tree") * problem.has_tree
   names += ("sinks",) * problem.has_sinks
   names += ("alibi_slopes",) * problem.has_alibi
   names += "out", "lse", "acc", "m", "l"
@@ -393,14 +407,17 @@ def _attend_piece(problem, gmem, smem, piece, num_before):
     def _():
       kv_ring.wait(problem, smem, kv_ring.K, num_before)
 
-  slopes = None
+  slopes = tree = None
   if problem.has_alibi:
     slopes = partials.load_queries(gmem.alibi_slopes.at[piece.head])
+  if problem.has_tree:
+    words = partials.load_queries(gmem.tree.at[piece.seq])
+    tree = tree_bits.Few(words, gmem.tree_of_seqs[piece.seq])
 
   def fold(i, base, ids, state):
     nth, is_last = num_before + i, i == num_tiles - 1
     at = nth, base, ids, is_last
-    return decode_tile.fold(problem, smem, tiles, slopes, *at, state)
+    return decode_tile.fold(problem, smem, tiles, slopes, tree, *at, state)
 
   state = online_softmax.init(
     problem.head_dim, problem.config.block_kv, problem.num_queries

@@ -20,7 +20,8 @@ them. A program has a warpgroup for memory and others that compute:
 A tile of K is `block_kv` consecutive positions, copied in chunks that never
 straddle a page: `chunk = gcd(page_size, block_kv)`. Which tiles are visited is
 as in decode (`kv_tiles`); most of them are seen whole by every row, and need no
-mask.
+mask. Where a mask tells what is seen of the query tokens, these are the tiles
+before the first of them (`tree_bits`).
 
 A key counts if its page is mapped and the query sees its position. Scores of
 other keys are selected away, and rows of V that no query of the item sees are
@@ -36,7 +37,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import (
   online_softmax,
@@ -47,6 +48,7 @@ from pallas_kernels import (
   ragged_output,
   ragged_schedule,
   schedule,
+  tree_bits,
 )
 from pallas_kernels.ragged_config import Config, default_config
 from pallas_kernels.ragged_problem import (
@@ -83,6 +85,7 @@ def attend(
   logits_soft_cap: float | None,
   sinks: Float[Array, " num_q_heads"] | None,
   causal: bool = True,
+  tree_mask: Bool[Array, "num_tokens max_new"] | None = None,
   batch_invariant: bool = False,
   config: Config | None = None,
   interpret: plgpu.InterpretGPUParams | None = None,
@@ -109,6 +112,8 @@ def attend(
     sinks: a logit per query head that only the denominator counts, or None.
     causal: whether a query sees no position past its own; if not, it sees all
       tokens of its sequence.
+    tree_mask: which of the query tokens of its sequence a token sees, instead;
+      or None. With a window, see `tree_bits`.
     batch_invariant: whether what a sequence gets must not depend, bit for bit,
       on the others; with the default config.
     config: tile sizes; `default_config` if None.
@@ -161,24 +166,42 @@ def attend(
     logits_soft_cap=logits_soft_cap,
     has_sinks=sinks is not None,
     causal=causal,
+    has_tree=tree_mask is not None,
     interpret=interpret,
   )
   ints = [
     x.astype(jnp.int32) for x in (cu_q_lens, kv_lens, num_active, page_indices)
   ]
-  return _launch(problem, q, k_pages, v_pages, sinks, *ints)
+  tree = None
+  if tree_mask is not None:
+    rows = dict(group=group, more_rows=config.block_q)
+    tree = tree_bits.pack(tree_mask, ints[0], ints[2], sliding_window, **rows)
+  return _launch(problem, q, k_pages, v_pages, sinks, tree, *ints)
 
 
 def _launch(
-  problem: Problem, q, k_pages, v_pages, sinks, cu_q_lens, kv_lens, active, ids
+  problem: Problem,
+  q,
+  k_pages,
+  v_pages,
+  sinks,
+  tree,
+  cu_q_lens,
+  kv_lens,
+  active,
+  ids,
 ):
   """Lists the items, runs the kernel, and merges what it split."""
   sizes, config = problem.sizes, problem.config
   group = q.shape[1] // problem.num_kv_heads
-  holes = _has_holes(problem, cu_q_lens, kv_lens, ids)
+  of_tree = None if tree is None else tree.num_earlier
+  num_earlier = cu_q_lens[1:] - cu_q_lens[:-1] - 1
+  if of_tree is not None:
+    num_earlier = of_tree
+  holes = _has_holes(problem, num_earlier, kv_lens, ids)
   cost = lambda *lens: problem.visit(*lens).num_visited
   plan, places = ragged_schedule.plan(
-    sizes, kv_lens, cu_q_lens, active, holes, cost
+    sizes, kv_lens, cu_q_lens, active, holes, cost, of_tree
   )
   dealt: tuple[Array, ...] = (plan.num_items,)
   if config.splits:
@@ -211,6 +234,7 @@ def _launch(
     k_pages,
     v_pages,
     *more,
+    *(() if tree is None else (tree.of_seqs, tree.of_rows)),
   )
   if config.splits:
     out, lse = ragged_output.merge(
@@ -229,14 +253,13 @@ def _pad_group(problem, x, axis):
   return jnp.pad(x, padding) if missing else x
 
 
-def _has_holes(problem, cu_q_lens, kv_lens, ids):
+def _has_holes(problem, num_earlier, kv_lens, ids):
   """Tells, 0 or 1, of which sequences a query may see an unmapped page."""
   first = jnp.arange(problem.pages_per_seq, dtype=jnp.int32)
   first = first[None] * problem.page_size
   seen = first < kv_lens[:, None]
   if problem.sliding_window is not None:
-    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
-    start = kv_lens - q_lens + 1 - problem.sliding_window
+    start = kv_lens - num_earlier - problem.sliding_window
     in_window = first + problem.page_size > start[:, None]
     seen &= in_window | (first < problem.num_sink_tokens)
   is_hole = seen & ((ids < 0) | (ids >= problem.num_pages))
@@ -247,7 +270,8 @@ def _body(problem, *refs, **smem):
   """Runs a program: its warpgroups over its items."""
   names = ("starts", "firsts") if problem.config.splits else ("num_items",)
   names += "tiles", "table", "q", "k", "v"
-  names += ("sinks",) * problem.has_sinks + ("out", "lse")
+  names += ("sinks",) * problem.has_sinks
+  names += ("tree_of_seqs", "tree") * problem.has_tree + ("out", "lse")
   names += ("acc", "m", "l") * problem.config.splits
   gmem = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
   smem = types.SimpleNamespace(**smem)
@@ -281,7 +305,7 @@ def _for_each_item(problem, gmem, smem, step):
   num_kv_heads = problem.num_kv_heads
 
   def visited(tile):
-    return problem.visit(tile.kv_len, tile.num_earlier)
+    return problem.visit(tile.kv_len, tile.num_earlier, tile.num_new)
 
   def take(nth, tile, head, num_before):
     tiles = visited(tile)

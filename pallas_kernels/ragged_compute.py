@@ -13,7 +13,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import ragged_output, ragged_softmax
+from pallas_kernels import ragged_output, ragged_softmax, tree_bits
 from pallas_kernels.ragged_config import ROWS
 from pallas_kernels.ragged_load import page_ids
 from pallas_kernels.ragged_problem import Problem
@@ -163,14 +163,45 @@ def _iota(shape, axis):
 def _mask_scores(work, base, s):
   """Returns the scores, -inf where the key of a column is not seen."""
   column = _iota(s.shape, 1)
-  before = 0
-  if work.problem.causal:
+  before, sees_new = 0, None
+  if work.problem.has_tree:
+    before, sees_new = _tree_of_rows(work, base, column)
+  elif work.problem.causal:
     first_row = lax.axis_index("warpgroup") * ROWS
     token = (_iota(s.shape, 0) + first_row) >> _log2(work.problem.group)
     before = work.item.tile.num_earlier - token
-  sees = work.tiles.sees(base + column, before)
+  sees = work.tiles.sees(base + column, before, sees_new)
   sees &= _are_mapped(work, base, column)
   return jnp.where(sees, s, -jnp.inf)
+
+
+def _tree_of_rows(work, base, column):
+  """Returns what `kv_tiles.Tiles.sees` asks for, from a mask."""
+  problem, tree = work.problem, work.gmem.tree
+  row = work.item.tile.token * problem.group
+  rows = pl.ds(row + lax.axis_index("warpgroup") * ROWS, ROWS)
+  load = lambda i: plgpu.load(
+    tree.at[i, rows], layout=ragged_softmax.QUERIES, optimized=False
+  )
+  last, first = tree.shape[0] - 1, work.tiles.nth_new(base)
+  words = tree_bits.aligned(load, last, first, problem.config.block_kv)
+  before = 0
+  if problem.sliding_window is not None:
+    before = ragged_softmax.across(load(last), column.shape)
+  return before, tree_bits.spread(words, column, [0])
+
+
+def _tree_of_seq(work, base, rows):
+  """Tells which new tokens some query sees; the others are of any value."""
+  words_gmem, seq = work.gmem.tree_of_seqs, work.item.tile.seq
+  load = lambda i: words_gmem[seq, i]
+  words = tree_bits.aligned(
+    load,
+    words_gmem.shape[1],
+    work.tiles.nth_new(base),
+    work.problem.config.block_kv,
+  )
+  return tree_bits.spread(words, rows, [])
 
 
 def _are_mapped(work, base, positions):
@@ -192,6 +223,8 @@ def _await_values(work, i):
   slot, wg = work.slot(i), lax.axis_index("warpgroup")
   end = base + problem.config.block_kv
   is_clean = (end <= tiles.kv_end) & (work.item.tile.has_holes == 0)
+  if problem.has_tree:
+    is_clean &= end <= tiles.kv_len - tiles.num_new
   if problem.sliding_window is not None:
     first = tiles.kv_len - tiles.num_earlier - problem.sliding_window
     is_clean &= (base >= first) | (end <= problem.num_sink_tokens)
@@ -213,6 +246,8 @@ def _zero_unseen_rows(work, slot, base):
   for column in range(0, head_dim, _COLUMNS):
     v = v_smem.at[:, pl.ds(column, min(_COLUMNS, head_dim - column))]
     rows = _iota(v.shape, 0)
-    sees = work.tiles.are_seen(base + rows) & _are_mapped(work, base, rows)
+    sees_new = _tree_of_seq(work, base, rows) if work.problem.has_tree else None
+    sees = work.tiles.are_seen(base + rows, sees_new)
+    sees &= _are_mapped(work, base, rows)
     v[...] = jnp.where(sees, v[...], 0.0)
   plgpu.commit_smem()

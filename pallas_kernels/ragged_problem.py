@@ -41,6 +41,7 @@ class Problem:
   logits_soft_cap: float | None
   has_sinks: bool
   causal: bool
+  has_tree: bool
   interpret: plgpu.InterpretGPUParams | None
 
   def __post_init__(self):
@@ -118,11 +119,12 @@ class Problem:
       return qk
     return to_base_2(qk, self.scale, self.logits_soft_cap)
 
-  def visit(self, kv_len, num_earlier) -> kv_tiles.Tiles:
+  def visit(self, kv_len, num_earlier, num_new=None) -> kv_tiles.Tiles:
     """Returns the tiles that items visit."""
     return kv_tiles.visit(
       kv_len,
       num_earlier,
+      num_new,
       capacity=self.pages_per_seq * self.page_size,
       block_kv=self.config.block_kv,
       sliding_window=self.sliding_window,

@@ -58,13 +58,14 @@ class Tile(NamedTuple):
   kv_len: jax.Array  # one past the last position that some query may see
   num_earlier: jax.Array  # positions by which the first query sees less
   has_holes: jax.Array  # 1 if the sequence has unmapped pages, or 0
+  num_new: jax.Array | None = None  # query tokens of the sequence, with a mask
 
 
 class Plan(NamedTuple):
   """The list. Tiles that do not exist are empty, and come last."""
 
   num_items: Int[Array, "1"]
-  tiles: Int[Array, "num_tiles 6"]  # the fields of `Tile`
+  tiles: Int[Array, "num_tiles fields"]  # the fields of `Tile`
   costs: Int[Array, " num_tiles"]
 
 
@@ -82,6 +83,7 @@ def plan(
   num_active: Int[Array, ""],
   has_holes: Int[Array, " num_seqs"],
   cost: Callable[[jax.Array, jax.Array], jax.Array],
+  tree_num_earlier: Int[Array, " num_seqs"] | None = None,
 ) -> tuple[Plan, Places]:
   """Lists the tiles, and says where their tokens are in the list.
 
@@ -92,6 +94,8 @@ def plan(
     num_active: sequences from this one on have no queries.
     has_holes: 1 of sequences that have unmapped pages, or 0.
     cost: from the `kv_len` and `num_earlier` of tiles to what they cost.
+    tree_num_earlier: `num_earlier` of sequences, where a mask tells what is
+      seen of their query tokens.
   """
   tile_tokens, num_seqs = sizes.tile_tokens, sizes.num_seqs
   starts = jnp.clip(cu_q_lens, 0, sizes.num_tokens)
@@ -113,8 +117,10 @@ def plan(
   exists, at = at <= num_seqs, jnp.minimum(at, num_seqs)
   first = (nth - (ends - num_tiles)[at]) * tile_tokens
   num_tokens = jnp.minimum(q_len[at] - first, tile_tokens)
-  seen, num_earlier = kv_len[at], jnp.zeros_like(num_tokens)
-  if sizes.causal:
+  seen, num_earlier, num_new = kv_len[at], jnp.zeros_like(num_tokens), None
+  if tree_num_earlier is not None:
+    num_earlier, num_new = jnp.append(tree_num_earlier, 0)[at], q_len[at]
+  elif sizes.causal:
     seen, num_earlier = seen - (q_len[at] - first - num_tokens), num_tokens - 1
   tiles = Tile(
     seq=jnp.minimum(at, num_seqs - 1),
@@ -123,10 +129,12 @@ def plan(
     kv_len=jnp.where(at < num_seqs, seen, 0),
     num_earlier=num_earlier,
     has_holes=has_holes[at],
+    num_new=num_new,
   )
   costs = jnp.where(exists, cost(tiles.kv_len, tiles.num_earlier), -1)
   rank = _rank(costs)
-  rows = jnp.stack([*tiles, costs], axis=1)
+  fields = [x for x in tiles if x is not None]
+  rows = jnp.stack([*fields, costs], axis=1)
   listed = jnp.zeros_like(rows).at[rank].set(rows, unique_indices=True)
 
   token = jnp.arange(sizes.num_tokens, dtype=jnp.int32)
@@ -149,7 +157,7 @@ def _rank(costs: Int[Array, " n"]) -> Int[Array, " n"]:
 
 def load(tiles_gmem, nth) -> Tile:
   """Loads the nth tile of the list, in a kernel."""
-  return Tile(*(tiles_gmem[nth, i] for i in range(len(Tile._fields))))
+  return Tile(*(tiles_gmem[nth, i] for i in range(tiles_gmem.shape[1])))
 
 
 def for_each_item[C](

@@ -3,6 +3,7 @@
 Speculative decoding verifies some draft tokens of each sequence at once. Their
 queries are more columns of the kernel's tiles, so that K and V are still read
 only once: column `t * group + g` is query head g of token t of the sequence.
+What a token of a tree sees of the others is a word of bits (`tree_bits`).
 """
 
 import functools
@@ -10,15 +11,16 @@ import functools
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Real
+from jaxtyping import Array, Bool, Float, Int, Real
 
-from pallas_kernels import decode_config, paged_decode
+from pallas_kernels import decode_config, paged_decode, tree_bits
 
 
 @functools.partial(
   jax.jit,
   static_argnames=(
     "max_q_len",
+    "causal",
     *paged_decode.OPTIONS,
     "config",
     "interpret",
@@ -36,6 +38,9 @@ def attend(
   max_q_len: int,
   sinks: Float[Array, " num_q_heads"] | None,
   alibi_slopes: Float[Array, " num_q_heads"] | None = None,
+  causal: bool = True,
+  tree_mask: Bool[Array, "num_tokens max_new"] | None = None,
+  sliding_window: int | None,
   k_scales: Float[Array, "num_pages num_kv_heads page_size"] | None = None,
   v_scales: Float[Array, "num_pages num_kv_heads page_size"] | None = None,
   config: decode_config.Config | None = None,
@@ -45,7 +50,7 @@ def attend(
   Float[Array, "num_tokens num_q_heads head_dim"],
   Float[Array, "num_tokens num_q_heads"],
 ]:
-  """Attends the last tokens of each sequence, causally, over pages.
+  """Attends the last tokens of each sequence over pages.
 
   Args:
     q: queries of all sequences, one sequence after the other.
@@ -57,7 +62,12 @@ def attend(
     num_active: sequences from this one on have no queries.
     max_q_len: most query tokens of a sequence; the rest is not attended.
     sinks: see `paged_decode`.
-    alibi_slopes: see `paged_decode`.
+    alibi_slopes: see `paged_decode`; none with a mask.
+    causal: whether a query sees no position past its own; if not, it sees all
+      tokens of its sequence, and there is no window.
+    tree_mask: which of the query tokens of its sequence a token sees, of the
+      first `max_q_len`, instead; or None.
+    sliding_window: see `paged_decode`; with a mask, see `tree_bits`.
     k_scales: see `paged_decode`.
     v_scales: see `paged_decode`.
     config: see `paged_decode`.
@@ -90,21 +100,28 @@ def attend(
   seq = jnp.arange(num_seqs, dtype=jnp.int32)
   all_q_lens = jnp.where(seq < num_active, cu_q_lens[1:] - cu_q_lens[:-1], 0)
   q_lens = jnp.clip(all_q_lens, 0, max_q_len)
-  # The first query tokens stay, at their positions.
-  kv_lens = jnp.where(q_lens > 0, kv_lens - (all_q_lens - q_lens), 0)
+  if causal:  # the first query tokens stay, at their positions
+    kv_lens -= all_q_lens - q_lens
+  kv_lens = jnp.where(q_lens > 0, kv_lens, 0)
   nth = jnp.arange(max_q_len, dtype=jnp.int32)
   token = jnp.clip(cu_q_lens[:-1, None] + nth[None], 0, num_tokens - 1)
   group = num_q_heads // num_kv_heads
   by_seq = q[token].reshape(num_seqs, max_q_len, num_kv_heads, group, head_dim)
+  tree = None
+  if tree_mask is not None:
+    tree = tree_bits.pack_few(tree_mask[token], q_lens, sliding_window)
   items = num_seqs, num_kv_heads, max_q_len * group
   out, lse = paged_decode.attend(
     by_seq.swapaxes(1, 2).reshape(*items, head_dim),
-    q_lens if max_q_len > 1 else None,
+    q_lens if max_q_len > 1 or tree is not None else None,
     k_pages,
     v_pages,
     kv_lens,
     page_indices,
     max_q_len=max_q_len,
+    causal=causal,
+    tree=tree,
+    sliding_window=sliding_window,
     sinks=sinks,
     alibi_slopes=alibi_slopes,
     scales=(k_scales, v_scales),

@@ -80,6 +80,8 @@ def ragged_paged_attention(
   cu_q_lens,
   num_active,
   *,
+  causal=True,
+  tree_mask=None,
   k_scales=None,
   v_scales=None,
   scale=None,
@@ -104,11 +106,17 @@ def ragged_paged_attention(
     values, _ = context_of(v_pages, row, kv_len, v_scales)
     start, end = int(cu_q_lens[seq]), int(cu_q_lens[seq + 1])
     for i in range(end - start):
-      pos = kv_len - (end - start) + i
+      context = kv_len - (end - start)
+      pos = context + i
       key = np.arange(kv_len)
-      visible = mapped & (key <= pos)
+      visible = mapped & (key <= pos) if causal else mapped
+      if tree_mask is not None:
+        new = np.flatnonzero(tree_mask[start + i, : end - start])
+        pos, visible = context + len(new) - 1, mapped & (key < context)
       if sliding_window is not None:
         visible &= (key > pos - sliding_window) | (key < num_sink_tokens)
+      if tree_mask is not None:
+        visible |= mapped & np.isin(key, context + new)
       out[start + i], lse[start + i] = attend_one(
         q[start + i],
         keys,

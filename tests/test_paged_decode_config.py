@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import decode_config, decode_table, gpu, paged_decode
+from pallas_kernels import (
+  decode_config,
+  decode_table,
+  gpu,
+  paged_decode,
+  short_queries,
+)
 from pallas_kernels.decode_config import Config
 
 PLAIN = dict(
@@ -124,6 +130,50 @@ def test_quantised_pages_lower_to_hopper(head_dim, kv_dtype):
 def test_lowers_to_hopper_with_options(options):
   shapes = dict(heads=(8, 2), head_dim=128, page_size=16, dtype="bfloat16")
   assert "mosaic_gpu" in _lower(**shapes, **options)
+
+
+@pytest.mark.parametrize(
+  ("head_dim", "heads", "max_q_len"),
+  [(64, (64, 8), 8), (80, (2, 2), 1), (128, (8, 1), 8), (256, (8, 2), 8)],
+)
+@pytest.mark.parametrize(
+  "options",
+  [
+    dict(causal=False),
+    dict(max_new=8),
+    dict(max_new=100, sliding_window=100, num_sink_tokens=4),
+    dict(max_new=4, kv_dtype="int8"),
+  ],
+  ids=str,
+)
+def test_few_query_tokens_lower_to_hopper(head_dim, heads, max_q_len, options):
+  array, num_seqs = jax.ShapeDtypeStruct, 9
+  options = PLAIN | options
+  max_new = options.pop("max_new", None)
+  kv_dtype = options.pop("kv_dtype", None)
+  pages = array((99, heads[1], 16, head_dim), kv_dtype or "bfloat16")
+  scales = kv_dtype and array(pages.shape[:3], jnp.float32)
+  num_tokens = num_seqs * max_q_len
+
+  def run(*args):
+    *args, tree_mask, scales = args
+    more = dict(k_scales=scales, v_scales=scales, tree_mask=tree_mask)
+    return short_queries.attend(
+      *args, max_q_len=max_q_len, sinks=None, **more, **options
+    )
+
+  traced = jax.jit(run).trace(
+    array((num_tokens, heads[0], head_dim), jnp.bfloat16),
+    pages,
+    pages,
+    array((num_seqs,), jnp.int32),
+    array((num_seqs, 40), jnp.int32),
+    array((num_seqs + 1,), jnp.int32),
+    array((), jnp.int32),
+    max_new and array((num_tokens, max_new), jnp.bool_),
+    scales,
+  )
+  assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_tuned_configs_lower_to_hopper():

@@ -21,6 +21,7 @@ def _lower(
   page_size=16,
   dtype="bfloat16",
   config=None,
+  max_new=None,
   **options,
 ):
   """Lowers the kernel to Hopper, which needs no GPU."""
@@ -29,7 +30,11 @@ def _lower(
   return (
     jax.jit(
       lambda *args: ragged_attention.attend(
-        *args[:7], sinks=args[7], config=config, **cases.PLAIN | options
+        *args[:7],
+        sinks=args[7],
+        tree_mask=args[8],
+        config=config,
+        **cases.PLAIN | options,
       )
     )
     .trace(
@@ -41,6 +46,7 @@ def _lower(
       ints(6),
       ints(),
       jax.ShapeDtypeStruct((heads[0],), jnp.float32),
+      max_new and jax.ShapeDtypeStruct((num_tokens, max_new), jnp.bool_),
     )
     .lower(lowering_platforms=("cuda",))
     .as_text()
@@ -78,6 +84,8 @@ def test_lowers_to_hopper(head_dim, num_tokens, heads, page_size, dtype):
   [
     dict(sliding_window=100, num_sink_tokens=4, logits_soft_cap=30.0),
     dict(causal=False, scale=-1.0),
+    dict(max_new=4),
+    dict(max_new=100, sliding_window=100, config=Config(64, 2, splits=True)),
     dict(config=Config(64, 4)),
     dict(config=Config(128, 2, p_in_smem=True)),
     dict(config=Config(64, 2, num_compute_wgs=3), head_dim=64),

@@ -22,11 +22,18 @@ KV_LENS = [20, 1, 70, 200, 64, 130, 0]
 
 
 def _run(
-  problem, *, config=SMALL, sinks=None, interpret=cases.INTERPRET, **options
+  problem,
+  *,
+  config=SMALL,
+  sinks=None,
+  tree_mask=None,
+  interpret=cases.INTERPRET,
+  **options,
 ):
   out, lse = ragged_attention.attend(
     *problem.args(),
     sinks=None if sinks is None else jnp.asarray(sinks, jnp.float32),
+    tree_mask=None if tree_mask is None else jnp.asarray(tree_mask),
     config=config,
     interpret=interpret,
     **cases.PLAIN | options,
@@ -130,25 +137,94 @@ def test_matches_oracle_for_options(options, sinks):
   _check(_make(kv_lens=[330, 66], q_lens=[80, 66]), sinks=sinks, **options)
 
 
-def test_every_query_sees_all_keys_if_not_causal():
+@pytest.mark.parametrize("config", [SMALL, SPLIT])
+def test_every_query_sees_all_keys_if_not_causal(config):
+  problem = _make(kv_lens=[150, 70, 3], q_lens=[40, 70, 5])
+  _check(problem, config=config, causal=False)
+
+
+def _random_mask(problem, max_new):
+  """Returns a mask without any order, in which some tokens see no new one."""
+  rng = np.random.default_rng(0)
+  mask = rng.random((len(problem.q), max_new)) < rng.random((len(problem.q), 1))
+  mask[::5] = False
+  return mask
+
+
+# Fewer columns than query tokens, one word of bits and several; tiles that
+# have a part of the context, and that have none.
+@pytest.mark.parametrize(
+  ("max_new", "config", "options"),
+  [
+    (70, SMALL, {}),
+    (1, SMALL, {}),
+    (31, SPLIT, dict(sliding_window=1)),
+    (33, SMALL, dict(sliding_window=20, num_sink_tokens=70)),
+    (64, Config(128, 2, 1, 2), dict(logits_soft_cap=3.0)),
+    (200, Config(128, 2, 3, 2, splits=True), dict(sliding_window=70)),
+  ],
+)
+def test_a_tree_matches_oracle(max_new, config, options):
+  # The last is what a refused row looks like: its tokens were not stored.
+  problem = _make(
+    kv_lens=[20, 1, 70, 200, 64, 163, 3], q_lens=[0, 1, 7, 63, 64, 65, 9]
+  )
+  problem.page_indices[3, [1, 9]] = -1, len(problem.k_pages)
+  mask = _random_mask(problem, max_new)
+  sinks = [-2, 0, 1, 5]
+  _check(problem, config=config, sinks=sinks, tree_mask=mask, **options)
+
+
+@pytest.mark.parametrize("heads", [(10, 2), (128, 1)])
+def test_a_tree_of_any_group_matches_oracle(heads):
+  problem = _make(
+    kv_lens=[90, 9, 130],
+    q_lens=[3, 9, 2],
+    num_active=2,
+    num_q_heads=heads[0],
+    num_kv_heads=heads[1],
+    head_dim=80,
+  )
+  _check(problem, tree_mask=_random_mask(problem, 9))
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_chain_is_causal(window):
   problem = _make(kv_lens=[150, 70], q_lens=[40, 70])
-  out, lse = _run(problem, causal=False)
-  for seq, (start, end) in enumerate([(0, 40), (40, 110)]):
-    for token in range(start, end):
-      one = dataclasses.replace(
-        problem,
-        q=problem.q[token : token + 1],
-        kv_lens=problem.kv_lens[seq : seq + 1],
-        page_indices=problem.page_indices[seq : seq + 1],
-        cu_q_lens=np.array([0, 1]),
-        num_active=1,
-      )
-      expected = oracle.ragged_paged_attention(
-        *dataclasses.astuple(one), **cases.PLAIN
-      )
-      at = slice(token, token + 1)
-      cases.assert_matches(out[at], lse[at], *expected, problem.q.dtype)
-  assert not out[110:].any()
+  mask = np.zeros((len(problem.q), 70), bool)
+  for start, end in ((0, 40), (40, 110)):
+    chain = np.tri(end - start, 70, dtype=bool)
+    mask[start:end] = np.triu(chain, 1 - (window or 70))
+  _assert_same_bits(
+    _run(problem, sliding_window=window),
+    _run(problem, sliding_window=window, tree_mask=mask),
+  )
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_new_token_that_none_sees_leaves_no_trace(window):
+  problem = _make(kv_lens=[164, 130, 20], q_lens=[70, 64, 4], poison=0.0)
+  problem.k_pages, problem.v_pages = (
+    np.array(x) for x in (problem.k_pages, problem.v_pages)
+  )
+  mask = _random_mask(problem, 66)
+  context, unseen = [94, 66, 16], []
+  for seq, columns in enumerate(([0, 33, 34, 60, 65, 66, 69], [31, 63], [2])):
+    start, end = problem.cu_q_lens[seq : seq + 2]
+    mask[start:end, [column for column in columns if column < 66]] = False
+    unseen += [(seq, context[seq] + column) for column in columns]
+    if window:  # the last that the sequence does not see of its context
+      seen = mask[start:end, : end - start].sum(1).min()
+      unseen.append((seq, context[seq] + seen - 1 - window))
+  runs = []
+  for filler in (0.0, np.nan):
+    for seq, position in unseen:
+      page = problem.page_indices[seq, position // 16]
+      for pages in (problem.k_pages, problem.v_pages):
+        pages[page, :, position % 16] = filler
+    runs.append(_run(problem, tree_mask=mask, sliding_window=window))
+  assert np.isfinite(runs[0][0].astype(np.float32)).all()
+  _assert_same_bits(*runs)
 
 
 def test_holes_are_skipped():

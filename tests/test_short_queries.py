@@ -17,12 +17,13 @@ Q_LENS = [3, 0, 1, 4, 0, 4]
 KV_LENS = [3, 20, 16, 17, 0, 150]
 
 
-def _run(problem, *, max_q_len=4, sinks=None, **options):
+def _run(problem, *, max_q_len=4, sinks=None, tree_mask=None, **options):
   options = cases.on_device(options)
   return short_queries.attend(
     *problem.args(),
     max_q_len=max_q_len,
     sinks=None if sinks is None else jnp.asarray(sinks),
+    tree_mask=None if tree_mask is None else jnp.asarray(tree_mask),
     config=Config(64, 2, 5),
     interpret=cases.INTERPRET,
     **cases.PLAIN | options,
@@ -31,8 +32,10 @@ def _run(problem, *, max_q_len=4, sinks=None, **options):
 
 def _check(problem, *, sinks=None, max_q_len=4, **options):
   out, lse = _run(problem, max_q_len=max_q_len, sinks=sinks, **options)
+  judged = cases.PLAIN | options
+  judged.pop("batch_invariant", None)  # is not about the result
   expected = oracle.ragged_paged_attention(
-    *dataclasses.astuple(problem), sinks=sinks, **cases.PLAIN | options
+    *dataclasses.astuple(problem), sinks=sinks, **judged
   )
   cases.assert_matches(out, lse, *expected, problem.k_pages.dtype)
 
@@ -97,6 +100,103 @@ def test_quantised_pages_in_fixed_splits_match_oracle(kv_dtype):
     *dataclasses.astuple(problem), sinks=sinks, **cases.PLAIN, **scales
   )
   cases.assert_matches(out, lse, *expected, "bfloat16")
+
+
+def _random_mask(problem, max_new, seed=0):
+  """Returns a mask without any order; some tokens see no new one."""
+  rng = np.random.default_rng(seed)
+  mask = rng.random((len(problem.q), max_new)) < 0.5
+  mask[::5] = False
+  return mask
+
+
+@pytest.mark.parametrize(
+  ("max_q_len", "max_new", "options"),
+  [
+    (4, 4, {}),
+    (5, 40, {}),
+    (4, 3, dict(sliding_window=1)),
+    (4, 4, dict(sliding_window=70, num_sink_tokens=5, logits_soft_cap=3.0)),
+    (4, 4, dict(sliding_window=2, num_sink_tokens=30, batch_invariant=True)),
+  ],
+)
+def test_a_tree_matches_oracle(max_q_len, max_new, options):
+  problem = cases.make(
+    # New tokens in two tiles, and at the beginning of one; none is stored.
+    kv_lens=[3, 20, 16, 66, 0, 150, 68],
+    q_lens=[3, 0, 1, 4, 3, 4, 4],
+    num_q_heads=6,
+    dtype="bfloat16",
+    spare_tokens=2,
+  )
+  problem.page_indices[5, 4] = len(problem.k_pages)
+  mask = _random_mask(problem, max_new)
+  sinks = np.linspace(-2, 2, 6).astype(np.float32)
+  _check(problem, max_q_len=max_q_len, sinks=sinks, tree_mask=mask, **options)
+
+
+@pytest.mark.parametrize("max_q_len", [1, 2])
+def test_a_token_need_not_see_itself(max_q_len):
+  problem = cases.make(kv_lens=[1, 1, 65, 20], dtype="bfloat16")
+  mask = np.array([[False], [True], [False], [True]])
+  _check(problem, max_q_len=max_q_len, tree_mask=mask)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_new_token_that_none_sees_leaves_no_trace(kv_dtype, window):
+  problem = cases.make(
+    kv_lens=[66, 64, 20], q_lens=[4, 3, 4], dtype="bfloat16", poison=0.0
+  )
+  mask = _random_mask(problem, 4)
+  mask[:4, [0, 2]], mask[4:7, 2], mask[7:, 0] = False, False, False
+  unseen = [(0, 62), (0, 64), (1, 63), (2, 16)]
+  if window:
+    # The last that the sequence does not see of its context.
+    num_seen = [mask[a:b].sum(1).min() for a, b in [(0, 4), (4, 7), (7, 11)]]
+    context = [62, 61, 16]
+    unseen += [
+      (i, context[i] + num_seen[i] - 1 - window) for i in range(len(context))
+    ]
+  runs = []
+  for filler in (0.0, np.nan):
+    problem.k_pages = np.array(problem.k_pages)
+    problem.v_pages = np.array(problem.v_pages)
+    for seq, position in unseen:
+      page = problem.page_indices[seq, position // 16]
+      for pages in (problem.k_pages, problem.v_pages):
+        pages[page, :, position % 16] = filler
+    run, scales = problem, {}
+    if kv_dtype:
+      run, scales = cases.quantise(problem, kv_dtype)
+    scales = {name: jnp.asarray(x) for name, x in scales.items()}
+    runs.append(_run(run, tree_mask=mask, sliding_window=window, **scales))
+  for a, b in zip(*runs, strict=True):
+    assert np.isfinite(np.asarray(a, np.float32)).all()
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("kv_dtype", decode_config.QUANTISED_DTYPES)
+def test_a_tree_over_quantised_pages_matches_oracle(kv_dtype):
+  problem = cases.make(kv_lens=KV_LENS, q_lens=Q_LENS, dtype="bfloat16")
+  mask = _random_mask(problem, 4)
+  problem, scales = cases.quantise(problem, kv_dtype)
+  out, lse = _run(
+    problem,
+    tree_mask=mask,
+    **{name: jnp.asarray(x) for name, x in scales.items()},
+  )
+  expected = oracle.ragged_paged_attention(
+    *dataclasses.astuple(problem), tree_mask=mask, **cases.PLAIN, **scales
+  )
+  cases.assert_matches(out, lse, *expected, "bfloat16")
+
+
+@pytest.mark.parametrize("max_q_len", [1, 4])
+def test_every_query_sees_all_keys_if_not_causal(max_q_len):
+  q_lens = np.minimum(Q_LENS, max_q_len)
+  problem = cases.make(kv_lens=KV_LENS, q_lens=q_lens, dtype="bfloat16")
+  _check(problem, max_q_len=max_q_len, causal=False)
 
 
 def test_sequences_past_num_active_leave_no_trace():
