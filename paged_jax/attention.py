@@ -102,11 +102,7 @@ def paged_attention(
     batch_invariant,
     sinks,
   )
-  if q.shape[0] != kv_lens.shape[0]:
-    raise ValueError(
-      f"q.shape={q.shape} must have one query for each of "
-      f"kv_lens.shape={kv_lens.shape}."
-    )
+  attention_checks.check_one_query_each(q, kv_lens)
   out, lse = _paged_attention(
     q,
     k_pages,
@@ -138,6 +134,7 @@ def ragged_paged_attention(
   num_active: Int[Array, ""] | int,
   *,
   max_q_len: int | None = None,
+  causal: bool = True,
   k_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None = None,
   v_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None = None,
   scale: float | None = None,
@@ -149,7 +146,7 @@ def ragged_paged_attention(
   return_lse: bool = False,
   implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
-  """Attends causally with any number of query tokens per sequence.
+  """Attends with any number of query tokens per sequence.
 
   Queries of all sequences lie one after the other on the token axis: those of
   sequence `s` are `cu_q_lens[s] : cu_q_lens[s + 1]`. They are its last tokens:
@@ -169,6 +166,8 @@ def ragged_paged_attention(
       kernel of decode takes them, as for the verification of speculative
       tokens. It is not checked: what a sequence has beyond it may be left at 0
       and -inf.
+    causal: Whether a query sees no key past its own; if not, it sees all keys
+      of its sequence, and there can be no window.
     k_scales: See `paged_attention`, as for the other options.
     v_scales: See `paged_attention`.
     scale: See `paged_attention`.
@@ -213,6 +212,12 @@ def ragged_paged_attention(
     raise ValueError(f"num_active.shape={active.shape} must be () or (1,).")
   if max_q_len is not None:
     attention_checks.check_count("max_q_len", max_q_len, 1)
+  if not isinstance(causal, bool):
+    raise ValueError(f"{causal=} must be True or False.")
+  if not causal:
+    if sliding_window is not None:
+      raise ValueError(f"{sliding_window=} must be None with {causal=}.")
+    max_q_len = None  # the kernel of decode is causal
   out, lse = _ragged_paged_attention(
     q,
     k_pages,
@@ -230,6 +235,7 @@ def ragged_paged_attention(
     logits_soft_cap=logits_soft_cap,
     batch_invariant=batch_invariant,
     max_q_len=max_q_len,
+    causal=causal,
     implementation=_choose(
       implementation, lambda: why_not_mosaic_gpu(q, k_pages, max_q_len)
     ),
@@ -259,12 +265,12 @@ def _paged_attention(*args, implementation: str, **options):
 
 @functools.partial(
   jax.jit,
-  static_argnames=(*paged_decode.OPTIONS, "max_q_len", "implementation"),
+  static_argnames=(*ragged_attention.OPTIONS, "max_q_len", "implementation"),
 )
 def _ragged_paged_attention(
-  *args, max_q_len: int | None, implementation: str, **options
+  *args, max_q_len: int | None, causal: bool, implementation: str, **options
 ):
-  xla = _xla(attention_xla.ragged_paged_attention, **options)
+  xla = _xla(attention_xla.ragged_paged_attention, causal=causal, **options)
   if implementation == "xla":
     return xla(*args)
 
@@ -273,7 +279,7 @@ def _ragged_paged_attention(
     if _has_few_queries(max_q_len):
       more = dict(max_q_len=max_q_len, k_scales=k_scales, v_scales=v_scales)
       return short_queries.attend(*args, sinks=sinks, **more, **options)
-    return ragged_attention.attend(*args, sinks=sinks, **options)
+    return ragged_attention.attend(*args, sinks=sinks, causal=causal, **options)
 
   return lax.platform_dependent(*args, cuda=mosaic, default=xla)
 

@@ -42,6 +42,15 @@ def check_pools(q, k_pages, v_pages, kv_lens, page_indices) -> None:
     )
 
 
+def check_one_query_each(q, kv_lens) -> None:
+  """Raises a ValueError if there is not one query for each sequence."""
+  if q.shape[0] != kv_lens.shape[0]:
+    raise ValueError(
+      f"q.shape={q.shape} must have one query for each of "
+      f"kv_lens.shape={kv_lens.shape}."
+    )
+
+
 def _check_dtypes(q, k_pages, v_pages) -> None:
   for name, x in (("k_pages", k_pages), ("v_pages", v_pages)):
     if x.dtype not in kv_pool.DTYPES:
@@ -119,6 +128,11 @@ def check_options(
   if sliding_window is not None:
     check_count("sliding_window", sliding_window, 1)
   check_count("num_sink_tokens", num_sink_tokens, 0)
+  check_sinks(q, sinks)
+
+
+def check_sinks(q, sinks) -> None:
+  """Raises a ValueError if sinks do not fit queries, or outputs like them."""
   if sinks is None:
     return
   check_arrays(sinks=sinks)

@@ -64,6 +64,8 @@ def ragged_paged_attention(
   k_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None,
   v_scales: Float32[Array, "num_pages num_kv_heads page_size"] | None,
   sinks: Float[Array, " num_q_heads"] | None,
+  *,
+  causal: bool = True,
   **options,
 ) -> tuple[Array, Array]:
   """Returns output and LSE; see `paged_jax.ragged_paged_attention`."""
@@ -77,7 +79,7 @@ def ragged_paged_attention(
   # Every block but the last of its sequence is full.
   most = min(num_tokens, num_tokens // block_q + num_seqs)
   wave = min(most, _BLOCKS_PER_WAVE)
-  blocks = _QueryBlocks(cu_q_lens, kv_lens, num_active, block_q)
+  blocks = _QueryBlocks(cu_q_lens, kv_lens, num_active, block_q, causal)
 
   def run_wave(i, carry):
     out, lse = carry
@@ -107,10 +109,11 @@ def ragged_paged_attention(
 class _QueryBlocks:
   """The queries of a ragged batch, cut into blocks of one sequence each."""
 
-  def __init__(self, cu_q_lens, kv_lens, num_active, block_q):
+  def __init__(self, cu_q_lens, kv_lens, num_active, block_q, causal):
     num_seqs = kv_lens.shape[0]
     active = jnp.arange(num_seqs, dtype=jnp.int32) < num_active
     self._block_q = block_q
+    self._causal = causal
     self._first_token = cu_q_lens[:-1]
     self._q_lens = jnp.where(active, cu_q_lens[1:] - cu_q_lens[:-1], 0)
     self._kv_lens = kv_lens
@@ -131,12 +134,14 @@ class _QueryBlocks:
     within = jnp.arange(self._block_q, dtype=jnp.int32)[None]
     offset = (block - self._starts[seq])[:, None] * self._block_q + within
     valid = exists[:, None] & (offset < self._q_lens[seq][:, None])
-    context = (self._kv_lens - self._q_lens)[seq][:, None]
+    position = (self._kv_lens - self._q_lens)[seq][:, None] + offset
+    if not self._causal:  # all see what the last one sees
+      position = self._kv_lens[seq][:, None] - 1
     token = self._first_token[seq][:, None] + offset
     return (
       seq,
       jnp.where(valid, token, jnp.iinfo(jnp.int32).max),
-      jnp.where(valid, context + offset, -1),
+      jnp.where(valid, position, -1),
     )
 
 

@@ -175,6 +175,40 @@ def test_ragged_query_longer_than_its_context_sees_nothing_before_it():
   _check_ragged(problem)
 
 
+@pytest.mark.parametrize("max_q_len", [None, 4])
+def test_every_query_sees_all_keys_if_not_causal(max_q_len):
+  problem = cases.make(kv_lens=[300, 9, 0, 70], q_lens=[40, 9, 3, 1])
+  out, lse = paged_jax.ragged_paged_attention(
+    *problem.args(), causal=False, max_q_len=max_q_len, return_lse=True
+  )
+  seq = np.repeat(np.arange(4), [40, 9, 3, 1])
+  expected = oracle.paged_attention(
+    problem.q,
+    problem.k_pages,
+    problem.v_pages,
+    problem.kv_lens[seq],
+    problem.page_indices[seq],
+  )
+  cases.assert_matches(out, lse, *expected, "float32")
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (dict(causal=0), "causal=0 must be True or False"),
+    (
+      dict(causal=False, sliding_window=9),
+      "sliding_window=9 must be None with causal=False",
+    ),
+  ],
+)
+def test_what_cannot_be_left_uncausal_is_named(options, message):
+  problem = cases.make(kv_lens=[20], q_lens=[3])
+  with pytest.raises(ValueError, match=message):
+    paged_jax.ragged_paged_attention(*problem.args(), **options)
+
+
 def test_an_empty_batch_gives_an_empty_output():
   q, k_pages, v_pages, kv_lens, table = cases.make(kv_lens=[5]).decode_args()
   out, lse = paged_jax.paged_attention(
