@@ -11,8 +11,13 @@ import pytest
 
 import paged_jax
 from paged_jax import cascade, devices
-from pallas_kernels import decode_config, paged_decode, ragged_attention
-from pallas_kernels.ragged_config import Config
+from pallas_kernels import (
+  decode_config,
+  gpu,
+  paged_decode,
+  ragged_attention,
+  ragged_config,
+)
 
 PAGE = 16
 # Own tokens after a prefix: none, one, to the end of a page, past it, many.
@@ -26,7 +31,7 @@ RUNS = [
 ]
 SINKS = np.array([-1, 0, 2, 30], np.float32)
 DECODE_CONFIG = decode_config.Config(64, 2, num_programs=3)
-RAGGED_CONFIG = Config(64, 2, num_programs=3, splits=True)
+RAGGED_CONFIG = ragged_config.Config(64, 2, num_programs=3, splits=True)
 FEW_RUNS = RUNS[:1] + RUNS[3:4]
 
 
@@ -351,14 +356,16 @@ def test_kernels_match_the_oracle(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_shared", [128, 515])
-def test_kernels_match_the_oracle_for_real_sizes(num_shared):
-  own_lens = np.random.default_rng(0).integers(0, 300, 40).tolist()
+@pytest.mark.parametrize(
+  ("num_shared", "heads"), [(128, (32, 8)), (515, (8, 2)), (515, (2, 2))]
+)
+def test_kernels_match_the_oracle_for_real_sizes(num_shared, heads):
+  own_lens = np.random.default_rng(0).integers(0, 300, 24).tolist()
   problem = _make(
     num_shared,
     own_lens,
-    num_q_heads=32,
-    num_kv_heads=8,
+    num_q_heads=heads[0],
+    num_kv_heads=heads[1],
     head_dim=128,
     dtype="bfloat16",
   )
@@ -393,6 +400,12 @@ def test_both_parts_take_the_kernels_on_hopper(monkeypatch):
 
 def test_quantised_pages_take_the_kernel_for_own_keys(monkeypatch):
   assert "paged_decode" in _lowered(monkeypatch, jnp.int8)
+
+
+def test_one_prefix_is_split_over_all_multiprocessors():
+  config = ragged_config.default_config(128, 8, 4, 128, device=gpu.Gpu("", 132))
+  assert config.splits
+  assert config.num_programs == 132
 
 
 BAD = {
