@@ -103,11 +103,7 @@ def paged_attention(
   )
   arrays = ArrayOptions(k_scales, v_scales, sinks, alibi_slopes)
   arrays.check(q, k_pages)
-  if q.shape[0] != kv_lens.shape[0]:
-    raise ValueError(
-      f"q.shape={q.shape} must have one query for each of "
-      f"kv_lens.shape={kv_lens.shape}."
-    )
+  attention_checks.check_one_query_each(q, kv_lens)
   out, lse = _paged_attention(
     q,
     k_pages,

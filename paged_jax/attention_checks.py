@@ -39,6 +39,15 @@ def check_pools(q, k_pages, v_pages, kv_lens, page_indices) -> None:
     )
 
 
+def check_one_query_each(q, kv_lens) -> None:
+  """Raises a ValueError if there is not one query for each sequence."""
+  if q.shape[0] != kv_lens.shape[0]:
+    raise ValueError(
+      f"q.shape={q.shape} must have one query for each of "
+      f"kv_lens.shape={kv_lens.shape}."
+    )
+
+
 def _check_dtypes(q, k_pages, v_pages) -> None:
   for name, x in (("k_pages", k_pages), ("v_pages", v_pages)):
     if x.dtype not in kv_pool.DTYPES:
@@ -68,6 +77,20 @@ def check_ints(**arrays) -> None:
   for name, x in arrays.items():
     if x.dtype != jnp.int32:
       raise ValueError(f"{name}.dtype={x.dtype} must be int32.")
+
+
+def check_per_head(q, **arrays) -> None:
+  """Raises a ValueError if one is not a number for each query head of `q`."""
+  check_arrays(**arrays)
+  for name, x in arrays.items():
+    if jnp.shape(x) != (q.shape[1],):
+      raise ValueError(
+        f"{name}.shape={jnp.shape(x)} must be ({q.shape[1]},): num_q_heads."
+      )
+    if x.dtype not in kv_pool.FLOAT_DTYPES:
+      raise ValueError(
+        f"{name}.dtype={x.dtype} must be float32, bfloat16 or float16."
+      )
 
 
 def check_count(name: str, value: object, least: int) -> None:

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from paged_jax import attention_checks, kv_pool
+from paged_jax import attention_checks
 from pallas_kernels import decode_config
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_PER_HEAD = ("sinks", "alibi_slopes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,17 +74,8 @@ class ArrayOptions(NamedTuple):
     decode_config.check_scales(
       k_pages, k_scales=self.k_scales, v_scales=self.v_scales
     )
-    for name in ("sinks", "alibi_slopes"):
-      if (x := given.get(name)) is None:
-        continue
-      if jnp.shape(x) != (q.shape[1],):
-        raise ValueError(
-          f"{name}.shape={jnp.shape(x)} must be ({q.shape[1]},): num_q_heads."
-        )
-      if x.dtype not in kv_pool.FLOAT_DTYPES:
-        raise ValueError(
-          f"{name}.dtype={x.dtype} must be float32, bfloat16 or float16."
-        )
+    per_head = {name: given[name] for name in _PER_HEAD if name in given}
+    attention_checks.check_per_head(q, **per_head)
 
 
 def check_tree_mask(

@@ -52,8 +52,8 @@ def test_python_examples_run(code):
   _run("-c", code)
 
 
-def test_both_python_examples_are_found():
-  assert len(_blocks("python")) == 2
+def test_all_python_examples_are_found():
+  assert len(_blocks("python")) == 3
 
 
 def test_make_targets_exist():

@@ -1,0 +1,56 @@
+"""What the benchmark of shared prefixes times does what it says."""
+
+import dataclasses
+import json
+
+import bench_cascade
+import decode_batches
+import numpy as np
+import pytest
+from bench_cascade import Case
+
+CASE = bench_cascade.SMALL_CASES["small"]
+
+
+def test_figures_of_every_side_are_taken_and_failures_show():
+  sides = json.loads(json.dumps(bench_cascade.figures(CASE, small=True)))
+  assert sides["speedup"] > 0
+  for name in ("cascade", "paged"):
+    assert sides["sides"][name]["relative_error"] < 1e-2
+  assert "error" in sides["sides"][bench_cascade.RIVAL]  # it needs a GPU
+  assert not bench_cascade.failures({"small": sides})
+  assert len(bench_cascade.table(sides).splitlines()) == 6
+  sides["sides"]["paged"] = {"error": "none"}
+  assert bench_cascade.failures({"a": sides, "b": {"error": "none"}}) == [
+    "b",
+    "a, paged",
+  ]
+
+
+def test_rows_of_a_group_share_their_prefix_and_nothing_else():
+  sizes = dataclasses.replace(decode_batches.SMALL, page_size=16)
+  batch = bench_cascade.make(sizes, CASE)
+  tables = np.asarray(batch.tables)
+  num_shared, groups = (np.asarray(x) for x in batch.more)
+  assert num_shared == 4
+  assert groups.tolist() == [0, 3, 6]
+  assert batch.kv_lens.tolist() == [84] * 6
+  for table in tables:
+    for group in (table[:3], table[3:]):
+      assert (group[:, :4] == group[:1, :4]).all()
+    own = table[:, 4:]
+    assert len(np.unique(own)) == own.size == 12
+    assert len(np.unique(table)) == 12 + 2 * 4
+  assert not np.intersect1d(tables[0], tables[1]).size
+
+
+def test_the_roof_counts_keys_once_and_the_products_of_the_shared_part():
+  case = Case(128, 32768, 256)
+  least = bench_cascade.at_least_us(decode_batches.FULL, case)
+  # 68.7 GFLOP at 687 TFLOP/s; 134 MB, and 17.3 GB, at 4.6 TB/s.
+  assert least["shared part"] == pytest.approx(100.0, abs=0.1)
+  assert least["own part"] == pytest.approx(29.2, abs=0.1)
+  assert least["paged"] == pytest.approx(3764, abs=1)
+  few = dataclasses.replace(case, num_seqs=8)
+  least = bench_cascade.at_least_us(decode_batches.FULL, few)
+  assert least["shared part"] == pytest.approx(29.2, abs=0.1)

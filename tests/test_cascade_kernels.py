@@ -1,0 +1,115 @@
+"""Both parts of cascade attention by the kernels: run, interpreted, lowered."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import prefixes
+import pytest
+
+import paged_jax
+from paged_jax import cascade, devices
+from pallas_kernels import (
+  decode_config,
+  gpu,
+  paged_decode,
+  ragged_attention,
+  ragged_config,
+)
+
+DECODE_CONFIG = decode_config.Config(64, 2, num_programs=3)
+RAGGED_CONFIG = ragged_config.Config(64, 2, num_programs=3, splits=True)
+
+
+def _with_kernels(monkeypatch):
+  """Lets the ops be the kernels: on a GPU as they are, else interpreted."""
+
+  def run(kernel, config):
+    def attend(*args, return_lse, implementation, **options):
+      del return_lse, implementation
+      if kernel is ragged_attention.attend:
+        del options["k_scales"], options["v_scales"]
+      return kernel(
+        *args[:6],
+        *map(jnp.asarray, args[6:]),
+        **cases.PLAIN | options,
+        sinks=None,
+        config=config,
+        interpret=cases.INTERPRET,
+      )
+
+    return attend
+
+  for name, kernel, config in (
+    ("paged_attention", paged_decode.paged_decode, DECODE_CONFIG),
+    ("ragged_paged_attention", ragged_attention.attend, RAGGED_CONFIG),
+  ):
+    monkeypatch.setattr(cascade, name, run(kernel, config))
+
+
+def test_kernels_match_the_oracle(monkeypatch):
+  _with_kernels(monkeypatch)
+  kv_lens = [80, 130, 0, 97, 64, 200, 161]
+  problem = cases.make(
+    kv_lens=kv_lens, page_size=prefixes.PAGE, dtype="bfloat16"
+  )
+  problem = prefixes.share(problem, {0: [1, 3]}, 5)
+  problem = prefixes.share(problem, {5: [6]}, 10)
+  options = dict(scale=0.125, logits_soft_cap=None)
+  counts = jnp.array([5, 10], jnp.int32)
+  prefixes.check(
+    problem, counts, groups=[0, 4, 7], sinks=prefixes.SINKS, **options
+  )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+  ("num_shared", "heads"), [(128, (32, 8)), (515, (8, 2)), (515, (2, 2))]
+)
+def test_kernels_match_the_oracle_for_real_sizes(num_shared, heads):
+  own_lens = np.random.default_rng(0).integers(0, 300, 24).tolist()
+  problem = prefixes.make(
+    num_shared,
+    own_lens,
+    num_q_heads=heads[0],
+    num_kv_heads=heads[1],
+    head_dim=128,
+    dtype="bfloat16",
+  )
+  prefixes.check(problem, num_shared, implementation="mosaic_gpu")
+
+
+def _lowered(monkeypatch, kv_dtype, **options):
+  """Returns the program for a Hopper GPU, which it takes none to make."""
+  monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
+  pages = jax.ShapeDtypeStruct((99, 8, 16, 128), kv_dtype)
+  ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+  q = jax.ShapeDtypeStruct((128, 32, 128), jnp.bfloat16)
+  scales = {}
+  if pages.dtype != q.dtype:
+    shape = jax.ShapeDtypeStruct(pages.shape[:3], jnp.float32)
+    scales = dict(k_scales=shape, v_scales=shape)
+  run = jax.jit(
+    lambda *args, **scales: paged_jax.cascade_attention(
+      *args, **scales, **options
+    )
+  )
+  args = q, pages, pages, ints(128), ints(128, 40), ints()
+  lowered = run.trace(*args, **scales).lower(lowering_platforms=("cuda",))
+  return lowered.as_text()
+
+
+def test_both_parts_take_the_kernels_on_hopper(monkeypatch):
+  text = _lowered(monkeypatch, jnp.bfloat16, implementation="mosaic_gpu")
+  for name in ("ragged_attention", "merge_ragged_partials", "paged_decode"):
+    assert name in text
+
+
+def test_quantised_pages_take_the_kernel_for_own_keys(monkeypatch):
+  assert "paged_decode" in _lowered(monkeypatch, jnp.int8)
+
+
+def test_one_prefix_is_split_over_all_multiprocessors():
+  config = ragged_config.default_config(128, 8, 4, 128, device=gpu.Gpu("", 132))
+  assert config.splits
+  assert config.num_programs == 132
