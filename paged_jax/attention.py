@@ -270,10 +270,11 @@ def _ragged_paged_attention(
 
   def mosaic(*args):
     *args, k_scales, v_scales, sinks = args
+    more = dict(k_scales=k_scales, v_scales=v_scales, sinks=sinks)
     if _has_few_queries(max_q_len):
-      more = dict(max_q_len=max_q_len, k_scales=k_scales, v_scales=v_scales)
-      return short_queries.attend(*args, sinks=sinks, **more, **options)
-    return ragged_attention.attend(*args, sinks=sinks, **options)
+      more["max_q_len"] = max_q_len
+      return short_queries.attend(*args, **more, **options)
+    return ragged_attention.attend(*args, **more, **options)
 
   return lax.platform_dependent(*args, cuda=mosaic, default=xla)
 
@@ -303,13 +304,7 @@ def why_not_mosaic_gpu(
     return decode_config.unsupported(
       *shape, kv_dtype=k_pages.dtype, max_q_len=max_q_len
     )
-  if k_pages.dtype != q.dtype:
-    most = decode_config.MAX_Q_LEN
-    return (
-      f"for queries of {q.dtype}, pages of {k_pages.dtype} need a max_q_len of "
-      f"at most {most}."
-    )
-  return ragged_config.unsupported(*shape)
+  return ragged_config.unsupported(*shape, kv_dtype=k_pages.dtype)
 
 
 def _has_few_queries(max_q_len: int | None) -> TypeGuard[int]:

@@ -53,10 +53,10 @@ from pallas_kernels.decode_config import (
   Config,
   default_config,
   default_rule,
-  is_quantised,
   unsupported,
 )
 from pallas_kernels.decode_problem import Problem, scratch
+from pallas_kernels.page_checks import check_pages
 
 OPTIONS = (
   "scale",
@@ -192,7 +192,7 @@ def attend(
   Raises:
     ValueError: see `paged_decode`.
   """
-  _check_pages(k_pages, v_pages, *scales)
+  check_pages(k_pages, v_pages, *scales)
   num_seqs, num_kv_heads, num_queries, head_dim = q.shape
   if 0 in (num_seqs, k_pages.shape[0], page_indices.shape[1]):
     return jnp.zeros_like(q), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
@@ -226,28 +226,6 @@ def attend(
   pages = k_pages, v_pages, *(x for x in scales if x is not None)
   out, lse = _launch(problem, q, pages, sinks, *lens)
   return out, lse[..., :num_queries]
-
-
-def _check_pages(k_pages, v_pages, k_scales, v_scales):
-  """Raises a ValueError if pages and scales do not go together."""
-  if (k_pages.dtype, k_pages.shape) != (v_pages.dtype, v_pages.shape):
-    raise ValueError(
-      f"{k_pages.dtype}{k_pages.shape} and {v_pages.dtype}{v_pages.shape}, of "
-      "k_pages and v_pages, must be the same."
-    )
-  wanted = is_quantised(k_pages.dtype)
-  for name, x in (("k_scales", k_scales), ("v_scales", v_scales)):
-    if (x is not None) != wanted:
-      raise ValueError(
-        f"{name} must{' not' * (not wanted)} be given with {k_pages.dtype=}."
-      )
-    if x is not None and (x.dtype, x.shape) != (
-      jnp.float32,
-      k_pages.shape[:-1],
-    ):
-      raise ValueError(
-        f"{name} is {x.dtype}{x.shape} and must be float32{k_pages.shape[:-1]}."
-      )
 
 
 def _launch(problem: Problem, q, pages, sinks, kv_lens, table, *q_lens):

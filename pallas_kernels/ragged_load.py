@@ -16,9 +16,16 @@ def run(problem: Problem, smem, walk) -> None:
     smem: shared memory and barriers.
     walk: calls a function with each `Work`, and returns the tiles of all.
   """
-  num_tiles, num_stages = walk(_load_item), problem.config.num_stages
+  drain(problem, smem, walk(_load_item))
 
-  # No barrier may be left with a completion that nobody waited for.
+
+def drain(problem: Problem, smem, num_tiles) -> None:
+  """Waits until all tiles of a program, and their queries, were taken.
+
+  No barrier may be left with a completion that nobody waited for.
+  """
+  num_stages = problem.config.num_stages
+
   @pl.when(num_tiles > 0)
   def _():
     plgpu.barrier_wait(smem.q_consumed)
@@ -44,13 +51,7 @@ def page_ids(work: Work, base) -> list:
 
 def _load_item(work):
   """Copies Q, and the tiles of K and V into their rings."""
-
-  @pl.when(work.item.num_tiles > 0)
-  def _():
-    pl.when(work.num_before > 0)(
-      lambda: plgpu.barrier_wait(work.smem.q_consumed)
-    )
-    _load_queries(work)
+  pl.when(work.item.num_tiles > 0)(lambda: load_queries(work))
 
   # The page ids of the next tile are on their way while this one waits.
   def load(i, ids):
@@ -62,9 +63,10 @@ def _load_item(work):
   lax.fori_loop(0, work.item.num_tiles, load, ids)
 
 
-def _load_queries(work):
+def load_queries(work: Work) -> None:
   """Copies the queries of an item; past the last token, there are zeros."""
   problem, item = work.problem, work.item
+  pl.when(work.num_before > 0)(lambda: plgpu.barrier_wait(work.smem.q_consumed))
   by_token, _ = work.smem.q_smem
   for wg in range(by_token.shape[0]):
     first, heads = problem.rows_of(wg)
