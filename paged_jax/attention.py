@@ -275,8 +275,9 @@ def _ragged_paged_attention(
     if _has_few_queries(max_q_len):
       more |= arrays._asdict() | options.named(paged_decode.OPTIONS)
       return short_queries.attend(*args, max_q_len=max_q_len, **more)
-    more |= options.named(ragged_attention.OPTIONS)
-    return ragged_attention.attend(*args, sinks=arrays.sinks, **more)
+    more |= arrays._asdict() | options.named(ragged_attention.OPTIONS)
+    more.pop("alibi_slopes")
+    return ragged_attention.attend(*args, **more)
 
   return lax.platform_dependent(*args, cuda=mosaic, default=xla)
 
@@ -301,13 +302,7 @@ def why_not_mosaic_gpu(
     return decode_config.unsupported(
       *shape, kv_dtype=k_pages.dtype, max_q_len=max_q_len
     )
-  if k_pages.dtype != q.dtype:
-    most = decode_config.MAX_Q_LEN
-    return (
-      f"for queries of {q.dtype}, pages of {k_pages.dtype} need a max_q_len of "
-      f"at most {most}."
-    )
-  return ragged_config.unsupported(*shape)
+  return ragged_config.unsupported(*shape, kv_dtype=k_pages.dtype)
 
 
 def _has_few_queries(max_q_len: int | None) -> TypeGuard[int]:

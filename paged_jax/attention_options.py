@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from paged_jax import attention_checks
-from pallas_kernels import decode_config
+from pallas_kernels import page_checks
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _PER_HEAD = ("sinks", "alibi_slopes")
@@ -71,7 +71,7 @@ class ArrayOptions(NamedTuple):
     """Raises a ValueError if one does not fit queries and pages."""
     given = {name: x for name, x in self._asdict().items() if x is not None}
     attention_checks.check_arrays(**given)
-    decode_config.check_scales(
+    page_checks.check_scales(
       k_pages, k_scales=self.k_scales, v_scales=self.v_scales
     )
     per_head = {name: given[name] for name in _PER_HEAD if name in given}

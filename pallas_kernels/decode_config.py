@@ -196,29 +196,3 @@ def unsupported(
   if padded_queries(group * max_q_len) * head_dim > _MAX_ELEMENTS:
     return f"{queries}, of {head_dim=}, pass shared memory."
   return None
-
-
-def check_scales(k_pages, *, k_scales, v_scales) -> None:
-  """Raises a ValueError if scales do not go with the pages.
-
-  Args:
-    k_pages: of keys; those of values are alike.
-    k_scales: an array, or None.
-    v_scales: the same.
-  """
-  needed = is_quantised(k_pages.dtype)
-  for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
-    if (scales is not None) != needed:
-      raise ValueError(
-        f"{name} must be {'an array' if needed else 'None'} for "
-        f"{k_pages.dtype=}."
-      )
-    if scales is None:
-      continue
-    if scales.dtype != jnp.float32:
-      raise ValueError(f"{name}.dtype={scales.dtype} must be float32.")
-    if scales.shape != k_pages.shape[:-1]:
-      raise ValueError(
-        f"{name}.shape={scales.shape} must be {k_pages.shape[:-1]}: that of "
-        "the pages without head_dim."
-      )

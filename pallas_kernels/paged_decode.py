@@ -53,12 +53,12 @@ from pallas_kernels import (
 from pallas_kernels.decode_config import (
   REDUCTION_BYTES,
   Config,
-  check_scales,
   default_config,
   default_rule,
   unsupported,
 )
 from pallas_kernels.decode_problem import Problem, scratch
+from pallas_kernels.page_checks import check_pages
 
 _STEEPEST = 2.0**95  # times any distance between positions is a number
 
@@ -206,7 +206,7 @@ def attend(
   Raises:
     ValueError: see `paged_decode`.
   """
-  _check_pages(k_pages, v_pages, *scales)
+  check_pages(k_pages, v_pages, *scales)
   num_seqs, num_kv_heads, num_queries, head_dim = q.shape
   if 0 in (num_seqs, k_pages.shape[0], page_indices.shape[1]):
     return jnp.zeros_like(q), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
@@ -260,16 +260,6 @@ def _by_query(problem, logits):
   logits = logits.astype(jnp.float32) * online_softmax.LOG2_E
   logits = logits.reshape(problem.num_kv_heads, problem.group)
   return problem.pad_queries(jnp.tile(logits, (1, problem.max_q_len)))
-
-
-def _check_pages(k_pages, v_pages, k_scales, v_scales):
-  """Raises a ValueError if pages and scales do not go together."""
-  if (k_pages.dtype, k_pages.shape) != (v_pages.dtype, v_pages.shape):
-    raise ValueError(
-      f"{k_pages.dtype}{k_pages.shape} and {v_pages.dtype}{v_pages.shape}, of "
-      "k_pages and v_pages, must be the same."
-    )
-  check_scales(k_pages, k_scales=k_scales, v_scales=v_scales)
 
 
 def _launch(

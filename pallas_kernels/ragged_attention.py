@@ -8,7 +8,8 @@ heads of the KV head, token by token, so that K and V are read once for all of
 them. A program has a warpgroup for memory and others that compute:
 
   memory   reads page ids from the page table as scalars, and copies Q, and K
-           and V chunk by chunk (TMA) into a ring of `num_stages` tiles
+           and V chunk by chunk (TMA) into a ring of `num_stages` tiles; those
+           of 8-bit numbers take a detour (`ragged_widen`)
   compute  64 rows each: S = Q K^T, mask, online softmax in base 2, O += P V
            (wgmma); two take turns, so that one multiplies while the other
            exponentiates, and P V of a tile goes on during the next softmax
@@ -37,7 +38,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from pallas_kernels import (
   online_softmax,
@@ -47,9 +48,11 @@ from pallas_kernels import (
   ragged_load,
   ragged_output,
   ragged_schedule,
+  ragged_widen,
   schedule,
   tree_bits,
 )
+from pallas_kernels.page_checks import check_pages
 from pallas_kernels.ragged_config import Config, default_config
 from pallas_kernels.ragged_problem import (
   COMPILER_PARAMS,
@@ -72,8 +75,8 @@ OPTIONS = (
 @functools.partial(jax.jit, static_argnames=(*OPTIONS, "config", "interpret"))
 def attend(
   q: Float[Array, "num_tokens num_q_heads head_dim"],
-  k_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
-  v_pages: Float[Array, "num_pages num_kv_heads page_size head_dim"],
+  k_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
+  v_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
   kv_lens: Int[Array, " num_seqs"],
   page_indices: Int[Array, "num_seqs pages_per_seq"],
   cu_q_lens: Int[Array, " num_seqs+1"],
@@ -84,6 +87,8 @@ def attend(
   num_sink_tokens: int,
   logits_soft_cap: float | None,
   sinks: Float[Array, " num_q_heads"] | None,
+  k_scales: Float[Array, "num_pages num_kv_heads page_size"] | None = None,
+  v_scales: Float[Array, "num_pages num_kv_heads page_size"] | None = None,
   causal: bool = True,
   tree_mask: Bool[Array, "num_tokens max_new"] | None = None,
   batch_invariant: bool = False,
@@ -98,8 +103,9 @@ def attend(
   Args:
     q: queries of all sequences, one sequence after the other, bfloat16 or
       float16.
-    k_pages: the pool of keys, in the dtype of q.
-    v_pages: the pool of values, in the dtype of q.
+    k_pages: the pool of keys, in the dtype of q, or int8 or float8_e4m3fn with
+      scales.
+    v_pages: the pool of values, in the dtype of k_pages.
     kv_lens: tokens stored of each sequence, the queries' own among them.
     page_indices: physical page of each logical page. A page that is not in
       [0, num_pages) is unmapped, and its positions are skipped.
@@ -110,6 +116,9 @@ def attend(
     num_sink_tokens: first positions that are seen besides the window.
     logits_soft_cap: scores become cap * tanh(score / cap), or None.
     sinks: a logit per query head that only the denominator counts, or None.
+    k_scales: f32, what multiplies a token's key of 8-bit numbers, else None.
+      The products are rounded to the dtype of q, and cut where they leave it.
+    v_scales: the same of the values.
     causal: whether a query sees no position past its own; if not, it sees all
       tokens of its sequence.
     tree_mask: which of the query tokens of its sequence a token sees, instead;
@@ -126,20 +135,17 @@ def attend(
 
   Raises:
     NotImplementedError: if the kernel does not take these shapes.
-    ValueError: if dtypes differ, the config exceeds shared memory or has fewer
-      rows than a KV head has queries, or there is a window that is not causal.
+    ValueError: if pages differ, scales are missing, of another shape or not
+      wanted, the config exceeds shared memory or has fewer rows than a KV head
+      has queries, or there is a window that is not causal.
   """
-  if not q.dtype == k_pages.dtype == v_pages.dtype:
-    raise ValueError(
-      f"{q.dtype=}, {k_pages.dtype=} and {v_pages.dtype=} must be the same."
-    )
+  check_pages(k_pages, v_pages, k_scales, v_scales)
   if not causal and sliding_window is not None:
     raise ValueError(f"{sliding_window=} must be None with {causal=}.")
   num_tokens, num_q_heads, head_dim = q.shape
   num_pages, num_kv_heads, page_size, _ = k_pages.shape
-  if reason := ragged_config.unsupported(
-    head_dim, page_size, num_q_heads, num_kv_heads, k_pages.dtype
-  ):
+  shapes = head_dim, page_size, num_q_heads, num_kv_heads, q.dtype
+  if reason := ragged_config.unsupported(*shapes, kv_dtype=k_pages.dtype):
     raise NotImplementedError(reason)
   num_seqs, pages_per_seq = page_indices.shape
   if 0 in (num_tokens, num_seqs, num_pages, pages_per_seq):
@@ -152,6 +158,7 @@ def attend(
   problem = Problem(
     config=config,
     dtype=q.dtype,
+    kv_dtype=k_pages.dtype,
     num_tokens=num_tokens,
     num_seqs=num_seqs,
     num_kv_heads=num_kv_heads,
@@ -176,20 +183,14 @@ def attend(
   if tree_mask is not None:
     rows = dict(group=group, more_rows=config.block_q)
     tree = tree_bits.pack(tree_mask, ints[0], ints[2], sliding_window, **rows)
-  return _launch(problem, q, k_pages, v_pages, sinks, tree, *ints)
+  pages = k_pages, v_pages
+  if k_scales is not None:
+    pages += k_scales, v_scales
+  return _launch(problem, q, pages, sinks, tree, *ints)
 
 
 def _launch(
-  problem: Problem,
-  q,
-  k_pages,
-  v_pages,
-  sinks,
-  tree,
-  cu_q_lens,
-  kv_lens,
-  active,
-  ids,
+  problem: Problem, q, pages, sinks, tree, cu_q_lens, kv_lens, active, ids
 ):
   """Lists the items, runs the kernel, and merges what it split."""
   sizes, config = problem.sizes, problem.config
@@ -231,8 +232,7 @@ def _launch(
     plan.tiles,
     ids,
     _pad_group(problem, heads, 2),
-    k_pages,
-    v_pages,
+    *pages,
     *more,
     *(() if tree is None else (tree.of_seqs, tree.of_rows)),
   )
@@ -270,13 +270,16 @@ def _body(problem, *refs, **smem):
   """Runs a program: its warpgroups over its items."""
   names = ("starts", "firsts") if problem.config.splits else ("num_items",)
   names += "tiles", "table", "q", "k", "v"
+  names += ("k_scales", "v_scales") * problem.is_quantised
   names += ("sinks",) * problem.has_sinks
   names += ("tree_of_seqs", "tree") * problem.has_tree + ("out", "lse")
   names += ("acc", "m", "l") * problem.config.splits
   gmem = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
   smem = types.SimpleNamespace(**smem)
   num_wgs = problem.config.num_compute_wgs
-  num_registers = ragged_config.registers(problem.config, problem.head_dim)
+  num_registers = ragged_config.registers(
+    problem.config, problem.head_dim, problem.is_quantised
+  )
   wg = lax.axis_index("warpgroup")
   walk = functools.partial(_for_each_item, problem, gmem, smem)
 
@@ -290,7 +293,8 @@ def _body(problem, *refs, **smem):
   def _memory():
     if num_wgs > 1:
       plgpu.set_max_registers(num_registers[1], action="decrease")
-    ragged_load.run(problem, smem, walk)
+    loader = ragged_widen if problem.is_quantised else ragged_load
+    loader.run(problem, smem, walk)
 
 
 def _for_each_item(problem, gmem, smem, step):

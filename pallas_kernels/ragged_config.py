@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels import gpu
-from pallas_kernels.decode_config import HEAD_DIMS
+from pallas_kernels.decode_config import HEAD_DIMS, QUANTISED_DTYPES
 
 ROWS = 64  # of a compute warpgroup: what wgmma takes
 _ALLOCATION = 1024  # bytes: shared memory is handed out in these
 _ITEMSIZE = 2  # of bfloat16 and float16
+NUM_STAGED = 4  # pieces of tiles of 8-bit numbers in flight
 _FEW = 4  # items for each program, below which splitting pays
 _MAX_GROUP = 128  # query heads of a KV head: rows of a tile
 
@@ -69,7 +70,9 @@ def default_config(
   return dataclasses.replace(config, splits=num_items < _FEW * num_sms)
 
 
-def registers(config: Config, head_dim: int) -> tuple[int, int]:
+def registers(
+  config: Config, head_dim: int, is_quantised: bool = False
+) -> tuple[int, int]:
   """Returns the registers of a thread that computes, and of one for memory.
 
   A program starts with 65,536 over its threads for each, a multiple of 8: 168
@@ -78,26 +81,44 @@ def registers(config: Config, head_dim: int) -> tuple[int, int]:
   """
   if config.num_compute_wgs == 3:
     return 160, 32
+  if is_quantised:
+    return 216, 72
   return (224, 56) if head_dim <= 128 else (232, 40)
 
 
-def smem_bytes(config: Config, head_dim: int) -> int:
+def smem_bytes(
+  config: Config, head_dim: int, is_quantised: bool = False
+) -> int:
   """Returns the bytes of shared memory that a program takes."""
   ring = config.num_stages * config.block_kv * _ITEMSIZE
-  buffers = (
+  columns = output_columns(head_dim, is_quantised)
+  staged = NUM_STAGED * staged_rows(config, head_dim) * is_quantised
+  buffers = [
     config.block_q * head_dim * _ITEMSIZE,  # Q
-    config.block_q * output_columns(head_dim) * _ITEMSIZE,  # O
+    config.block_q * columns * _ITEMSIZE,  # O
     ring * head_dim,  # K
     ring * head_dim,  # V
     config.block_q * config.block_kv * _ITEMSIZE * config.p_in_smem,  # P
-  )
-  barriers = 8 * (8 + 4 * config.num_stages)
-  return sum(pl.cdiv(b, _ALLOCATION) * _ALLOCATION for b in buffers) + barriers
+    staged * head_dim,  # 8-bit numbers
+    staged * 4,  # their scales
+  ]
+  num_barriers = 2 + 4 * config.num_stages + NUM_STAGED * is_quantised
+  if config.num_compute_wgs > 1:
+    num_barriers += config.num_stages + config.num_compute_wgs
+  buffers = [pl.cdiv(b, _ALLOCATION) * _ALLOCATION for b in buffers]
+  return sum(buffers) + 8 * num_barriers
 
 
-def output_columns(head_dim: int) -> int:
+def staged_rows(config: Config, head_dim: int) -> int:
+  """Returns the rows of a tile of 8-bit numbers that come and go at once."""
+  return config.block_kv // (2 if head_dim <= 192 else 4)
+
+
+def output_columns(head_dim: int, is_quantised: bool = False) -> int:
   """Returns the columns of the output that are on their way at once."""
-  return head_dim if head_dim <= 192 else head_dim // 2
+  if head_dim <= 192:
+    return head_dim
+  return head_dim // (4 if is_quantised else 2)
 
 
 def swizzle_bytes(head_dim: int) -> int:
@@ -121,10 +142,24 @@ def unsupported(
   num_q_heads: int,
   num_kv_heads: int,
   dtype: DTypeLike,
+  *,
+  kv_dtype: DTypeLike | None = None,
 ) -> str | None:
-  """Returns why the kernel does not take these shapes, or None if it does."""
-  if jnp.dtype(dtype) not in (jnp.dtype("bfloat16"), jnp.dtype("float16")):
-    return f"dtype={jnp.dtype(dtype).name} is not bfloat16 or float16."
+  """Returns why the kernel does not take these shapes, or None if it does.
+
+  Args:
+    head_dim: width of a head.
+    page_size: tokens of a page.
+    num_q_heads: query heads.
+    num_kv_heads: KV heads.
+    dtype: of the queries.
+    kv_dtype: of the pages; None if it is the same.
+  """
+  names = [jnp.dtype(x or dtype).name for x in (dtype, kv_dtype)]
+  if names[0] not in ("bfloat16", "float16"):
+    return f"dtype={names[0]} is not bfloat16 or float16."
+  if names[1] not in (names[0], *QUANTISED_DTYPES):
+    return f"pages of {names[1]} do not take queries of {names[0]}."
   if head_dim not in HEAD_DIMS:
     return f"{head_dim=} is not one of {HEAD_DIMS}."
   if page_size < 1 or page_size % 8:

@@ -16,9 +16,16 @@ def run(problem: Problem, smem, walk) -> None:
     smem: shared memory and barriers.
     walk: calls a function with each `Work`, and returns the tiles of all.
   """
-  num_tiles, num_stages = walk(_load_item), problem.config.num_stages
+  drain(problem, smem, walk(_load_item))
 
-  # No barrier may be left with a completion that nobody waited for.
+
+def drain(problem: Problem, smem, num_tiles) -> None:
+  """Waits until all tiles of a program, and their queries, were taken.
+
+  No barrier may be left with a completion that nobody waited for.
+  """
+  num_stages = problem.config.num_stages
+
   @pl.when(num_tiles > 0)
   def _():
     plgpu.barrier_wait(smem.q_consumed)
@@ -44,15 +51,13 @@ def page_ids(work: Work, base) -> list:
 
 def _load_item(work):
   """Copies Q, and the tiles of K and V into their rings."""
-  smem = work.smem
   ids = page_ids(work, work.base(0))
 
   @pl.when(work.item.num_tiles > 0)
   def _():
     # There may be room for K while Q is still taken.
     _load_tile(work, "k", 0, ids)
-    pl.when(work.num_before > 0)(lambda: plgpu.barrier_wait(smem.q_consumed))
-    _load_queries(work)
+    load_queries(work)
     _load_tile(work, "v", 0, ids)
 
   # The page ids of the next tile are on their way while this one waits.
@@ -66,9 +71,10 @@ def _load_item(work):
   lax.fori_loop(1, work.item.num_tiles, load, ids)
 
 
-def _load_queries(work):
+def load_queries(work: Work) -> None:
   """Copies the queries of an item; past the last token, there are zeros."""
   problem, item = work.problem, work.item
+  pl.when(work.num_before > 0)(lambda: plgpu.barrier_wait(work.smem.q_consumed))
   by_token, _ = work.smem.q_smem
   for wg in range(by_token.shape[0]):
     first, heads = problem.rows_of(wg)

@@ -12,12 +12,14 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from pallas_kernels import kv_tiles, ragged_config, ragged_schedule
-from pallas_kernels.decode_config import SMEM_LIMIT
+from pallas_kernels.decode_config import SMEM_LIMIT, is_quantised
 from pallas_kernels.online_softmax import LOG2_E, to_base_2
 from pallas_kernels.ragged_config import ROWS, Config
 
 COMPILER_PARAMS = plgpu.CompilerParams(
-  approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+  approx_math=True,
+  lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+  reduction_scratch_bytes=0,  # rows are reduced by four threads each
 )
 
 
@@ -26,7 +28,8 @@ class Problem:
   """What is static about a launch."""
 
   config: Config
-  dtype: DTypeLike
+  dtype: DTypeLike  # of the queries
+  kv_dtype: DTypeLike  # of the pages
   num_tokens: int
   num_seqs: int
   num_kv_heads: int
@@ -45,7 +48,9 @@ class Problem:
   interpret: plgpu.InterpretGPUParams | None
 
   def __post_init__(self):
-    needed = ragged_config.smem_bytes(self.config, self.head_dim)
+    needed = ragged_config.smem_bytes(
+      self.config, self.head_dim, self.is_quantised
+    )
     if needed > SMEM_LIMIT:
       raise ValueError(f"{self.config=} takes {needed} bytes > {SMEM_LIMIT=}.")
     if self.config.block_q % self.group:
@@ -62,10 +67,29 @@ class Problem:
     return self.config.block_kv // self.chunk
 
   @property
+  def is_quantised(self) -> bool:
+    """Whether pages hold 8-bit numbers, with a scale for each token."""
+    return is_quantised(self.kv_dtype)
+
+  @property
+  def staged_rows(self) -> int:
+    """Rows of a piece of a tile, if numbers are of 8 bits."""
+    return ragged_config.staged_rows(self.config, self.head_dim)
+
+  @property
   def columns(self) -> int:
     """Columns of a tile of shared memory."""
     swizzle = ragged_config.swizzle_bytes(self.head_dim)
     return swizzle // jnp.dtype(self.dtype).itemsize
+
+  @property
+  def transforms(self) -> tuple[Any, Any]:
+    """What makes tiles of 8 rows of shared memory, for wgmma."""
+    swizzle = ragged_config.swizzle_bytes(self.head_dim)
+    return (
+      plgpu.TilingTransform((8, self.columns)),
+      plgpu.SwizzleTransform(swizzle),
+    )
 
   @property
   def wg_tokens(self) -> int:
@@ -169,7 +193,9 @@ def scratch(problem: Problem) -> dict[str, Any]:
   """Returns the shared memory and the barriers of a program."""
   config, head_dim = problem.config, problem.head_dim
   num_wgs, num_stages = config.num_compute_wgs, config.num_stages
-  tiled = functools.partial(_smem, problem, plgpu.TilingTransform)
+  # Tiles of 8-bit numbers are not copied there, but widened.
+  num_copies = 1 if problem.is_quantised else problem.num_chunks
+  tiled = functools.partial(_smem, problem, True)
   barriers = functools.partial(plgpu.Barrier, num_barriers=num_stages)
   memory = {
     "q_smem": _rows(problem, head_dim),
@@ -180,11 +206,13 @@ def scratch(problem: Problem) -> dict[str, Any]:
       num_arrivals=num_wgs * (head_dim // problem.columns)
     ),
     "q_consumed": plgpu.Barrier(num_arrivals=num_wgs),
-    "k_loaded": barriers(num_arrivals=problem.num_chunks),
-    "v_loaded": barriers(num_arrivals=problem.num_chunks),
+    "k_loaded": barriers(num_arrivals=num_copies),
+    "v_loaded": barriers(num_arrivals=num_copies),
     "k_consumed": barriers(num_arrivals=num_wgs),
     "v_consumed": barriers(num_arrivals=num_wgs),
   }
+  if problem.is_quantised:
+    memory |= _staging(problem)
   if problem.p_in_smem:
     # With the swizzle of V, as the operands of wgmma must.
     memory["p_smem"] = tiled(num_wgs, ROWS, config.block_kv)
@@ -194,18 +222,29 @@ def scratch(problem: Problem) -> dict[str, Any]:
   return memory
 
 
+def _staging(problem: Problem) -> dict[str, Any]:
+  """Returns the shared memory and the barriers of 8-bit numbers."""
+  shape = ragged_config.NUM_STAGED, problem.staged_rows
+  num_copies = max(problem.staged_rows // problem.chunk, 1)
+  return {
+    "staged_smem": plgpu.SMEM((*shape, problem.head_dim), problem.kv_dtype),
+    "staged_scales_smem": plgpu.SMEM(shape, jnp.float32),
+    "staged": plgpu.Barrier(
+      num_arrivals=2 * num_copies, num_barriers=ragged_config.NUM_STAGED
+    ),
+  }
+
+
 def output_scratch(problem: Problem) -> dict[str, Any]:
   """Returns the shared memory for what is written."""
-  columns = ragged_config.output_columns(problem.head_dim)
+  columns = ragged_config.output_columns(problem.head_dim, problem.is_quantised)
   return {"out_smem": _rows(problem, columns)}
 
 
-def _smem(problem: Problem, tiling, *shape: int):
+def _smem(problem: Problem, is_tiled: bool, *shape: int):
   """Returns swizzled shared memory, in tiles of 8 rows or in none."""
-  swizzle = ragged_config.swizzle_bytes(problem.head_dim)
-  transforms = (plgpu.SwizzleTransform(swizzle),)
-  if tiling is not None:
-    transforms = tiling((8, problem.columns)), *transforms
+  tiles, swizzle = problem.transforms
+  transforms = (tiles, swizzle) if is_tiled else (swizzle,)
   return plgpu.SMEM(shape, problem.dtype, transforms=transforms)
 
 
@@ -218,8 +257,8 @@ def _rows(problem: Problem, num_columns: int):
   """
   outer = problem.config.num_compute_wgs, num_columns // problem.columns
   inner = problem.wg_tokens, problem.wg_heads, problem.columns
-  by_token = _smem(problem, None, *outer, *inner)
-  by_row = _smem(problem, plgpu.TilingTransform, *outer, ROWS, problem.columns)
+  by_token = _smem(problem, False, *outer, *inner)
+  by_row = _smem(problem, True, *outer, ROWS, problem.columns)
   if problem.interpret is not None:  # see `Problem.reinterpret`
     return by_token, by_row
   return plgpu.RefUnion(by_token, by_row)

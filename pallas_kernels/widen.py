@@ -1,4 +1,4 @@
-"""8-bit numbers into float16 operands of wgmma, through registers.
+"""8-bit numbers into 16-bit operands of wgmma, through registers.
 
 The layouts of Mosaic would move four bytes at a time, and keep so many
 addresses in registers that one program instead of two has room on a
@@ -9,16 +9,19 @@ and writes them where wgmma looks for them in a swizzled tile:
   operand   tiles of 8 rows of `swizzle` bytes; in a tile, the place of a piece
             in its row is XORed with the number of the row
 
-float16 holds all values of int8 and of float8_e4m3fn exactly.
+float16 holds all values of int8 and of float8_e4m3fn exactly (`to_float16`).
+Times the scales of their rows they are rounded, once (`scaled`).
 """
 
 import itertools
 from typing import Any
 
 import jax.experimental.mosaic.gpu as mgpu
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
+from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
@@ -44,6 +47,41 @@ _FROM_FLOAT8 = """{
   cvt.rn.f16x2.e4m3x2 $1, high;
 }"""
 
+# The same times $3, rounded to KIND. 0x4B makes the float32 2^23 + 128 + x.
+_SCALED_INT8 = """{
+  .reg .b32 flipped;
+  .reg .f32 x<4>;
+  xor.b32 flipped, $2, 0x80808080;
+  prmt.b32 x0, flipped, 0x4B000000, 0x7440;
+  prmt.b32 x1, flipped, 0x4B000000, 0x7441;
+  prmt.b32 x2, flipped, 0x4B000000, 0x7442;
+  prmt.b32 x3, flipped, 0x4B000000, 0x7443;
+  sub.rn.f32 x0, x0, 0f4B000080;
+  sub.rn.f32 x1, x1, 0f4B000080;
+  sub.rn.f32 x2, x2, 0f4B000080;
+  sub.rn.f32 x3, x3, 0f4B000080;"""
+_SCALED_FLOAT8 = """{
+  .reg .b16 low, high, h<4>;
+  .reg .b32 halves<2>;
+  .reg .f32 x<4>;
+  mov.b32 {low, high}, $2;
+  cvt.rn.f16x2.e4m3x2 halves0, low;
+  cvt.rn.f16x2.e4m3x2 halves1, high;
+  mov.b32 {h0, h1}, halves0;
+  mov.b32 {h2, h3}, halves1;
+  cvt.f32.f16 x0, h0;
+  cvt.f32.f16 x1, h1;
+  cvt.f32.f16 x2, h2;
+  cvt.f32.f16 x3, h3;"""
+_SCALED = """
+  mul.rn.f32 x0, x0, $3;
+  mul.rn.f32 x1, x1, $3;
+  mul.rn.f32 x2, x2, $3;
+  mul.rn.f32 x3, x3, $3;
+  cvt.rn.KINDx2.f32 $0, x1, x0;
+  cvt.rn.KINDx2.f32 $1, x3, x2;
+}"""
+
 
 def to_float16(tile_smem, operand_smem, transforms, *, interpreted: bool):
   """Writes the numbers of a tile to an operand.
@@ -57,42 +95,118 @@ def to_float16(tile_smem, operand_smem, transforms, *, interpreted: bool):
   if interpreted:
     operand_smem[...] = tile_smem[...].astype(jnp.float32).astype(jnp.float16)
     return
-  rows, columns = tile_smem.shape
-  is_int = tile_smem.dtype == jnp.int8
-  swizzle = transforms[1].swizzle
+  shape, swizzle = tile_smem.shape, transforms[1].swizzle
+  convert = _FROM_INT8 if tile_smem.dtype == jnp.int8 else _FROM_FLOAT8
 
   @plgpu.inline_mgpu(
     arg_types=(plgpu.RefType(), plgpu.RefType(tuple(transforms)))
   )
   def widen(_, tile, operand):
-    source, targets = _first_places(columns, swizzle)
-    source = _at(utils.memref_ptr(tile), source)
-    targets = [_at(utils.memref_ptr(operand), place) for place in targets]
-    step = _rows_at_once(columns)
-    starts = range(0, rows, step)
-    for group in itertools.batched(starts, _AHEAD):
-      # Rows that are a multiple of 8 ahead lie as far ahead, XORed alike.
-      numbers = [_load(_at(source, _i32(row * columns))) for row in group]
-      for row, x in zip(group, numbers, strict=True):
-        ahead = _i32(row * columns * 2)
-        _store(x, [_at(target, ahead) for target in targets], is_int)
+    _move(tile, operand, shape, swizzle, convert, _AHEAD)
 
   widen(tile_smem, operand_smem)
 
 
-def _rows_at_once(columns):
+def scaled(
+  tile_smem,
+  scales_smem,
+  operand_smem,
+  transforms,
+  *,
+  first_row: int,
+  ahead: int,
+  interpreted: bool,
+):
+  """Writes the numbers of rows, times their scales, to an operand.
+
+  Args:
+    tile_smem: int8 or float8_e4m3fn [rows, columns], row by row.
+    scales_smem: float32 [rows]; at most `largest_scale` counts.
+    operand_smem: bfloat16 or float16 [some rows, columns].
+    transforms: see `to_float16`.
+    first_row: the row of the operand that is the first to be written.
+    ahead: pieces that are on their way to a thread.
+    interpreted: whether an interpreter runs it.
+  """
+  shape, swizzle = tile_smem.shape, transforms[1].swizzle
+  dtype, is_int = operand_smem.dtype, tile_smem.dtype == jnp.int8
+  limit = largest_scale(dtype, tile_smem.dtype)
+  if interpreted:
+    scales = jnp.minimum(scales_smem[...], jnp.float32(limit))
+    rows = tile_smem[...].astype(jnp.float32) * scales[:, None]
+    operand_smem[pl.ds(first_row, shape[0])] = rows.astype(dtype)
+    return
+  kind = "bf16" if dtype == jnp.bfloat16 else "f16"
+  convert = _SCALED_INT8 if is_int else _SCALED_FLOAT8
+  convert += _SCALED.replace("KIND", kind)
+
+  @plgpu.inline_mgpu(
+    arg_types=(
+      plgpu.RefType(),
+      plgpu.RefType(),
+      plgpu.RefType(tuple(transforms)),
+    )
+  )
+  def widen(_, tile, scales, operand):
+    more = dict(scales=scales, limit=limit, first_row=first_row)
+    _move(tile, operand, shape, swizzle, convert, ahead, **more)
+
+  widen(tile_smem, scales_smem, operand_smem)
+
+
+def largest_scale(dtype: DTypeLike, kv_dtype: DTypeLike) -> float:
+  """Returns the scale that takes the greatest 8-bit number to that of dtype."""
+  greatest = 128.0 if jnp.dtype(kv_dtype) == jnp.int8 else 448.0
+  return float(jnp.finfo(dtype).max) / greatest
+
+
+def _move(
+  tile,
+  operand,
+  shape,
+  swizzle,
+  convert,
+  ahead,
+  *,
+  scales=None,
+  limit=None,
+  first_row=0,
+):
+  """Moves all rows of a tile, `ahead` pieces of a thread at a time."""
+  rows, columns = shape
+  row, source, targets = _first_places(rows, columns, swizzle)
+  source = _at(utils.memref_ptr(tile), source)
+  targets = [_at(utils.memref_ptr(operand), place) for place in targets]
+  if scales is not None:
+    scales = _at(utils.memref_ptr(scales), arith.muli(row, _i32(4)))
+  starts = range(0, rows, _rows_at_once(rows, columns))
+  for group in itertools.batched(starts, ahead):
+    # Rows that are a multiple of 8 ahead lie as far ahead, XORed alike.
+    numbers = [_load(_at(source, _i32(row * columns))) for row in group]
+    factors = [
+      [] if scales is None else [_load_scale(_at(scales, _i32(4 * row)), limit)]
+      for row in group
+    ]
+    for row, x, factor in zip(group, numbers, factors, strict=True):
+      offset = _i32((first_row + row) * columns * 2)
+      places = [_at(target, offset) for target in targets]
+      _store(x, places, convert, factor)
+
+
+def _rows_at_once(rows, columns):
   """Returns how many rows a warpgroup moves at once: a power of two, from 8."""
-  return 1 << ((_THREADS // (columns // _PIECE)).bit_length() - 1)
+  most = 1 << ((_THREADS // (columns // _PIECE)).bit_length() - 1)
+  return min(most, rows)
 
 
-def _first_places(columns, swizzle):
-  """Returns where a thread reads its first piece, and where it writes it.
+def _first_places(rows, columns, swizzle):
+  """Returns a thread's first row, and where it reads and writes a piece of it.
 
   Threads past the last piece do what others do.
   """
   per_row = columns // _PIECE
   piece = arith.remui(
-    utils.thread_idx(), _i32(_rows_at_once(columns) * per_row)
+    utils.thread_idx(), _i32(_rows_at_once(rows, columns) * per_row)
   )
   row, column = (
     arith.divui(piece, _i32(per_row)),
@@ -115,7 +229,7 @@ def _first_places(columns, swizzle):
     # 128 bytes.
     row_bits = arith.andi(arith.shrui(place, _i32(3)), _i32(swizzle - _PIECE))
     targets.append(arith.xori(place, row_bits))
-  return source, targets
+  return row, source, targets
 
 
 def _start_of_row(row, tile, row_bytes, swizzle):
@@ -135,10 +249,16 @@ def _load(source):
   return llvm.load(_words(), source, alignment=_PIECE)
 
 
-def _store(numbers, targets, is_int):
+def _load_scale(source, limit):
+  """Returns a scale, at most the limit, or NaN."""
+  scale: Any = llvm.load(ir.F32Type.get(), source, alignment=4)
+  return arith.minimumf(scale, mgpu.c(limit, ir.F32Type.get()))
+
+
+def _store(numbers, targets, convert, factor):
   """Writes 16 numbers to two places."""
   elements = (llvm.extractelement(numbers, _i32(i)) for i in range(4))
-  wide = [half for x in elements for half in _convert(x, is_int)]
+  wide = [half for x in elements for half in _convert(convert, x, *factor)]
   for i, target in enumerate(targets):
     vector = llvm.mlir_undef(_words())
     for j in range(4):
@@ -146,14 +266,14 @@ def _store(numbers, targets, is_int):
     llvm.store(vector, target, alignment=_PIECE)
 
 
-def _convert(word, is_int):
-  """Returns two registers of float16 for one of 8-bit numbers."""
+def _convert(convert, word, *factor):
+  """Returns two registers of 16-bit numbers for one of 8-bit numbers."""
   i32 = ir.IntegerType.get_signless(32)
   pair: Any = llvm.inline_asm(
     llvm.StructType.get_literal([i32, i32]),
-    [word],
-    _FROM_INT8 if is_int else _FROM_FLOAT8,
-    "=r,=r,r",
+    [word, *factor],
+    convert,
+    "=r,=r,r" + ",f" * len(factor),
   )
   return [llvm.extractvalue(i32, pair, [i]) for i in range(2)]
 

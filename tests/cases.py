@@ -108,6 +108,16 @@ def quantise(problem, kv_dtype):
   return dataclasses.replace(problem, **pages), scales
 
 
+def dequantise(problem, scales):
+  """Returns a Problem of pages of data * scale, rounded to the dtype of q."""
+  pages = {}
+  for name in ("k", "v"):
+    data = getattr(problem, f"{name}_pages").astype(np.float32)
+    rows = data * scales[f"{name}_scales"][..., None]
+    pages[f"{name}_pages"] = rows.astype(problem.q.dtype)
+  return dataclasses.replace(problem, **pages)
+
+
 def quantise_rows(rows, kv_dtype):
   """Returns data and f32 scales of float64 rows, in NumPy."""
   kv_dtype = jnp.dtype(kv_dtype)

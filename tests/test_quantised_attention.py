@@ -51,6 +51,9 @@ def _check(problem, scales, *, sinks=None, **options):
   out, lse = op(problem, scales, sinks=given, **options)
   assert out.dtype == problem.q.dtype
   assert lse.dtype == jnp.float32
+  if op is _ragged and cases.ON_HOPPER and problem.q.dtype != np.float32:
+    # The kernel takes keys and values as pages of 16 bits would hold them.
+    arrays, scales = dataclasses.astuple(cases.dequantise(problem, scales)), {}
   expected = judge(*arrays, **scales, sinks=sinks, **options)
   cases.assert_matches(out, lse, *expected, problem.q.dtype)
 

@@ -7,9 +7,14 @@ import cases
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.mosaic.gpu import core as mosaic
 
 from pallas_kernels import gpu, ragged_attention, ragged_config
-from pallas_kernels.decode_config import HEAD_DIMS, SMEM_LIMIT
+from pallas_kernels.decode_config import (
+  HEAD_DIMS,
+  QUANTISED_DTYPES,
+  SMEM_LIMIT,
+)
 from pallas_kernels.ragged_config import Config, default_config
 
 
@@ -20,19 +25,24 @@ def _lower(
   head_dim=128,
   page_size=16,
   dtype="bfloat16",
+  kv_dtype=None,
   config=None,
   max_new=None,
   **options,
 ):
   """Lowers the kernel to Hopper, which needs no GPU."""
-  pages = jax.ShapeDtypeStruct((99, heads[1], page_size, head_dim), dtype)
+  shape = 99, heads[1], page_size, head_dim
+  pages = jax.ShapeDtypeStruct(shape, kv_dtype or dtype)
+  scales = kv_dtype and jax.ShapeDtypeStruct(shape[:3], jnp.float32)
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   return (
     jax.jit(
       lambda *args: ragged_attention.attend(
         *args[:7],
         sinks=args[7],
-        tree_mask=args[8],
+        k_scales=args[8],
+        v_scales=args[8],
+        tree_mask=args[9],
         config=config,
         **cases.PLAIN | options,
       )
@@ -46,6 +56,7 @@ def _lower(
       ints(6),
       ints(),
       jax.ShapeDtypeStruct((heads[0],), jnp.float32),
+      scales,
       max_new and jax.ShapeDtypeStruct((num_tokens, max_new), jnp.bool_),
     )
     .lower(lowering_platforms=("cuda",))
@@ -79,6 +90,37 @@ def test_lowers_to_hopper(head_dim, num_tokens, heads, page_size, dtype):
   assert "mosaic_gpu" in text
 
 
+@pytest.mark.parametrize("kv_dtype", QUANTISED_DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_quantised_pages_lower_to_hopper(head_dim, kv_dtype):
+  shapes = [(99999, (32, 8), 16, "bfloat16"), (100, (2, 1), 8, "float16")]
+  for num_tokens, heads, page_size, dtype in shapes:
+    text = _lower(
+      head_dim=head_dim,
+      num_tokens=num_tokens,
+      heads=heads,
+      page_size=page_size,
+      dtype=dtype,
+      kv_dtype=kv_dtype,
+    )
+    assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_shared_memory_is_priced_as_it_is_asked_for(
+  head_dim, kv_dtype, monkeypatch
+):
+  monkeypatch.setattr(mosaic, "_SMEM_SIZE_BOUND", 0)
+  for config in (
+    default_config(4096, 2, 4, head_dim),
+    Config(64, 2, num_compute_wgs=1),
+  ):
+    needed = ragged_config.smem_bytes(config, head_dim, kv_dtype is not None)
+    with pytest.raises(ValueError, match=f"smem_bytes={needed} >"):
+      _lower(head_dim=head_dim, kv_dtype=kv_dtype, config=config)
+
+
 @pytest.mark.parametrize(
   "options",
   [
@@ -105,6 +147,8 @@ def test_lowers_to_hopper_with_options(options):
     (dict(page_size=12), "page_size=12"),
     (dict(num_q_heads=9), "num_q_heads=9"),
     (dict(num_q_heads=258), "group=129"),
+    (dict(kv_dtype="float16"), "pages of float16 do not take queries"),
+    (dict(kv_dtype="float8_e5m2"), "pages of float8_e5m2"),
   ],
 )
 def test_unsupported_names_the_value(changed, reason):
@@ -112,6 +156,7 @@ def test_unsupported_names_the_value(changed, reason):
     head_dim=128, page_size=16, num_q_heads=8, num_kv_heads=2, dtype="bfloat16"
   )
   assert ragged_config.unsupported(**shapes) is None
+  assert ragged_config.unsupported(**shapes, kv_dtype="int8") is None
   assert reason in str(ragged_config.unsupported(**shapes | changed))
 
 
@@ -142,7 +187,9 @@ def test_default_config_fits_and_fills_the_device(head_dim):
     config = default_config(
       num_tokens, 2, group, head_dim, device=gpu.Gpu("", 100)
     )
-    assert ragged_config.smem_bytes(config, head_dim) <= SMEM_LIMIT
+    for is_quantised in (False, True):
+      needed = ragged_config.smem_bytes(config, head_dim, is_quantised)
+      assert needed <= SMEM_LIMIT
     assert config.num_programs == 100
     items = num_tokens * group * 2 // config.block_q
     assert config.splits or items >= 100
