@@ -180,6 +180,12 @@ def test_a_tree_matches_oracle(max_new, config, options):
   _check(problem, config=config, sinks=sinks, tree_mask=mask, **options)
 
 
+def test_a_window_does_not_bound_new_tokens():
+  problem = _make(kv_lens=[100], q_lens=[40], spare_tokens=0)
+  mask = np.ones((40, 40), bool)
+  _check(problem, tree_mask=mask, sliding_window=1)
+
+
 @pytest.mark.parametrize("heads", [(10, 2), (128, 1)])
 def test_a_tree_of_any_group_matches_oracle(heads):
   problem = _make(
@@ -213,6 +219,7 @@ def test_a_new_token_that_none_sees_leaves_no_trace(window):
     np.array(x) for x in (problem.k_pages, problem.v_pages)
   )
   mask = _random_mask(problem, 66)
+  mask[:, 1] = True
   context, unseen = [94, 66, 16], []
   for seq, columns in enumerate(([0, 33, 34, 60, 65, 66, 69], [31, 63], [2])):
     start, end = problem.cu_q_lens[seq : seq + 2]

@@ -135,6 +135,12 @@ def test_a_tree_matches_oracle(max_q_len, max_new, options):
   _check(problem, max_q_len=max_q_len, sinks=sinks, tree_mask=mask, **options)
 
 
+def test_a_window_does_not_bound_new_tokens():
+  problem = cases.make(kv_lens=[68], q_lens=[8], dtype="bfloat16")
+  mask = np.ones((8, 8), bool)
+  _check(problem, max_q_len=8, tree_mask=mask, sliding_window=1)
+
+
 @pytest.mark.parametrize("max_q_len", [1, 2])
 def test_a_token_need_not_see_itself(max_q_len):
   problem = cases.make(kv_lens=[1, 1, 65, 20], dtype="bfloat16")
@@ -149,6 +155,7 @@ def test_a_new_token_that_none_sees_leaves_no_trace(kv_dtype, window):
     kv_lens=[66, 64, 20], q_lens=[4, 3, 4], dtype="bfloat16", poison=0.0
   )
   mask = _random_mask(problem, 4)
+  mask[:, 1] = True
   mask[:4, [0, 2]], mask[4:7, 2], mask[7:, 0] = False, False, False
   unseen = [(0, 62), (0, 64), (1, 63), (2, 16)]
   if window:

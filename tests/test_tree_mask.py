@@ -119,6 +119,18 @@ def test_a_tree_mask_matches_oracle(implementation, dtype, options, max_q_len):
   )
 
 
+# The window of every token begins in the tile after that of the first new one.
+@pytest.mark.parametrize(("implementation", "dtype"), RUNS[::2])
+@pytest.mark.parametrize(("q_len", "max_q_len"), [(8, 8), (110, None)])
+def test_a_window_does_not_bound_new_tokens(
+  implementation, dtype, q_len, max_q_len
+):
+  problem = _make(kv_lens=[252 + q_len], q_lens=[q_len], dtype=dtype)
+  mask = np.ones((q_len, q_len), bool)
+  options = dict(sliding_window=1, tree_mask=mask, max_q_len=max_q_len)
+  _check(problem, implementation, **options)
+
+
 # Fewer columns than query tokens, a word of bits or two of them, and more.
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS[::2])
 @pytest.mark.parametrize("max_new", [1, 31, 33, 100])
