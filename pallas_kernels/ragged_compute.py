@@ -13,7 +13,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import ragged_output, ragged_softmax
+from pallas_kernels import online_softmax, ragged_output, ragged_softmax
 from pallas_kernels.ragged_config import ROWS
 from pallas_kernels.ragged_load import page_ids
 from pallas_kernels.ragged_problem import Problem
@@ -78,7 +78,8 @@ def _attend_tiles(work, state):
   _await_turn(problem, smem)
   qk = ragged_softmax.matmul(_operands(work, by_row, 0), end_turn)
   give_back_keys(jnp.int32(0))
-  m, l, _, p = _weigh_scores(work, 0, state, qk)
+  l = online_softmax.tile(0.0, (ROWS, 8))
+  m, l, _, p = _weigh_scores(work, 0, state.m, l, qk)
   p = p.astype(problem.dtype)
 
   def fold(i, carry):
@@ -88,7 +89,7 @@ def _attend_tiles(work, state):
 
     def weigh(qk):
       give_back_keys(i + 1)
-      return _weigh_scores(work, i + 1, state, qk)
+      return _weigh_scores(work, i + 1, state.m, state.l, qk)
 
     _await_turn(problem, smem)
     acc, (m, l, alpha, next_p) = ragged_softmax.matmul_and_accumulate(
@@ -116,7 +117,7 @@ def _attend_tiles(work, state):
     interpreted=problem.interpret is not None,
   )
   plgpu.barrier_arrive(smem.v_consumed.at[work.slot(last)])
-  return state._replace(acc=acc)
+  return State(acc, state.m, state.l.sum(axis=1))
 
 
 def _operands(work, q_smem, i):
@@ -128,7 +129,7 @@ def _operands(work, q_smem, i):
   ]
 
 
-def _weigh_scores(work, i, state, qk):
+def _weigh_scores(work, i, m, l, qk):
   """Returns m, l, the factor of acc, and P, when the i-th tile is folded in."""
   problem, base = work.problem, work.base(i)
   sees_all = work.tiles.sees_all(base) & (work.item.tile.has_holes == 0)
@@ -139,9 +140,7 @@ def _weigh_scores(work, i, state, qk):
     problem.scores(qk),
   )
   # All of the softmax belongs to this half of the step.
-  return lax.optimization_barrier(
-    ragged_softmax.weigh(state, s, problem.factor)
-  )
+  return lax.optimization_barrier(ragged_softmax.weigh(m, l, s, problem.factor))
 
 
 def _left_operand(work, p):

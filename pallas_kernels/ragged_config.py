@@ -12,7 +12,7 @@ from pallas_kernels.decode_config import HEAD_DIMS
 ROWS = 64  # of a compute warpgroup: what wgmma takes
 _ALLOCATION = 1024  # bytes: shared memory is handed out in these
 _ITEMSIZE = 2  # of bfloat16 and float16
-_FEW = 4  # items for each program, below which splitting pays
+_FEW = 0.75  # items for each program, below which splitting pays
 _MAX_GROUP = 128  # query heads of a KV head: rows of a tile
 
 

@@ -5,8 +5,11 @@ that P stays in registers as the left operand of P V. The state of each row is
 the greatest score m, the sum l of 2^(s - m), and acc = sum 2^(s - m) v.
 """
 
+import functools
+import itertools
 from typing import NamedTuple
 
+import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -51,19 +54,26 @@ def across(values, shape: tuple[int, ...]):
   return lax.broadcast_in_dim(values, shape, [0])
 
 
-def weigh(state: State, s, factor: float):
+def weigh(m, l, s, factor: float):
   """Returns m, l, the factor of acc, and P, when a tile is folded in.
 
+  Threads share a row, so l is kept apart for each of their columns, modulo 8,
+  and summed once, at the end.
+
   Args:
-    state: the softmax so far; its acc is not asked for.
+    m: the greatest score so far.
+    l: f32[rows, 8], the sum so far.
     s: scores of a tile, which times `factor` are in base 2.
     factor: not negative.
   """
-  m = jnp.maximum(state.m, s.max(axis=1) * factor)
+  before, m = m, jnp.maximum(m, s.max(axis=1) * factor)
   shift = or_zero(m)
   p = jnp.exp2(s * factor - across(shift, s.shape))
-  alpha = jnp.exp2(state.m - shift)
-  return m, state.l * alpha + p.sum(axis=1), alpha, p
+  alpha = jnp.exp2(before - shift)
+  width = l.shape[1]
+  sums = (p[:, i : i + width] for i in range(0, s.shape[1], width))
+  l = l * across(alpha, l.shape) + functools.reduce(jnp.add, sums)
+  return m, l, alpha, p
 
 
 def merge(a: State, b: State) -> State:
@@ -177,12 +187,12 @@ def _keep_before(l):
   may be stored, to where nobody looks, cannot; l is never negative.
   """
 
-  @plgpu.inline_mgpu(arg_types=(QUERIES,))
+  @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,))
   def pin(_, l):
-    for register in l.registers.flat:
+    for pair, i in itertools.product(l.registers.flat, range(2)):
       llvm.inline_asm(
         ir.Type.parse("!llvm.void"),
-        [register],
+        [llvm.extractelement(pair, mgpu.c(i, ir.IntegerType.get_signless(32)))],
         _STORE_IF_NEGATIVE,
         "f",
         has_side_effects=True,
