@@ -11,12 +11,10 @@ them. A program has a warpgroup for memory and others that compute:
            and V chunk by chunk (TMA) into a ring of `num_stages` tiles; those
            of 8-bit numbers take a detour (`ragged_widen`)
   compute  64 rows each: S = Q K^T, mask, online softmax in base 2, O += P V
-           (wgmma); two take turns, so that one multiplies while the other
-           exponentiates, and P V of a tile goes on during the next softmax
+           (wgmma); P V of a tile goes on during the softmax of the next
 
-  compute 0   QK | soft      | QK, PV      | QK, PV      | PV
-                             |    | soft   |    | soft   |
-  compute 1      | QK | soft      | QK, PV      | QK, PV ...
+  products of a warpgroup   QK |      | QK, PV | QK, PV | QK, PV | PV
+  its softmax                  | soft |   soft |   soft |   soft |
 
 A tile of K is `block_kv` consecutive positions, copied in chunks that never
 straddle a page: `chunk = gcd(page_size, block_kv)`. Which tiles are visited is

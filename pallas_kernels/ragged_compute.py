@@ -1,11 +1,10 @@
 """The warpgroups of the ragged kernel that compute, 64 rows each.
 
-In its turn, a warpgroup starts Q K^T of a tile and P V of the one before, and
-lets the next have its turn. The softmax of the tile comes as soon as its
-scores are there, while P V and the products of others go on.
+A warpgroup starts Q K^T of a tile and P V of the one before together. The
+softmax of the tile comes as soon as its scores are there, while P V and the
+products of other warpgroups go on.
 """
 
-import functools
 import math
 
 import jax.experimental.pallas as pl
@@ -13,7 +12,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import ragged_output, ragged_softmax, tree_bits
+from pallas_kernels import (
+  online_softmax,
+  ragged_output,
+  ragged_softmax,
+  tree_bits,
+)
 from pallas_kernels.ragged_config import ROWS
 from pallas_kernels.ragged_load import page_ids
 from pallas_kernels.ragged_problem import Problem
@@ -30,25 +34,8 @@ def run(problem: Problem, smem, walk) -> None:
     smem: shared memory and barriers.
     walk: calls a function with each `Work`.
   """
-  wg, last = lax.axis_index("warpgroup"), problem.config.num_compute_wgs - 1
-  pl.when(wg == last)(lambda: _end_turn(problem, smem))
   walk(_attend_item)
-  pl.when(wg == 0)(lambda: _await_turn(problem, smem))
   plgpu.wait_smem_to_gmem(0)
-
-
-def _await_turn(problem, smem):
-  """Waits until the warpgroup before has started its products."""
-  if problem.config.num_compute_wgs > 1:
-    plgpu.barrier_wait(smem.turn.at[lax.axis_index("warpgroup")])
-
-
-def _end_turn(problem, smem):
-  """Lets the next warpgroup start its products, after one's own."""
-  num_wgs = problem.config.num_compute_wgs
-  if num_wgs > 1:
-    after = lax.rem(lax.axis_index("warpgroup") + 1, jnp.int32(num_wgs))
-    plgpu.barrier_arrive(smem.turn.at[after])
 
 
 def _attend_item(work):
@@ -66,7 +53,6 @@ def _attend_tiles(work, state):
   """Folds the tiles of an item, which are one or more, into the softmax."""
   problem, smem, last = work.problem, work.smem, work.item.num_tiles - 1
   by_token, by_row = (x.at[lax.axis_index("warpgroup")] for x in smem.q_smem)
-  end_turn = functools.partial(_end_turn, problem, smem)
 
   def give_back_keys(i):
     plgpu.barrier_arrive(smem.k_consumed.at[work.slot(i)])
@@ -75,10 +61,10 @@ def _attend_tiles(work, state):
   plgpu.barrier_wait(smem.q_loaded)
   problem.reinterpret(by_token, by_row)
   plgpu.barrier_wait(smem.k_loaded.at[work.slot(0)])
-  _await_turn(problem, smem)
-  qk = ragged_softmax.matmul(_operands(work, by_row, 0), end_turn)
+  qk = ragged_softmax.matmul(_operands(work, by_row, 0))
   give_back_keys(jnp.int32(0))
-  m, l, _, p = _weigh_scores(work, 0, state, qk)
+  l = online_softmax.tile(0.0, (ROWS, 8))
+  m, l, _, p = _weigh_scores(work, 0, state.m, l, qk)
   p = p.astype(problem.dtype)
 
   def fold(i, carry):
@@ -88,16 +74,14 @@ def _attend_tiles(work, state):
 
     def weigh(qk):
       give_back_keys(i + 1)
-      return _weigh_scores(work, i + 1, state, qk)
+      return _weigh_scores(work, i + 1, state.m, state.l, qk)
 
-    _await_turn(problem, smem)
     acc, (m, l, alpha, next_p) = ragged_softmax.matmul_and_accumulate(
       _operands(work, by_row, i + 1),
       state.acc,
       _left_operand(work, p),
       smem.v_smem.at[work.slot(i)],
-      after_issue=end_turn,
-      meanwhile=weigh,
+      weigh,
       interpreted=problem.interpret is not None,
     )
     plgpu.barrier_arrive(smem.v_consumed.at[work.slot(i)])
@@ -107,16 +91,14 @@ def _attend_tiles(work, state):
 
   state, p = lax.fori_loop(0, last, fold, (State(state.acc, m, l), p))
   _await_values(work, last)
-  _await_turn(problem, smem)
-  acc = ragged_softmax.accumulate(
+  acc = online_softmax.accumulate(
     state.acc,
     _left_operand(work, p),
     smem.v_smem.at[work.slot(last)],
-    end_turn,
     interpreted=problem.interpret is not None,
   )
   plgpu.barrier_arrive(smem.v_consumed.at[work.slot(last)])
-  return state._replace(acc=acc)
+  return State(acc, state.m, state.l.sum(axis=1))
 
 
 def _operands(work, q_smem, i):
@@ -128,7 +110,7 @@ def _operands(work, q_smem, i):
   ]
 
 
-def _weigh_scores(work, i, state, qk):
+def _weigh_scores(work, i, m, l, qk):
   """Returns m, l, the factor of acc, and P, when the i-th tile is folded in."""
   problem, base = work.problem, work.base(i)
   sees_all = work.tiles.sees_all(base) & (work.item.tile.has_holes == 0)
@@ -139,9 +121,7 @@ def _weigh_scores(work, i, state, qk):
     problem.scores(qk),
   )
   # All of the softmax belongs to this half of the step.
-  return lax.optimization_barrier(
-    ragged_softmax.weigh(state, s, problem.factor)
-  )
+  return lax.optimization_barrier(ragged_softmax.weigh(m, l, s, problem.factor))
 
 
 def _left_operand(work, p):

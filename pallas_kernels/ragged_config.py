@@ -13,7 +13,7 @@ ROWS = 64  # of a compute warpgroup: what wgmma takes
 _ALLOCATION = 1024  # bytes: shared memory is handed out in these
 _ITEMSIZE = 2  # of bfloat16 and float16
 NUM_STAGED = 4  # pieces of tiles of 8-bit numbers in flight
-_FEW = 4  # items for each program, below which splitting pays
+_FEW = 0.75  # items for each program, below which splitting pays
 _MAX_GROUP = 128  # query heads of a KV head: rows of a tile
 
 
@@ -104,7 +104,7 @@ def smem_bytes(
   ]
   num_barriers = 2 + 4 * config.num_stages + NUM_STAGED * is_quantised
   if config.num_compute_wgs > 1:
-    num_barriers += config.num_stages + config.num_compute_wgs
+    num_barriers += config.num_stages
   buffers = [pl.cdiv(b, _ALLOCATION) * _ALLOCATION for b in buffers]
   return sum(buffers) + 8 * num_barriers
 

@@ -218,7 +218,6 @@ def scratch(problem: Problem) -> dict[str, Any]:
     memory["p_smem"] = tiled(num_wgs, ROWS, config.block_kv)
   if num_wgs > 1:
     memory["v_cleaned"] = barriers()
-    memory["turn"] = plgpu.Barrier(num_barriers=num_wgs)
   return memory
 
 

@@ -5,8 +5,11 @@ that P stays in registers as the left operand of P V. The state of each row is
 the greatest score m, the sum l of 2^(s - m), and acc = sum 2^(s - m) v.
 """
 
-from typing import NamedTuple
+import functools
+import itertools
+from typing import Any, NamedTuple
 
+import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -51,19 +54,26 @@ def across(values, shape: tuple[int, ...]):
   return lax.broadcast_in_dim(values, shape, [0])
 
 
-def weigh(state: State, s, factor: float):
+def weigh(m, l, s, factor: float):
   """Returns m, l, the factor of acc, and P, when a tile is folded in.
 
+  Threads share a row, so l is kept apart for each of their columns, modulo 8,
+  and summed once, at the end.
+
   Args:
-    state: the softmax so far; its acc is not asked for.
+    m: the greatest score so far.
+    l: f32[rows, 8], the sum so far.
     s: scores of a tile, which times `factor` are in base 2.
     factor: not negative.
   """
-  m = jnp.maximum(state.m, s.max(axis=1) * factor)
+  before, m = m, jnp.maximum(m, s.max(axis=1) * factor)
   shift = or_zero(m)
   p = jnp.exp2(s * factor - across(shift, s.shape))
-  alpha = jnp.exp2(state.m - shift)
-  return m, state.l * alpha + p.sum(axis=1), alpha, p
+  alpha = jnp.exp2(before - shift)
+  width = l.shape[1]
+  sums = (p[:, i : i + width] for i in range(0, s.shape[1], width))
+  l = l * across(alpha, l.shape) + functools.reduce(jnp.add, sums)
+  return m, l, alpha, p
 
 
 def merge(a: State, b: State) -> State:
@@ -97,18 +107,12 @@ def finish(state: State, sinks):
   return acc * across(inverse, acc.shape), lse
 
 
-def matmul(operands, after_issue=lambda: None):
-  """Returns the sum of products a @ b by wgmma, in f32.
-
-  Args:
-    operands: pairs of a and b, in shared memory.
-    after_issue: called while they are multiplied.
-  """
+def matmul(operands):
+  """Returns the sum of products a @ b of operands in shared memory, in f32."""
 
   def issue(acc):
     for a, b in operands:
       plgpu.wgmma(acc, a, b)
-    after_issue()
     return acc[...]
 
   return pl.run_scoped(issue, _product_of(operands))
@@ -119,38 +123,20 @@ def _product_of(operands):
   return plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32)
 
 
-def accumulate(acc, p, v, after_issue, *, interpreted: bool):
-  """Returns acc + p @ v by wgmma.
-
-  Args:
-    acc: f32.
-    p: in registers or in shared memory.
-    v: in shared memory.
-    after_issue: called while they are multiplied.
-    interpreted: whether there is no GPU.
-  """
-  return online_softmax.accumulate(
-    acc, p, v, after_issue, interpreted=interpreted
-  )
-
-
-def matmul_and_accumulate(
-  operands, acc, p, v, *, after_issue, meanwhile, interpreted: bool
-):
+def matmul_and_accumulate(operands, acc, p, v, meanwhile, *, interpreted: bool):
   """Returns acc + p @ v, and `meanwhile(matmul(operands))`.
 
   Args:
     operands: see `matmul`; their product comes first.
-    acc: see `accumulate`.
-    p: see `accumulate`.
-    v: see `accumulate`.
-    after_issue: called while they are multiplied.
+    acc: f32.
+    p: in registers or in shared memory.
+    v: in shared memory.
     meanwhile: called with the product while p @ v is multiplied.
-    interpreted: see `accumulate`.
+    interpreted: whether there is no GPU.
   """
   if interpreted:  # the interpreter cannot start from a given accumulator
-    acc = accumulate(acc, p, v, lambda: None, interpreted=interpreted)
-    return acc, meanwhile(matmul(operands, after_issue))
+    acc = online_softmax.accumulate(acc, p, v, interpreted=interpreted)
+    return acc, meanwhile(matmul(operands))
 
   def multiply(product_ref):
     for a, b in operands:
@@ -159,7 +145,6 @@ def matmul_and_accumulate(
     def multiply_more(acc_ref):
       acc_ref[...] = acc
       plgpu.wgmma(acc_ref, p, v)
-      after_issue()
       product = plgpu.wgmma_accumulator_load(product_ref, wait_n=1)
       result = meanwhile(product)
       _keep_before(result[1])
@@ -177,12 +162,13 @@ def _keep_before(l):
   may be stored, to where nobody looks, cannot; l is never negative.
   """
 
-  @plgpu.inline_mgpu(arg_types=(QUERIES,))
+  @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,))
   def pin(_, l):
-    for register in l.registers.flat:
+    for pair, i in itertools.product(l.registers.flat, range(2)):
+      place: Any = mgpu.c(i, ir.IntegerType.get_signless(32))
       llvm.inline_asm(
         ir.Type.parse("!llvm.void"),
-        [register],
+        [llvm.extractelement(pair, place)],
         _STORE_IF_NEGATIVE,
         "f",
         has_side_effects=True,

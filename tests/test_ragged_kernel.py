@@ -412,9 +412,7 @@ def test_scales_must_belong_to_pages():
   problem, scales = cases.quantise(_make(kv_lens=[9], q_lens=[3]), "int8")
   with pytest.raises(ValueError, match="v_scales must be an array"):
     _run(problem, dict(k_scales=scales["k_scales"]))
-  with pytest.raises(
-    ValueError, match="k_scales.dtype=float16"
-  ):
+  with pytest.raises(ValueError, match="k_scales.dtype=float16"):
     _run(problem, scales | dict(k_scales=scales["k_scales"].astype("float16")))
   with pytest.raises(ValueError, match="k_scales must be None"):
     _run(_make(kv_lens=[9], q_lens=[3]), scales)
