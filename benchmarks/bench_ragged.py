@@ -1,8 +1,9 @@
 """What prefill over pages costs on a GPU, in microseconds and TFLOP/s.
 
 Whole prompts, chunks of prompts on top of a context, and mixed batches, each by
-several Configs of the kernel. A TFLOP/s counts what the queries see, so nothing
-above the diagonal: 4 * head_dim * num_q_heads for every query and key.
+several Configs of the kernel; some also over pages of int8 and float8_e4m3fn. A
+TFLOP/s counts what the queries see, so nothing above the diagonal:
+4 * head_dim * num_q_heads for every query and key.
 
 Pages lie at random places of a pool with pages to spare, which hold NaN. A
 figure is the time of a compiled loop seen from the host, divided by its calls.
@@ -29,6 +30,7 @@ from decode_loop import loop_inputs, loop_start, loop_step, relative_error
 from decode_parts import attempt
 
 from paged_jax import attention_xla
+from paged_jax.quantised import DTYPES, quantise
 from pallas_kernels import ragged_attention
 from pallas_kernels.ragged_config import Config, default_config, padded_group
 
@@ -46,6 +48,7 @@ class Case:
   head_dim: int = 128
   heads: tuple[int, int] = (32, 8)
   sliding_window: int | None = None
+  kv_dtype: str | None = None  # of quantised pages
 
   @property
   def flops(self) -> float:
@@ -57,26 +60,40 @@ class Case:
     return 4.0 * self.head_dim * self.heads[0] * float(keys)
 
 
+def _quantised(name: str, case: Case) -> dict[str, Case]:
+  """Returns a case over quantised pages, by name."""
+  return {
+    f"{name}, {dtype}": dataclasses.replace(case, kv_dtype=dtype.name)
+    for dtype in DTYPES
+  }
+
+
 MIXED = Case((512, 300) + (1,) * 62, (8192, 0) + (2048,) * 62)
 CASES = {
   "1 x 4k": Case((4096,), (0,)),
+  **_quantised("1 x 4k", Case((4096,), (0,))),
   "4 x 4k": Case((4096,) * 4, (0,) * 4),
   "4 x 4k, page 64": Case((4096,) * 4, (0,) * 4, page_size=64),
   "1 x 16k": Case((16384,), (0,)),
+  **_quantised("1 x 16k", Case((16384,), (0,))),
   "1 x 16k, page 64": Case((16384,), (0,), page_size=64),
   "1 x 4k, 32 KV heads": Case((4096,), (0,), heads=(32, 32)),
   "8 x 1k": Case((1024,) * 8, (0,) * 8),
   "8 x 512 on 4k": Case((512,) * 8, (4096,) * 8),
+  **_quantised("8 x 512 on 4k", Case((512,) * 8, (4096,) * 8)),
   "8 x 512 on 4k, page 64": Case((512,) * 8, (4096,) * 8, page_size=64),
   "1 x 512 on 128k": Case((512,), (131072,)),
   "1 x 512 on 128k, 4 and 1 heads": Case((512,), (131072,), heads=(4, 1)),
   "2 prompts, 62 decoding": MIXED,
+  **_quantised("2 prompts, 62 decoding", MIXED),
   "1 x 16k, window 4k": Case((16384,), (0,), sliding_window=4096),
   "4 x 4k, head_dim 64": Case((4096,) * 4, (0,) * 4, head_dim=64),
   "4 x 4k, head_dim 256": Case((4096,) * 4, (0,) * 4, head_dim=256),
 }
+SMALL = Case((70, 3), (0, 40), head_dim=64, heads=(4, 2))
 SMALL_CASES = {
-  "small": Case((70, 3), (0, 40), head_dim=64, heads=(4, 2)),
+  "small": SMALL,
+  "small, int8": dataclasses.replace(SMALL, kv_dtype="int8"),
 }
 
 
@@ -134,19 +151,28 @@ def timed(case: Case, *, small: bool) -> dict:
     logits_soft_cap=None,
     sinks=None,
   )
-  plain = functools.partial(attention_xla.ragged_paged_attention, **options)
-  kernel = functools.partial(ragged_attention.attend, **options)
+  plain = _op(attention_xla.ragged_paged_attention, **options)
+  kernel = _op(ragged_attention.attend, **options)
   reference, *inputs = batch.q, *loop_inputs(batch)
   inputs[3] = inputs[3][0]
-  expected = jax.jit(lambda *args: plain(*args)[0])(reference, *inputs)
+  expected = jax.jit(plain)(reference, *inputs)
   sides = {}
   for config in configs(case):
     attend = functools.partial(kernel, config=config)
     attend = plain if small else attend
-    sides[str(config)] = attempt(
-      _timed, case, batch, lambda *args, f=attend: f(*args)[0], expected
-    )
+    sides[str(config)] = attempt(_timed, case, batch, attend, expected)
   return sides
+
+
+def _op(attend, **options):
+  """Returns what gives the output alone, and takes scales by their places."""
+
+  def call(*args, **more):
+    *args, k_scales, v_scales = args if len(args) > 7 else (*args, None, None)
+    scales = dict(k_scales=k_scales, v_scales=v_scales)
+    return attend(*args, **scales, **options, **more)[0]
+
+  return call
 
 
 def _timed(case: Case, batch: Batch, attend, expected) -> dict:
@@ -179,10 +205,17 @@ def make(case: Case) -> Batch:
   )
   lens = np.array(case.q_lens) + np.array(case.contexts)
   starts = np.concatenate([[0], np.cumsum(case.q_lens)])
+  batch = decode_batches.make(sizes, lens)
+  pools, scales = (batch.k_pages, batch.v_pages), ()
+  if case.kv_dtype is not None:
+    narrow = jax.jit(functools.partial(quantise, dtype=case.kv_dtype))
+    pools, scales = zip(*map(narrow, pools), strict=True)
   return dataclasses.replace(
-    decode_batches.make(sizes, lens),
+    batch,
     q=decode_batches.random_queries(sizes, int(starts[-1])),
-    more=(jnp.asarray(starts, jnp.int32), jnp.int32(len(lens))),
+    k_pages=pools[0],
+    v_pages=pools[1],
+    more=(jnp.asarray(starts, jnp.int32), jnp.int32(len(lens)), *scales),
   )
 
 

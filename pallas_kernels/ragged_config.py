@@ -12,7 +12,6 @@ from pallas_kernels.decode_config import HEAD_DIMS, QUANTISED_DTYPES
 ROWS = 64  # of a compute warpgroup: what wgmma takes
 _ALLOCATION = 1024  # bytes: shared memory is handed out in these
 _ITEMSIZE = 2  # of bfloat16 and float16
-NUM_STAGED = 4  # pieces of tiles of 8-bit numbers in flight
 _FEW = 0.75  # items for each program, below which splitting pays
 _MAX_GROUP = 128  # query heads of a KV head: rows of a tile
 
@@ -82,7 +81,7 @@ def registers(
   if config.num_compute_wgs == 3:
     return 160, 32
   if is_quantised:
-    return 216, 72
+    return (216, 72) if head_dim <= 192 else (224, 56)
   return (224, 56) if head_dim <= 128 else (232, 40)
 
 
@@ -92,7 +91,8 @@ def smem_bytes(
   """Returns the bytes of shared memory that a program takes."""
   ring = config.num_stages * config.block_kv * _ITEMSIZE
   columns = output_columns(head_dim, is_quantised)
-  staged = NUM_STAGED * staged_rows(config, head_dim) * is_quantised
+  num_staged, staged_rows = staging(config, head_dim, is_quantised)
+  staged = num_staged * staged_rows
   buffers = [
     config.block_q * head_dim * _ITEMSIZE,  # Q
     config.block_q * columns * _ITEMSIZE,  # O
@@ -102,16 +102,22 @@ def smem_bytes(
     staged * head_dim,  # 8-bit numbers
     staged * 4,  # their scales
   ]
-  num_barriers = 2 + 4 * config.num_stages + NUM_STAGED * is_quantised
+  num_barriers = 2 + 4 * config.num_stages + num_staged
   if config.num_compute_wgs > 1:
     num_barriers += config.num_stages
   buffers = [pl.cdiv(b, _ALLOCATION) * _ALLOCATION for b in buffers]
   return sum(buffers) + 8 * num_barriers
 
 
-def staged_rows(config: Config, head_dim: int) -> int:
-  """Returns the rows of a tile of 8-bit numbers that come and go at once."""
-  return config.block_kv // (2 if head_dim <= 192 else 4)
+def staging(
+  config: Config, head_dim: int, is_quantised: bool = True
+) -> tuple[int, int]:
+  """Returns how many pieces of tiles are on their way to be widened.
+
+  And how many rows each has. Four are a tile of K and one of V.
+  """
+  num_staged = (4 if head_dim <= 192 else 2) if is_quantised else 0
+  return num_staged, config.block_kv // 2
 
 
 def output_columns(head_dim: int, is_quantised: bool = False) -> int:

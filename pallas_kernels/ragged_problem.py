@@ -72,9 +72,14 @@ class Problem:
     return is_quantised(self.kv_dtype)
 
   @property
+  def num_staged(self) -> int:
+    """Pieces of tiles on their way to be widened."""
+    return ragged_config.staging(self.config, self.head_dim)[0]
+
+  @property
   def staged_rows(self) -> int:
-    """Rows of a piece of a tile, if numbers are of 8 bits."""
-    return ragged_config.staged_rows(self.config, self.head_dim)
+    """Rows of a piece of a tile."""
+    return ragged_config.staging(self.config, self.head_dim)[1]
 
   @property
   def columns(self) -> int:
@@ -223,13 +228,13 @@ def scratch(problem: Problem) -> dict[str, Any]:
 
 def _staging(problem: Problem) -> dict[str, Any]:
   """Returns the shared memory and the barriers of 8-bit numbers."""
-  shape = ragged_config.NUM_STAGED, problem.staged_rows
+  shape = problem.num_staged, problem.staged_rows
   num_copies = max(problem.staged_rows // problem.chunk, 1)
   return {
     "staged_smem": plgpu.SMEM((*shape, problem.head_dim), problem.kv_dtype),
     "staged_scales_smem": plgpu.SMEM(shape, jnp.float32),
     "staged": plgpu.Barrier(
-      num_arrivals=2 * num_copies, num_barriers=ragged_config.NUM_STAGED
+      num_arrivals=2 * num_copies, num_barriers=problem.num_staged
     ),
   }
 

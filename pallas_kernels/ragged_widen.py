@@ -9,7 +9,7 @@ tile: they see one as it would be of a pool that held `data * scale`, rounded.
   staged   | K 0 | K 1 | V 0 | V 1 |     pieces of tiles, of 8 bits
   ring     |   tile of K    |   tile of V    |        of 16 bits
 
-As soon as a piece was read, the one that is NUM_STAGED ahead takes its place.
+As soon as a piece was read, the one that is `num_staged` ahead takes its place.
 """
 
 import jax.experimental.pallas as pl
@@ -18,11 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import ragged_load, widen
-from pallas_kernels.ragged_config import NUM_STAGED
 from pallas_kernels.ragged_problem import Problem
 
 _WARPS = 4  # of a warpgroup
-_AHEAD = 2  # see `widen`; four spill registers
+_AHEAD = 2  # see `widen`; with four, registers spill
 
 
 def run(problem: Problem, smem, walk) -> None:
@@ -36,7 +35,7 @@ def _load_item(work):
 
   @pl.when(work.item.num_tiles > 0)
   def _():
-    for piece in range(NUM_STAGED):
+    for piece in range(work.problem.num_staged):
       _stage(work, 0, ids, piece)
     ragged_load.load_queries(work)
 
@@ -44,7 +43,7 @@ def _load_item(work):
     next_ids = ragged_load.page_ids(work, work.base(i + 1))
     for piece in range(_num_pieces(work.problem)):
       _widen(work, i, piece)
-      _stage_ahead(work, i, ids, next_ids, piece + NUM_STAGED)
+      _stage_ahead(work, i, ids, next_ids, piece + work.problem.num_staged)
     return next_ids
 
   lax.fori_loop(0, work.item.num_tiles, load, ids)
@@ -79,7 +78,8 @@ def _stage_ahead(work, i, ids, next_ids, piece):
 
 def _stage(work, i, ids, piece):
   """Copies a piece of the i-th tile, and its scales: some chunks each warp."""
-  problem, smem, slot = work.problem, work.smem, piece % NUM_STAGED
+  problem, smem = work.problem, work.smem
+  slot = piece % problem.num_staged
   sources, *_, start = _of(problem, work.gmem, smem, piece)
   places = smem.staged_smem.at[slot], smem.staged_scales_smem.at[slot]
   num_rows = min(problem.chunk, problem.staged_rows)
@@ -115,7 +115,7 @@ def _widen(work, i, piece):
     def _():
       plgpu.barrier_wait(consumed.at[slot])
 
-  staged = piece % NUM_STAGED
+  staged = piece % problem.num_staged
   plgpu.barrier_wait(smem.staged.at[staged])
   widen.scaled(
     smem.staged_smem.at[staged],

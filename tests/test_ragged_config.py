@@ -197,18 +197,19 @@ def test_default_config_fits_and_fills_the_device(head_dim):
 
 def test_registers_suffice_for_all_warpgroups():
   config = Config(64, 2)
-  for num_wgs, head_dim in itertools.product((2, 3), HEAD_DIMS):
+  for num_wgs, *shape in itertools.product((2, 3), HEAD_DIMS, (False, True)):
     config = dataclasses.replace(config, num_compute_wgs=num_wgs)
-    compute, memory = ragged_config.registers(config, head_dim)
+    compute, memory = ragged_config.registers(config, *shape)
     assert num_wgs * compute + memory <= 512
 
 
 @pytest.mark.parametrize("num_wgs", [2, 3])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("is_quantised", [False, True])
 def test_warpgroups_do_not_ask_for_more_registers_than_a_program_has(
-  head_dim, num_wgs
+  head_dim, num_wgs, is_quantised
 ):
   config = Config(64, 2, num_compute_wgs=num_wgs)
-  compute, memory = ragged_config.registers(config, head_dim)
+  compute, memory = ragged_config.registers(config, head_dim, is_quantised)
   each = 65_536 // (128 * (num_wgs + 1)) // 8 * 8
   assert compute * num_wgs + memory <= each * (num_wgs + 1)
