@@ -77,11 +77,6 @@ class Problem:
     return self.is_quantised and self.interpret is None
 
   @property
-  def gathers_scales(self) -> bool:
-    """Whether scales come by `page_scales`; an interpreter copies them."""
-    return self.is_quantised and self.interpret is None
-
-  @property
   def operand_transforms(self) -> tuple[Any, Any]:
     """Returns tiles for wgmma, of 16-bit rows of `head_dim`."""
     swizzle = next(x for x in _SWIZZLES if self.head_dim * 2 % x == 0)
@@ -157,7 +152,7 @@ def scratch(problem: Problem) -> dict[str, Any]:
     )
     scales = plgpu.SMEM(ring, jnp.float32)
     more |= dict(k_scales_smem=scales, v_scales_smem=scales)
-    copies *= 1 if problem.gathers_scales else 2
+    copies *= 2
   return {
     "loaded_q_smem": plgpu.SMEM((problem.num_queries, head_dim), problem.dtype),
     "q_smem": operand(problem.num_queries, head_dim),

@@ -3,10 +3,9 @@
 The memory warpgroup fills them chunk by chunk, page by page; the compute
 warpgroup takes a tile, as an operand of wgmma, or through registers if it is of
 8-bit numbers. The scales of their tokens come in rings of their own, and are
-left to the caller, who has fewer scores than there are numbers; the memory
-warpgroup gathers them (`page_scales`).
+left to the caller, who has fewer scores than there are numbers.
 
-  pages    |p7|p2|p9|p4|  one copy each
+  pages    |p7|p2|p9|p4|  one copy each         (and one for their scales)
   ring     |  tile 4   |  tile 5   |  tile 3   |         num_stages tiles
 """
 
@@ -17,7 +16,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import fragments, page_scales
+from pallas_kernels import fragments
 from pallas_kernels.decode_problem import Problem
 
 K, V = "k", "v"
@@ -42,25 +41,11 @@ def mapped_chunks(problem: Problem, ids):
 
 def load(problem: Problem, gmem, smem, head, nth, base, ids) -> None:
   """Copies the program's nth tile of K and of V into their rings."""
-  starts = (base + j * problem.chunk for j in range(problem.num_chunks))
-  rows = [lax.rem(start, jnp.int32(problem.page_size)) for start in starts]
-  pages = [jnp.clip(page, 0, problem.num_pages - 1) for page in ids]
-  scales = dict.fromkeys((K, V))
-  if problem.gathers_scales:  # on their way while the ring is waited for
-    shape, chunk = gmem.k_scales.shape, problem.chunk
-    chunks = [
-      page_scales.chunk_number(page, head, row, shape, chunk)
-      for page, row in zip(pages, rows, strict=True)
-    ]
-    for which in (K, V):
-      scales_gmem = getattr(gmem, f"{which}_scales")
-      scales[which] = page_scales.load(scales_gmem, chunks, chunk)
   for which in (K, V):
-    places = list(zip(pages, rows, strict=True))
-    _load(problem, gmem, smem, which, head, nth, places, scales[which])
+    _load(problem, gmem, smem, which, head, nth, base, ids)
 
 
-def _load(problem, gmem, smem, which, head, nth, places, scales):
+def _load(problem, gmem, smem, which, head, nth, base, ids):
   loaded, consumed = _barriers(smem, which)
   chunk, slot = problem.chunk, _slot(problem, nth)
 
@@ -68,9 +53,9 @@ def _load(problem, gmem, smem, which, head, nth, places, scales):
   def _():
     plgpu.barrier_wait(consumed.at[slot])
 
-  for j, (page, row) in enumerate(places):
-    if scales is not None and j == problem.num_chunks - 1:
-      page_scales.store(getattr(smem, f"{which}_scales_smem").at[slot], scales)
+  for j, page in enumerate(ids):
+    page = jnp.clip(page, 0, problem.num_pages - 1)
+    row = lax.rem(base + j * chunk, jnp.int32(problem.page_size))
     # The page as a whole is a simpler copy than all of its rows.
     rows = (pl.ds(row, chunk),) if chunk < problem.page_size else ()
     at, place = (page, head, *rows), (slot, pl.ds(j * chunk, chunk))
@@ -85,7 +70,7 @@ def _load(problem, gmem, smem, which, head, nth, places, scales):
       loaded.at[slot],
       **plain if is_plain else {},
     )
-    if problem.is_quantised and scales is None:
+    if problem.is_quantised:
       plgpu.copy_gmem_to_smem(
         getattr(gmem, f"{which}_scales").at[at],
         getattr(smem, f"{which}_scales_smem").at[place],
