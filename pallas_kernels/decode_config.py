@@ -90,7 +90,7 @@ def default_rule(
     # What it takes to widen numbers is hidden by another program; wider heads
     # leave it no registers.
     per_sm = 2 if head_dim <= 128 else 1
-    for num_stages in (3, 2):
+    for num_stages in (4, 3, 2):
       config = Config(64, num_stages, per_sm * num_sms)
       if programs_per_sm(config, *shapes) >= per_sm:
         return config
