@@ -87,10 +87,12 @@ def default_rule(
   num_sms = (device or gpu.at_hand()).num_sms
   shapes = num_queries, head_dim, dtype
   if is_quantised(dtype):
-    # What it takes to widen numbers is hidden by another program.
-    for num_stages in (3, 2):
-      config = Config(64, num_stages, 2 * num_sms)
-      if programs_per_sm(config, *shapes) >= 2:
+    # What it takes to widen numbers is hidden by another program; wider heads
+    # leave it no registers.
+    per_sm = 2 if head_dim <= 128 else 1
+    for num_stages in (4, 3, 2):
+      config = Config(64, num_stages, per_sm * num_sms)
+      if programs_per_sm(config, *shapes) >= per_sm:
         return config
     return Config(64, 2, num_sms)
   block_kv = 128 if head_dim <= 64 else 64
@@ -139,8 +141,7 @@ def smem_bytes(
     REDUCTION_BYTES,
   ]
   if is_quantised(kv_dtype):
-    scales, wide = ring * 4, config.block_kv * head_dim * 2
-    buffers += [scales, scales, wide, wide]
+    buffers += [ring * 4, ring * 4]  # scales
   barriers = 8 * (2 + 4 * config.num_stages)
   return sum(pl.cdiv(b, _ALLOCATION) * _ALLOCATION for b in buffers) + barriers
 

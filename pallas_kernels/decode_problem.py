@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import kv_tiles, partials, schedule, tree_bits
+from pallas_kernels import fragments, kv_tiles, partials, schedule, tree_bits
 from pallas_kernels.decode_config import (
   SMEM_LIMIT,
   Config,
@@ -73,6 +73,11 @@ class Problem:
   def operand_dtype(self) -> DTypeLike:
     """What wgmma multiplies; float16 holds all 8-bit numbers."""
     return jnp.float16 if self.is_quantised else self.dtype
+
+  @property
+  def is_interleaved(self) -> bool:
+    """Whether head_dim is in the order of `fragments`, in Q."""
+    return self.is_quantised and self.interpret is None
 
   @property
   def operand_transforms(self) -> tuple[Any, Any]:
@@ -158,9 +163,11 @@ def scratch(problem: Problem) -> dict[str, Any]:
 
   tiles, more = operand(*ring, head_dim), {}
   if problem.is_quantised:
-    tiles = plgpu.SMEM((*ring, head_dim), problem.kv_dtype)
-    wide, scales = operand(*ring[1:], head_dim), plgpu.SMEM(ring, jnp.float32)
-    more |= dict(wide_k_smem=wide, wide_v_smem=wide)
+    transforms = fragments.transforms(head_dim)
+    tiles = plgpu.SMEM(
+      (*ring, head_dim), problem.kv_dtype, transforms=transforms
+    )
+    scales = plgpu.SMEM(ring, jnp.float32)
     more |= dict(k_scales_smem=scales, v_scales_smem=scales)
     copies *= 2
   return {

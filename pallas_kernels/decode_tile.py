@@ -2,9 +2,9 @@
 
   S = K Q^T, scaled, biased, masked     P = 2^(S - m)     O += V^T P
 
-Tiles of 8-bit numbers become operands while wgmma is at the product before: V
-during K Q^T, the next K during V^T P. Scales of keys multiply their scores. Of
-the scales of values, the logarithms join the exponents (`online_softmax.fold`).
+Tiles of 8-bit numbers become operands in registers (`fragments`). Scales of
+keys multiply their scores. Of the scales of values, the logarithms join the
+exponents (`online_softmax.fold`).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import kv_ring, online_softmax, tree_bits
+from pallas_kernels import fragments, kv_ring, online_softmax, tree_bits
 from pallas_kernels.decode_problem import Problem
 from pallas_kernels.kv_tiles import Tiles
 
@@ -41,19 +41,28 @@ class Tile:
   mapped: Any  # a bit per chunk
 
   def seen(self, shape, sees):
-    """Tells which elements count: seen, of mapped pages; rows are positions."""
-    rows = _iota(shape, 0)
+    """Tells which elements count; rows are positions."""
+    return self.are_seen(_iota(shape, 0), sees)
+
+  def are_seen(self, rows, sees):
+    """Tells which rows of the tile count: seen, of mapped pages."""
     chunks = rows >> int(math.log2(self.problem.chunk))  # a power of two
-    is_mapped = (lax.broadcast_in_dim(self.mapped, shape, []) >> chunks) & 1
-    return sees(self.base + rows) & (is_mapped != 0)
+    mapped = lax.broadcast_in_dim(self.mapped, rows.shape, [])
+    return sees(self.base + rows) & ((mapped >> chunks) & 1 != 0)
 
-  def wait(self, which, ahead=0):
-    """Waits for this tile of K or V, or for one ahead; see `kv_ring.wait`."""
-    kv_ring.wait(self.problem, self.smem, which, self.nth + ahead)
+  @property
+  def is_full(self):
+    """Whether every query sees every key."""
+    all_mapped = self.mapped == (1 << self.problem.num_chunks) - 1
+    return self.tiles.sees_all(self.base) & all_mapped
 
-  def operand(self, which):
-    """Returns the operand of K or V."""
-    return kv_ring.operand(self.problem, self.smem, which, self.nth)
+  def wait(self, which):
+    """Waits for K or V."""
+    kv_ring.wait(self.problem, self.smem, which, self.nth)
+
+  def get(self, which):
+    """Returns K or V in the ring."""
+    return kv_ring.tile(self.problem, self.smem, which, self.nth)
 
   def scales(self, which):
     """Returns the scales of the rows."""
@@ -73,7 +82,6 @@ def fold(
   nth,
   base,
   ids,
-  is_last,
   state,
 ):
   """Folds the program's nth tile into the softmax.
@@ -87,40 +95,26 @@ def fold(
     nth: number of the tile, of the program's.
     base: its first position.
     ids: the page of each chunk.
-    is_last: whether it is the last of the piece.
     state: the softmax over the keys before.
   """
   mapped = kv_ring.mapped_chunks(problem, ids)
   tile = Tile(problem, smem, tiles, slopes, tree, nth, base, mapped)
-  s, is_seen = _scores(tile)
-  weighted = taint = None
   if problem.is_quantised:
-    weighted, taint = _weighted(tile, s, is_seen)
-  (acc, m, l), p = online_softmax.fold(state, s, weighted)
-  if taint is not None:
-    p += taint
-  smem.p_smem.T[...] = p.astype(problem.operand_dtype)
-  if not problem.is_quantised:
-    tile.wait(kv_ring.V)
-  _zero_unseen_rows(tile)
+    (acc, m, l), p, v = _fold_narrow_scores(tile, state)
+    smem.p_smem.T[...] = p.astype(problem.operand_dtype)
+  else:
+    (acc, m, l), p = online_softmax.fold(state, _scores(tile))
+    smem.p_smem.T[...] = p.astype(problem.operand_dtype)
+    v = _wait_for_v(tile)
   plgpu.commit_smem()
-
-  def wait_for_next_k():
-    @pl.when(jnp.logical_not(is_last))
-    def _():
-      tile.wait(kv_ring.K, 1)
-
-  v_smem = tile.operand(kv_ring.V)
-  columns = online_softmax.row_blocks(problem.head_dim)
   acc = tuple(
     online_softmax.accumulate(
       rows,
-      v_smem.at[:, pl.ds(start, size)].T,
+      v_rows,
       smem.p_smem.T,
-      wait_for_next_k if problem.is_quantised and start == 0 else None,
       interpreted=problem.interpret is not None,
     )
-    for rows, (start, size) in zip(acc, columns, strict=True)
+    for rows, v_rows in zip(acc, v, strict=True)
   )
   if not problem.is_quantised:
     tile.give_back(kv_ring.V)
@@ -128,30 +122,70 @@ def fold(
 
 
 def _scores(tile):
-  """Returns the scores in base 2, -inf where they do not count, and where."""
-  problem = tile.problem
-  meanwhile = None
-  if problem.is_quantised:
-    plgpu.commit_smem()
-    meanwhile = functools.partial(tile.wait, kv_ring.V)
-  else:
-    tile.wait(kv_ring.K)
-  k_smem, q_smem = tile.operand(kv_ring.K), tile.smem.q_smem
-  s = online_softmax.matmul(k_smem, q_smem.T, meanwhile)
-  is_seen = tile.seen(s.shape, functools.partial(_sees, tile))
-  if problem.is_quantised:
-    s *= online_softmax.down(tile.scales(kv_ring.K), s.shape)
+  """Returns the scores in base 2, -inf where they do not count."""
+  tile.wait(kv_ring.K)
+  s = online_softmax.matmul(tile.get(kv_ring.K), tile.smem.q_smem.T)
   tile.give_back(kv_ring.K)
+  return _masked(tile, s)[0]
+
+
+def _masked(tile, s):
+  """Returns products q k as scores in base 2, and which count."""
+  problem = tile.problem
+  is_seen = tile.seen(s.shape, functools.partial(_sees, tile))
   s = online_softmax.to_base_2(s, problem.scale, problem.logits_soft_cap)
   if problem.has_alibi:
     s += _distances(tile, s.shape) * online_softmax.across(tile.slopes, s.shape)
   return jnp.where(is_seen, s, -jnp.inf), is_seen
 
 
-def _weighted(tile, s, is_seen):
-  """Returns the exponents of P, and what makes it NaN where scales are."""
+def _fold_narrow_scores(tile, state):
+  """Returns the state but for V^T P, P, and the rows of V^T in registers."""
+  problem = tile.problem
+  is_interpreted = problem.interpret is not None
+  tile.wait(kv_ring.K)
+  k = fragments.load_k(tile.get(kv_ring.K), interpreted=is_interpreted)
+  scales = tile.scales(kv_ring.K)
+  tile.give_back(kv_ring.K)
+  s, (v, v_scales) = online_softmax.matmul_meanwhile(
+    k,
+    tile.smem.q_smem.T,
+    functools.partial(_load_v, tile),
+    interpreted=is_interpreted,
+  )
+  s, is_seen = _masked(tile, s * online_softmax.down(scales, s.shape))
+  weighted, taint = _weighted(v_scales, s, is_seen)
+  state, p = online_softmax.fold(state, s, weighted)
+  return state, p + taint, v
+
+
+def _load_v(tile):
+  """Returns the rows of V^T by blocks, in registers, and the scales of V."""
+  problem, v_smem = tile.problem, tile.get(kv_ring.V)
+  is_interpreted = problem.interpret is not None
+  tile.wait(kv_ring.V)
+  if problem.kv_dtype != jnp.int8:  # 0 times any of its numbers is 0
+
+    @pl.when(jnp.logical_not(tile.is_full))
+    def _():
+      rows = plgpu.broadcasted_iota(
+        jnp.int32, v_smem.shape[:1], 0, layout=fragments.ROWS
+      )
+      keep = tile.are_seen(rows, functools.partial(_are_seen, tile))
+      fragments.zero_rows(v_smem, keep, interpreted=is_interpreted)
+      plgpu.commit_smem()
+
+  v = tuple(
+    fragments.load_v(v_smem, start, size, interpreted=is_interpreted)
+    for start, size in online_softmax.row_blocks(problem.head_dim)
+  )
   scales = tile.scales(kv_ring.V)
   tile.give_back(kv_ring.V)
+  return v, scales
+
+
+def _weighted(scales, s, is_seen):
+  """Returns the exponents of P, and what makes it NaN where scales are."""
   taint = scales * 0
   # The log-sum-exp does not depend on values, whatever they are.
   weights = jnp.where(taint == 0, jnp.log2(jnp.maximum(scales, _TINY)), 0.0)
@@ -163,21 +197,24 @@ def _weighted(tile, s, is_seen):
   )
 
 
-def _zero_unseen_rows(tile):
-  """Zeroes rows of V that no query sees, if there are any.
+def _wait_for_v(tile):
+  """Returns the rows of V^T by blocks, in shared memory.
 
-  All warps are past `to_float16`: they met when P was stored.
+  Zeroes rows of V that no query sees, if there are any.
   """
-  problem, v_smem = tile.problem, tile.operand(kv_ring.V)
-  all_mapped = tile.mapped == (1 << problem.num_chunks) - 1
+  tile.wait(kv_ring.V)
+  v_smem = tile.get(kv_ring.V)
+  blocks = online_softmax.row_blocks(tile.problem.head_dim)
 
-  @pl.when(jnp.logical_not(tile.tiles.sees_all(tile.base) & all_mapped))
+  @pl.when(jnp.logical_not(tile.is_full))
   def _():
-    for start, size in online_softmax.row_blocks(problem.head_dim):
+    for start, size in blocks:
       for column in range(start, start + size, _COLUMNS):
         v = v_smem.at[:, pl.ds(column, _COLUMNS)]
         keep = tile.seen(v.shape, functools.partial(_are_seen, tile))
         v[...] = jnp.where(keep, v[...], 0.0)
+
+  return [v_smem.at[:, pl.ds(start, size)].T for start, size in blocks]
 
 
 def _distances(tile, shape):

@@ -1,14 +1,12 @@
 """The rings of KV tiles in shared memory, between a copy and a product.
 
 The memory warpgroup fills them chunk by chunk, page by page; the compute
-warpgroup takes a tile, as an operand of wgmma. Tiles of 8-bit numbers become
-float16 first (`widen`), one operand for K and one for V; the scales of their
-tokens come in rings of their own, and are left to the caller, who has fewer
-scores than there are numbers.
+warpgroup takes a tile, as an operand of wgmma, or through registers if it is of
+8-bit numbers. The scales of their tokens come in rings of their own, and are
+left to the caller, who has fewer scores than there are numbers.
 
   pages    |p7|p2|p9|p4|  one copy each         (and one for their scales)
   ring     |  tile 4   |  tile 5   |  tile 3   |         num_stages tiles
-  operand  |  tile 3, in 16 bits   |                     or the ring itself
 """
 
 from typing import Any
@@ -18,7 +16,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import widen
+from pallas_kernels import fragments
 from pallas_kernels.decode_problem import Problem
 
 K, V = "k", "v"
@@ -52,6 +50,7 @@ def _load(problem, gmem, smem, which, head, nth, base, ids):
   chunk, slot = problem.chunk, _slot(problem, nth)
   # Rows that lie as they come, where TMA's tiles could not.
   plain: Any = dict(oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+  is_plain = problem.is_quantised and not fragments.transforms(problem.head_dim)
 
   @pl.when(nth >= problem.config.num_stages)
   def _():
@@ -67,7 +66,7 @@ def _load(problem, gmem, smem, which, head, nth, base, ids):
       getattr(gmem, which).at[at],
       getattr(smem, f"{which}_smem").at[*place, pl.ds(0, problem.head_dim)],
       loaded.at[slot],
-      **plain if problem.is_quantised else {},
+      **plain if is_plain else {},
     )
     if problem.is_quantised:
       plgpu.copy_gmem_to_smem(
@@ -92,28 +91,13 @@ def drain(problem: Problem, smem, num_tiles) -> None:
 
 
 def wait(problem: Problem, smem, which: str, nth):
-  """Waits for the program's nth tile of K or V, and makes its operand.
-
-  There is one operand for all tiles of 8-bit numbers: wgmma must be done with
-  the last, and sees the new one after `commit_smem`.
-  """
+  """Waits for the program's nth tile of K or V."""
   loaded, _ = _barriers(smem, which)
-  slot = _slot(problem, nth)
-  ring = getattr(smem, f"{which}_smem").at[slot]
-  plgpu.barrier_wait(loaded.at[slot])
-  if problem.is_quantised:
-    widen.to_float16(
-      ring,
-      operand(problem, smem, which, nth),
-      problem.operand_transforms,
-      interpreted=problem.interpret is not None,
-    )
+  plgpu.barrier_wait(loaded.at[_slot(problem, nth)])
 
 
-def operand(problem: Problem, smem, which: str, nth):
-  """Returns the operand of the program's nth tile of K or V."""
-  if problem.is_quantised:
-    return getattr(smem, f"wide_{which}_smem")
+def tile(problem: Problem, smem, which: str, nth):
+  """Returns the program's nth tile of K or V."""
   return getattr(smem, f"{which}_smem").at[_slot(problem, nth)]
 
 
@@ -121,7 +105,7 @@ def scales(problem: Problem, smem, which: str, nth):
   """Returns the scales of the rows of a tile of 8-bit numbers."""
   return plgpu.load(
     getattr(smem, f"{which}_scales_smem").at[_slot(problem, nth)],
-    layout=plgpu.Layout.WGMMA.reduce(1),
+    layout=fragments.ROWS,
     optimized=False,
   )
 

@@ -20,7 +20,7 @@ and summed once, at the end.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -177,40 +177,56 @@ def finish(state: Summed, sinks):
   return out, jnp.where(sees, (m + jnp.log2(l)) * (1 / LOG2_E), -jnp.inf)
 
 
-def matmul(a, b, meanwhile: Callable[[], None] | None = None):
-  """Returns a @ b by wgmma, in f32; operands are in shared memory.
-
-  Args:
-    a: the left operand.
-    b: the right operand.
-    meanwhile: what to do while wgmma is at it.
-  """
+def matmul(a, b):
+  """Returns a @ b by wgmma, in f32; operands are in shared memory."""
 
   def issue(acc):
     plgpu.wgmma(acc, a, b)
-    if meanwhile is not None:
-      meanwhile()
     return acc[...]
 
   shape = a.shape[0], b.shape[1]
   return pl.run_scoped(issue, plgpu.ACC(shape, jnp.float32))
 
 
-def accumulate(
-  acc,
-  a,
-  b,
-  meanwhile: Callable[[], None] | None = None,
-  *,
-  interpreted: bool,
-):
-  """Returns acc + a @ b by wgmma, without a second accumulator; as `matmul`."""
-  if interpreted:  # the interpreter cannot start from a given accumulator
-    return acc + matmul(a, b, meanwhile)
+def matmul_meanwhile(a, b, do: Callable[[], Any], *, interpreted: bool):
+  """Returns a @ b by wgmma, in f32, and what `do` returns meanwhile.
 
-  def issue(ref):
-    plgpu.wgmma(ref, a, b)
-    if meanwhile is not None:
-      meanwhile()
+  Args:
+    a: the left operand, in registers.
+    b: the right operand, in shared memory.
+    do: what to do while wgmma is at it.
+    interpreted: whether an interpreter runs it, which has no such wgmma.
+  """
+  if interpreted:
+    return _product(a, b), do()
 
-  return cast(Array, pl.run_state(issue)(plgpu.ACC.init(acc)))
+  def issue(acc):
+    plgpu.wgmma(acc, a, b)
+    result = do()
+    return acc[...], result
+
+  shape = a.shape[0], b.shape[1]
+  return pl.run_scoped(issue, plgpu.ACC(shape, jnp.float32))
+
+
+def _product(a, b):
+  """Returns a @ b without wgmma."""
+  return a[...].astype(jnp.float32) @ b[...].astype(jnp.float32)
+
+
+def accumulate(acc, a, b, *, interpreted: bool):
+  """Returns acc + a @ b by wgmma, without a second accumulator.
+
+  Args:
+    acc: in f32.
+    a: the left operand, in shared memory or in registers.
+    b: the right operand, in shared memory.
+    interpreted: whether an interpreter runs it, which cannot start from a
+      given accumulator.
+  """
+  if interpreted:
+    return acc + _product(a, b)
+  return cast(
+    Array,
+    pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc)),
+  )

@@ -44,7 +44,7 @@ from jaxtyping import Array, Float, Int, Real
 from pallas_kernels import (
   decode_load,
   decode_tile,
-  kv_ring,
+  fragments,
   online_softmax,
   partials,
   schedule,
@@ -328,6 +328,8 @@ def _rows_of_queries(problem, q):
   """
   if problem.loads_tiles_of_q:
     q = _as_operand(problem, q)
+    if problem.is_interleaved:
+      q = fragments.to_order(q)
     q = q.reshape(-1, problem.num_rows, problem.head_dim)
     return problem.pad_queries(q).reshape(-1, problem.head_dim)
   rows = q.reshape(-1, problem.head_dim)
@@ -383,19 +385,16 @@ def _attend_piece(problem, gmem, smem, piece, num_before):
   tiles, num_tiles = decode_load.visited(problem, gmem, piece)
   plgpu.barrier_wait(smem.q_loaded)
   if not problem.loads_tiles_of_q:
-    q = plgpu.load(
-      smem.loaded_q_smem.T, layout=plgpu.Layout.WGMMA, optimized=False
-    )
+    if problem.is_interleaved:
+      q = fragments.load_rows(smem.loaded_q_smem.T)
+    else:
+      q = plgpu.load(
+        smem.loaded_q_smem.T, layout=plgpu.Layout.WGMMA, optimized=False
+      )
     smem.q_smem.T[...] = _as_operand(problem, q)
     # For wgmma to see it, and for the next Q not to overtake the load.
     plgpu.commit_smem()
     plgpu.barrier_arrive(smem.q_consumed)
-
-  if problem.is_quantised:
-
-    @pl.when(num_tiles > 0)
-    def _():
-      kv_ring.wait(problem, smem, kv_ring.K, num_before)
 
   slopes = tree = None
   if problem.has_alibi:
@@ -405,8 +404,7 @@ def _attend_piece(problem, gmem, smem, piece, num_before):
     tree = tree_bits.Few(words, gmem.tree_of_seqs[piece.seq])
 
   def fold(i, base, ids, state):
-    nth, is_last = num_before + i, i == num_tiles - 1
-    at = nth, base, ids, is_last
+    at = num_before + i, base, ids
     return decode_tile.fold(problem, smem, tiles, slopes, tree, *at, state)
 
   state = online_softmax.init(
@@ -418,6 +416,7 @@ def _attend_piece(problem, gmem, smem, piece, num_before):
   if problem.loads_tiles_of_q:
     plgpu.barrier_arrive(smem.q_consumed)
   state = online_softmax.sum_rows(state)
+  store = fragments.store_rows if problem.is_interleaved else partials.store
 
   @pl.when(piece.is_whole)
   def _():
@@ -425,7 +424,8 @@ def _attend_piece(problem, gmem, smem, piece, num_before):
     if problem.has_sinks:
       sinks = partials.load_queries(gmem.sinks.at[piece.head])
     at = piece.seq, piece.head
-    partials.write_output(state, sinks, gmem.out.at[at], gmem.lse.at[at], smem)
+    refs = gmem.out.at[at], gmem.lse.at[at]
+    partials.write_output(state, sinks, *refs, smem, store)
 
   @pl.when(jnp.logical_not(piece.is_whole))
   def _():
@@ -434,6 +434,6 @@ def _attend_piece(problem, gmem, smem, piece, num_before):
     if problem.batch_invariant:
       at = piece.seq * problem.num_kv_heads + piece.head, piece.split
     refs = partials.Partials(gmem.acc, gmem.m, gmem.l)
-    partials.write_partial(state, refs, at)
+    partials.write_partial(state, refs, at, store)
 
   return num_before + num_tiles

@@ -75,7 +75,7 @@ def load_queries(ref):
   return plgpu.load(ref, layout=_QUERIES, optimized=False)
 
 
-def _store(ref, value) -> None:
+def store(ref, value) -> None:
   """Stores a value whose layout is not that of the memory."""
   if hasattr(plgpu, "store"):  # JAX 0.12 asks for leave to do it slowly
     plgpu.store(ref, value, optimized=False)
@@ -92,22 +92,32 @@ def _by_blocks(acc, ref, head_dim: int):
   ]
 
 
-def write_partial(state: online_softmax.Summed, refs: Partials, at) -> None:
+def write_partial(
+  state: online_softmax.Summed, refs: Partials, at, store_rows=store
+) -> None:
   """Writes what a program leaves of an item.
 
   Args:
     state: the softmax over its keys.
     refs: all partials.
     at: `FIRST` or `LAST`, and the program; or the item, and its part.
+    store_rows: what stores rows of acc.
   """
   acc_gmem = refs.acc.at[at]
   for rows, place in _by_blocks(state.acc, acc_gmem, acc_gmem.shape[0]):
-    _store(place, rows)
-  _store(refs.m.at[at], state.m)
-  _store(refs.l.at[at], state.l)
+    store_rows(place, rows)
+  store(refs.m.at[at], state.m)
+  store(refs.l.at[at], state.l)
 
 
-def write_output(state: online_softmax.Summed, sinks, out_gmem, lse_gmem, smem):
+def write_output(
+  state: online_softmax.Summed,
+  sinks,
+  out_gmem,
+  lse_gmem,
+  smem,
+  store_rows=store,
+):
   """Writes the output of an item, turned to a row for each query.
 
   Args:
@@ -116,14 +126,15 @@ def write_output(state: online_softmax.Summed, sinks, out_gmem, lse_gmem, smem):
     out_gmem: [num_rows, head_dim], in the dtype of the output.
     lse_gmem: f32[num_queries].
     smem: what `output_scratch` asks for.
+    store_rows: see `write_partial`.
   """
   out, lse = online_softmax.finish(state, sinks)
-  _store(lse_gmem, lse)
+  store(lse_gmem, lse)
   # The copy of the item before may still be reading.
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   num_rows, head_dim = out_gmem.shape
   for rows, at in _by_blocks(out, smem.turned_smem, head_dim):
-    _store(at, rows.astype(out_gmem.dtype))
+    store_rows(at, rows.astype(out_gmem.dtype))
   by_row = plgpu.Layout.WG_STRIDED(smem.out_smem.shape, vec_size=1)
   smem.out_smem[...] = plgpu.load(
     smem.turned_smem.T, layout=by_row, optimized=False

@@ -1,16 +1,14 @@
 """8-bit numbers into 16-bit operands of wgmma, through registers.
 
-The layouts of Mosaic would move four bytes at a time, and keep so many
-addresses in registers that one program instead of two has room on a
-multiprocessor. Here a thread takes 16 bytes, which become two pieces of 16,
-and writes them where wgmma looks for them in a swizzled tile:
+The layouts of Mosaic would move four bytes at a time, and keep many addresses
+in registers. Here a thread takes 16 bytes, which become two pieces of 16, and
+writes them where wgmma looks for them in a swizzled tile:
 
   rows      16 bytes of a row: t0  t1  t2  t3 ...      as copied, row by row
   operand   tiles of 8 rows of `swizzle` bytes; in a tile, the place of a piece
             in its row is XORed with the number of the row
 
-float16 holds all values of int8 and of float8_e4m3fn exactly (`to_float16`).
-Times the scales of their rows they are rounded, once (`scaled`).
+float32 holds a number times the scale of its row; it is rounded once.
 """
 
 import itertools
@@ -27,27 +25,10 @@ from jaxlib.mlir.dialects import arith, llvm
 
 _THREADS = 128  # of a warpgroup
 _PIECE = 16  # bytes that a thread moves at once
-_AHEAD = 4  # pieces that are on their way to a thread
 
-# 4 numbers in a register, $2, become 2 in each of $0 and $1.
-# Of an int8 whose first bit is flipped, 0x64 makes the float16 1152 + x.
-_FROM_INT8 = """{
-  .reg .b32 flipped, low, high, offset;
-  xor.b32 flipped, $2, 0x80808080;
-  prmt.b32 low, flipped, 0x64646464, 0x4140;
-  prmt.b32 high, flipped, 0x64646464, 0x4342;
-  mov.b32 offset, 0x64806480;
-  sub.f16x2 $0, low, offset;
-  sub.f16x2 $1, high, offset;
-}"""
-_FROM_FLOAT8 = """{
-  .reg .b16 low, high;
-  mov.b32 {low, high}, $2;
-  cvt.rn.f16x2.e4m3x2 $0, low;
-  cvt.rn.f16x2.e4m3x2 $1, high;
-}"""
-
-# The same times $3, rounded to KIND. 0x4B makes the float32 2^23 + 128 + x.
+# 4 numbers in a register, $2, times $3, become 2 in each of $0 and $1, rounded
+# to KIND. 0x4B makes the float32 2^23 + 128 + x of an int8 whose first bit is
+# flipped.
 _SCALED_INT8 = """{
   .reg .b32 flipped;
   .reg .f32 x<4>;
@@ -83,30 +64,6 @@ _SCALED = """
 }"""
 
 
-def to_float16(tile_smem, operand_smem, transforms, *, interpreted: bool):
-  """Writes the numbers of a tile to an operand.
-
-  Args:
-    tile_smem: int8 or float8_e4m3fn [rows, columns], row by row.
-    operand_smem: float16 of the same shape.
-    transforms: of the operand: tiles of 8 rows, swizzled.
-    interpreted: whether an interpreter runs it.
-  """
-  if interpreted:
-    operand_smem[...] = tile_smem[...].astype(jnp.float32).astype(jnp.float16)
-    return
-  shape, swizzle = tile_smem.shape, transforms[1].swizzle
-  convert = _FROM_INT8 if tile_smem.dtype == jnp.int8 else _FROM_FLOAT8
-
-  @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(), plgpu.RefType(tuple(transforms)))
-  )
-  def widen(_, tile, operand):
-    _move(tile, operand, shape, swizzle, convert, _AHEAD)
-
-  widen(tile_smem, operand_smem)
-
-
 def scaled(
   tile_smem,
   scales_smem,
@@ -123,7 +80,7 @@ def scaled(
     tile_smem: int8 or float8_e4m3fn [rows, columns], row by row.
     scales_smem: float32 [rows]; at most `largest_scale` counts.
     operand_smem: bfloat16 or float16 [some rows, columns].
-    transforms: see `to_float16`.
+    transforms: of the operand: tiles of 8 rows, swizzled.
     first_row: the row of the operand that is the first to be written.
     ahead: pieces that are on their way to a thread.
     interpreted: whether an interpreter runs it.
@@ -148,8 +105,9 @@ def scaled(
     )
   )
   def widen(_, tile, scales, operand):
-    more = dict(scales=scales, limit=limit, first_row=first_row)
-    _move(tile, operand, shape, swizzle, convert, ahead, **more)
+    load_scale = lambda row, first: _load_scale(scales, row, first, limit)
+    rows = dict(first_row=first_row, ahead=ahead)
+    _move(tile, operand, shape, swizzle, convert, load_scale, **rows)
 
   widen(tile_smem, scales_smem, operand_smem)
 
@@ -161,32 +119,18 @@ def largest_scale(dtype: DTypeLike, kv_dtype: DTypeLike) -> float:
 
 
 def _move(
-  tile,
-  operand,
-  shape,
-  swizzle,
-  convert,
-  ahead,
-  *,
-  scales=None,
-  limit=None,
-  first_row=0,
+  tile, operand, shape, swizzle, convert, load_scale, *, first_row, ahead
 ):
   """Moves all rows of a tile, `ahead` pieces of a thread at a time."""
   rows, columns = shape
-  row, source, targets = _first_places(rows, columns, swizzle)
+  first, source, targets = _first_places(rows, columns, swizzle)
   source = _at(utils.memref_ptr(tile), source)
   targets = [_at(utils.memref_ptr(operand), place) for place in targets]
-  if scales is not None:
-    scales = _at(utils.memref_ptr(scales), arith.muli(row, _i32(4)))
   starts = range(0, rows, _rows_at_once(rows, columns))
   for group in itertools.batched(starts, ahead):
     # Rows that are a multiple of 8 ahead lie as far ahead, XORed alike.
     numbers = [_load(_at(source, _i32(row * columns))) for row in group]
-    factors = [
-      [] if scales is None else [_load_scale(_at(scales, _i32(4 * row)), limit)]
-      for row in group
-    ]
+    factors = [load_scale(row, first) for row in group]
     for row, x, factor in zip(group, numbers, factors, strict=True):
       offset = _i32((first_row + row) * columns * 2)
       places = [_at(target, offset) for target in targets]
@@ -249,16 +193,19 @@ def _load(source):
   return llvm.load(_words(), source, alignment=_PIECE)
 
 
-def _load_scale(source, limit):
-  """Returns a scale, at most the limit, or NaN."""
-  scale: Any = llvm.load(ir.F32Type.get(), source, alignment=4)
+def _load_scale(scales, row, first, limit):
+  """Returns the scale of a row from the first on, at most the limit, or NaN."""
+  place = _at(utils.memref_ptr(scales), arith.muli(first, _i32(4)))
+  scale: Any = llvm.load(
+    ir.F32Type.get(), _at(place, _i32(4 * row)), alignment=4
+  )
   return arith.minimumf(scale, mgpu.c(limit, ir.F32Type.get()))
 
 
 def _store(numbers, targets, convert, factor):
   """Writes 16 numbers to two places."""
   elements = (llvm.extractelement(numbers, _i32(i)) for i in range(4))
-  wide = [half for x in elements for half in _convert(convert, x, *factor)]
+  wide = [half for x in elements for half in _convert(convert, x, factor)]
   for i, target in enumerate(targets):
     vector = llvm.mlir_undef(_words())
     for j in range(4):
@@ -266,14 +213,14 @@ def _store(numbers, targets, convert, factor):
     llvm.store(vector, target, alignment=_PIECE)
 
 
-def _convert(convert, word, *factor):
+def _convert(convert, word, factor):
   """Returns two registers of 16-bit numbers for one of 8-bit numbers."""
   i32 = ir.IntegerType.get_signless(32)
   pair: Any = llvm.inline_asm(
     llvm.StructType.get_literal([i32, i32]),
-    [word, *factor],
+    [word, factor],
     convert,
-    "=r,=r,r" + ",f" * len(factor),
+    "=r,=r,r,f",
   )
   return [llvm.extractvalue(i32, pair, [i]) for i in range(2)]
 

@@ -187,7 +187,8 @@ def test_no_wide_pool_is_ever_made(kv_dtype):
     lowered = jax.jit(run).lower(q, pages, scales, i32(8), i32(8, 64), i32(9))
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
-  assert temporary_bytes(4096) == temporary_bytes(64)
+  # What a GPU lays out differs by some bytes; a pool of float16 has 17 million.
+  assert abs(temporary_bytes(4096) - temporary_bytes(64)) < 4096
 
 
 def _error_by_length(kv_dtype, seed, page_size=16, base=80):
