@@ -236,7 +236,10 @@ def ragged_paged_attention(
     options=options,
     max_q_len=max_q_len,
     implementation=devices.choose(
-      implementation, lambda: why_not_mosaic_gpu(q, k_pages, max_q_len)
+      implementation,
+      lambda: why_not_mosaic_gpu(q, k_pages, max_q_len),
+      # Prefill of quantised pages was not run on a GPU yet.
+      by_default=k_pages.dtype == q.dtype or _has_few_queries(max_q_len),
     ),
   )
   return (out, lse) if return_lse else out

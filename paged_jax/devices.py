@@ -28,20 +28,25 @@ def why_not_hopper() -> str | None:
 
 
 def choose(
-  implementation: str | None, why_not: Callable[[], str | None]
+  implementation: str | None,
+  why_not: Callable[[], str | None],
+  *,
+  by_default: bool = True,
 ) -> str:
   """Returns the implementation of an op to take.
 
   Args:
-    implementation: What the caller names; None to take the kernel if it can.
+    implementation: What the caller names; None to choose.
     why_not: Returns why the kernel cannot serve, or None.
+    by_default: Whether None takes the kernel where it can serve. A kernel that
+      was not yet measured on a GPU waits for being named.
 
   Raises:
     ValueError: If there is no such implementation.
     NotImplementedError: If it is the kernel, and it cannot serve.
   """
   check_implementation(implementation)
-  if implementation == "xla":
+  if implementation == "xla" or (implementation is None and not by_default):
     return "xla"
   reason = why_not()
   if implementation is None:

@@ -138,8 +138,8 @@ def write(
       differ from one another.
     debug: Whether to check that they do, with `checkify.check` (see
       `page_table.assert_valid`).
-    implementation: `"mosaic_gpu"`, a kernel for Hopper GPUs, `"xla"`, which
-      scatters, or None to choose.
+    implementation: `"mosaic_gpu"`, a kernel for Hopper GPUs, or `"xla"`, which
+      scatters; None takes the latter, until the kernel is measured.
 
   Raises:
     ValueError: If a shape does not fit the pool, `layer` is out of range, or
@@ -161,6 +161,7 @@ def write(
       devices.why_not_hopper()
       or page_write.unsupported(pool.k.shape, pool.k.dtype, num_tokens)
     ),
+    by_default=False,
   )
   if debug:
     _assert_distinct(slots, pool.num_pages * pool.page_size)

@@ -88,7 +88,9 @@ def test_layers_share_one_kernel_on_a_hopper_gpu(monkeypatch, dtype):
 
   def step(pool, k, v, slots):
     for layer in range(2):
-      pool = kv_pool.write(pool, layer, k, v, slots)
+      pool = kv_pool.write(
+        pool, layer, k, v, slots, implementation="mosaic_gpu"
+      )
     return pool
 
   tokens = jax.ShapeDtypeStruct((4, 2, 16), jnp.bfloat16)
@@ -101,6 +103,11 @@ def test_layers_share_one_kernel_on_a_hopper_gpu(monkeypatch, dtype):
 
 
 def test_the_implementation_is_what_is_named(monkeypatch):
+  monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
+  assert devices.choose(None, lambda: None) == "mosaic_gpu"
+  assert devices.choose(None, lambda: None, by_default=False) == "xla"
+  assert devices.choose("mosaic_gpu", lambda: None, by_default=False) != "xla"
+  monkeypatch.undo()
   pool, x = kv_pool.init(**SHAPE), _tokens(1, 0)
   write = lambda pool, name, head_dim=16: kv_pool.write(
     pool,
