@@ -63,7 +63,8 @@ def paged_attention(
       page. Pages out of `[0, num_pages)` are holes: their keys are not seen.
     k_scales: f32[num_pages, num_kv_heads, page_size], factors, at least
       0, of the keys of int8 or float8_e4m3fn pages; None for other pages. The
-      kernel takes factors of values below 2**-100 for that.
+      kernel of decode takes factors of values below 2**-100 for that; that of
+      prefill rounds keys and values, times their factors, to the dtype of `q`.
     v_scales: The same of the values.
     scale: Multiplies the logits; `head_dim ** -0.5` if None.
     sliding_window: If given, a query at `pos` sees keys in
