@@ -60,8 +60,6 @@ from pallas_kernels.decode_config import (
 from pallas_kernels.decode_problem import Problem, scratch
 from pallas_kernels.page_checks import check_pages
 
-_STEEPEST = 2.0**95  # times any distance between positions is a number
-
 OPTIONS = (
   "scale",
   "sliding_window",
@@ -237,7 +235,8 @@ def attend(
   )
   if alibi_slopes is not None:
     alibi_slopes = _by_query(problem, alibi_slopes)
-    alibi_slopes = jnp.clip(alibi_slopes, -_STEEPEST, _STEEPEST)
+    steepest = online_softmax.STEEPEST
+    alibi_slopes = jnp.clip(alibi_slopes, -steepest, steepest)
   if sinks is not None:
     sinks = _by_query(problem, sinks)
   lens = kv_lens, page_indices, *(() if q_lens is None else (q_lens,))
