@@ -63,7 +63,8 @@ def paged_attention(
       page. Pages out of `[0, num_pages)` are holes: their keys are not seen.
     k_scales: f32[num_pages, num_kv_heads, page_size], factors, at least
       0, of the keys of int8 or float8_e4m3fn pages; None for other pages. The
-      kernel takes factors of values below 2**-100 for that.
+      kernel of decode takes factors of values below 2**-100 for that; that of
+      prefill rounds keys and values, times their factors, to the dtype of `q`.
     v_scales: The same of the values.
     scale: Multiplies the logits; `head_dim ** -0.5` if None.
     sliding_window: If given, a query at `pos` sees keys in
@@ -163,7 +164,7 @@ def ragged_paged_attention(
     max_q_len: Most query tokens of a sequence, if it is known; up to 8, the
       kernel of decode takes them, as for the verification of speculative
       tokens. It is not checked: what a sequence has beyond it may be left at 0
-      and -inf.
+      and -inf, and counts as not there for `alibi_slopes` without `causal`.
     causal: Whether a query sees no key past its own; if not, it sees all keys
       of its sequence.
     tree_mask: bool[num_tokens, max_new], to verify a tree of speculative
@@ -223,6 +224,13 @@ def ragged_paged_attention(
     raise ValueError(f"num_active.shape={active.shape} must be () or (1,).")
   if max_q_len is not None:
     attention_checks.check_count("max_q_len", max_q_len, 1)
+
+  def why_not():
+    is_many = not _has_few_queries(max_q_len)
+    if is_many and alibi_slopes is not None and not causal:
+      return "the kernel for prefill takes alibi_slopes with causal=True only."
+    return why_not_mosaic_gpu(q, k_pages, max_q_len)
+
   out, lse = _ragged_paged_attention(
     q,
     k_pages,
@@ -237,7 +245,7 @@ def ragged_paged_attention(
     max_q_len=max_q_len,
     implementation=devices.choose(
       implementation,
-      lambda: why_not_mosaic_gpu(q, k_pages, max_q_len),
+      why_not,
       # Prefill of quantised pages was not run on a GPU yet.
       by_default=k_pages.dtype == q.dtype or _has_few_queries(max_q_len),
     ),
@@ -279,7 +287,6 @@ def _ragged_paged_attention(
       more |= arrays._asdict() | options.named(paged_decode.OPTIONS)
       return short_queries.attend(*args, max_q_len=max_q_len, **more)
     more |= arrays._asdict() | options.named(ragged_attention.OPTIONS)
-    more.pop("alibi_slopes")
     return ragged_attention.attend(*args, **more)
 
   return lax.platform_dependent(*args, cuda=mosaic, default=xla)

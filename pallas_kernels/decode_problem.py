@@ -74,6 +74,14 @@ class Problem:
     """What wgmma multiplies; float16 holds all 8-bit numbers."""
     return jnp.float16 if self.is_quantised else self.dtype
 
+  def as_operand(self, q):
+    """Returns queries in the dtype of the operands."""
+    if not self.is_quantised or q.dtype == self.operand_dtype:
+      return q
+    most = float(jnp.finfo(self.operand_dtype).max)
+    q = jnp.clip(q.astype(jnp.float32), -most, most)
+    return q.astype(self.operand_dtype)
+
   @property
   def is_interleaved(self) -> bool:
     """Whether head_dim is in the order of `fragments`, in Q."""

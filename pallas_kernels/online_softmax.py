@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+STEEPEST = 2.0**95  # slope of ALiBi: times any distance it is a number
 LOG2_E = math.log2(math.e)
 
 

@@ -42,8 +42,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Real
 
 from pallas_kernels import (
+  decode_compute,
   decode_load,
-  decode_tile,
   fragments,
   online_softmax,
   partials,
@@ -59,8 +59,6 @@ from pallas_kernels.decode_config import (
 )
 from pallas_kernels.decode_problem import Problem, scratch
 from pallas_kernels.page_checks import check_pages
-
-_STEEPEST = 2.0**95  # times any distance between positions is a number
 
 OPTIONS = (
   "scale",
@@ -237,7 +235,8 @@ def attend(
   )
   if alibi_slopes is not None:
     alibi_slopes = _by_query(problem, alibi_slopes)
-    alibi_slopes = jnp.clip(alibi_slopes, -_STEEPEST, _STEEPEST)
+    steepest = online_softmax.STEEPEST
+    alibi_slopes = jnp.clip(alibi_slopes, -steepest, steepest)
   if sinks is not None:
     sinks = _by_query(problem, sinks)
   lens = kv_lens, page_indices, *(() if q_lens is None else (q_lens,))
@@ -327,7 +326,7 @@ def _rows_of_queries(problem, q):
   The rows past its group belong to others, or are padding.
   """
   if problem.loads_tiles_of_q:
-    q = _as_operand(problem, q)
+    q = problem.as_operand(q)
     if problem.is_interleaved:
       q = fragments.to_order(q)
     q = q.reshape(-1, problem.num_rows, problem.head_dim)
@@ -335,15 +334,6 @@ def _rows_of_queries(problem, q):
   rows = q.reshape(-1, problem.head_dim)
   missing = max(problem.num_queries - len(rows), 0)
   return jnp.pad(rows, ((0, missing), (0, 0))) if missing else rows
-
-
-def _as_operand(problem, q):
-  """Returns queries in the dtype of the operands."""
-  if not problem.is_quantised or q.dtype == problem.operand_dtype:
-    return q
-  most = float(jnp.finfo(problem.operand_dtype).max)
-  q = jnp.clip(q.astype(jnp.float32), -most, most)
-  return q.astype(problem.operand_dtype)
 
 
 def _body(problem, *refs, **smem):
@@ -370,70 +360,8 @@ def _body(problem, *refs, **smem):
 
   @pl.when(lax.axis_index("warpgroup") == 0)
   def _compute():
-    for_each_piece(
-      jnp.int32(0), functools.partial(_attend_piece, problem, gmem, smem)
-    )
-    plgpu.wait_smem_to_gmem(0)
+    decode_compute.run(problem, gmem, smem, for_each_piece)
 
   @pl.when(lax.axis_index("warpgroup") == 1)
   def _memory():
     decode_load.run(problem, gmem, smem, for_each_piece)
-
-
-def _attend_piece(problem, gmem, smem, piece, num_before):
-  """Attends the tiles of a piece, and writes its output or its partial."""
-  tiles, num_tiles = decode_load.visited(problem, gmem, piece)
-  plgpu.barrier_wait(smem.q_loaded)
-  if not problem.loads_tiles_of_q:
-    if problem.is_interleaved:
-      q = fragments.load_rows(smem.loaded_q_smem.T)
-    else:
-      q = plgpu.load(
-        smem.loaded_q_smem.T, layout=plgpu.Layout.WGMMA, optimized=False
-      )
-    smem.q_smem.T[...] = _as_operand(problem, q)
-    # For wgmma to see it, and for the next Q not to overtake the load.
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(smem.q_consumed)
-
-  slopes = tree = None
-  if problem.has_alibi:
-    slopes = partials.load_queries(gmem.alibi_slopes.at[piece.head])
-  if problem.has_tree:
-    words = partials.load_queries(gmem.tree.at[piece.seq])
-    tree = tree_bits.Few(words, gmem.tree_of_seqs[piece.seq])
-
-  def fold(i, base, ids, state):
-    at = num_before + i, base, ids
-    return decode_tile.fold(problem, smem, tiles, slopes, tree, *at, state)
-
-  state = online_softmax.init(
-    problem.head_dim, problem.config.block_kv, problem.num_queries
-  )
-  state = decode_load.for_each_tile(
-    problem, gmem, piece, tiles, num_tiles, state, fold
-  )
-  if problem.loads_tiles_of_q:
-    plgpu.barrier_arrive(smem.q_consumed)
-  state = online_softmax.sum_rows(state)
-  store = fragments.store_rows if problem.is_interleaved else partials.store
-
-  @pl.when(piece.is_whole)
-  def _():
-    sinks = None
-    if problem.has_sinks:
-      sinks = partials.load_queries(gmem.sinks.at[piece.head])
-    at = piece.seq, piece.head
-    refs = gmem.out.at[at], gmem.lse.at[at]
-    partials.write_output(state, sinks, *refs, smem, store)
-
-  @pl.when(jnp.logical_not(piece.is_whole))
-  def _():
-    kind = jnp.where(piece.nth == 0, partials.FIRST, partials.LAST)
-    at = kind, lax.axis_index("program")
-    if problem.batch_invariant:
-      at = piece.seq * problem.num_kv_heads + piece.head, piece.split
-    refs = partials.Partials(gmem.acc, gmem.m, gmem.l)
-    partials.write_partial(state, refs, at, store)
-
-  return num_before + num_tiles

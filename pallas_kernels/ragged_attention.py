@@ -85,6 +85,7 @@ def attend(
   num_sink_tokens: int,
   logits_soft_cap: float | None,
   sinks: Float[Array, " num_q_heads"] | None,
+  alibi_slopes: Float[Array, " num_q_heads"] | None = None,
   k_scales: Float[Array, "num_pages num_kv_heads page_size"] | None = None,
   v_scales: Float[Array, "num_pages num_kv_heads page_size"] | None = None,
   causal: bool = True,
@@ -114,6 +115,9 @@ def attend(
     num_sink_tokens: first positions that are seen besides the window.
     logits_soft_cap: scores become cap * tanh(score / cap), or None.
     sinks: a logit per query head that only the denominator counts, or None.
+    alibi_slopes: per query head, what multiplies the position of a key minus
+      that of the query, to be added to the score; cut at 2**95; or None. Only
+      if `causal`, and without a mask.
     k_scales: f32, what multiplies a token's key of 8-bit numbers, else None.
       The products are rounded to the dtype of q, and cut where they leave it.
     v_scales: the same of the values.
@@ -135,11 +139,14 @@ def attend(
     NotImplementedError: if the kernel does not take these shapes.
     ValueError: if pages differ, scales are missing, of another shape or not
       wanted, the config exceeds shared memory or has fewer rows than a KV head
-      has queries, or there is a window that is not causal.
+      has queries, or there is a window that is not causal, or slopes are not
+      wanted.
   """
   check_pages(k_pages, v_pages, k_scales, v_scales)
   if not causal and sliding_window is not None:
     raise ValueError(f"{sliding_window=} must be None with {causal=}.")
+  if alibi_slopes is not None and (tree_mask is not None or not causal):
+    raise ValueError("alibi_slopes must be None unless causal and not a tree.")
   num_tokens, num_q_heads, head_dim = q.shape
   num_pages, num_kv_heads, page_size, _ = k_pages.shape
   shapes = head_dim, page_size, num_q_heads, num_kv_heads, q.dtype
@@ -170,6 +177,7 @@ def attend(
     num_sink_tokens=num_sink_tokens,
     logits_soft_cap=logits_soft_cap,
     has_sinks=sinks is not None,
+    has_alibi=alibi_slopes is not None,
     causal=causal,
     has_tree=tree_mask is not None,
     interpret=interpret,
@@ -184,11 +192,27 @@ def attend(
   pages = k_pages, v_pages
   if k_scales is not None:
     pages += k_scales, v_scales
-  return _launch(problem, q, pages, sinks, tree, *ints)
+  if sinks is not None:
+    sinks = _by_row(problem, sinks)
+  if alibi_slopes is not None:
+    steepest = online_softmax.STEEPEST
+    alibi_slopes = _by_row(problem, alibi_slopes)
+    alibi_slopes = jnp.clip(alibi_slopes, -steepest, steepest)
+  return _launch(problem, q, pages, (sinks, alibi_slopes), tree, *ints)
+
+
+def _by_row(problem, logits):
+  """Returns logits of query heads in base 2, for the rows of each KV head.
+
+  They are f32[num_kv_heads, block_q], 0 for the padding.
+  """
+  logits = logits.astype(jnp.float32) * online_softmax.LOG2_E
+  rows = _pad_group(problem, logits.reshape(problem.num_kv_heads, -1), 1)
+  return jnp.tile(rows, (1, problem.sizes.tile_tokens))
 
 
 def _launch(
-  problem: Problem, q, pages, sinks, tree, cu_q_lens, kv_lens, active, ids
+  problem: Problem, q, pages, per_head, tree, cu_q_lens, kv_lens, active, ids
 ):
   """Lists the items, runs the kernel, and merges what it split."""
   sizes, config = problem.sizes, problem.config
@@ -208,11 +232,6 @@ def _launch(
     costs = jnp.maximum(plan.costs, 1)
     dealt = schedule.deal(costs, problem.num_kv_heads, config.num_programs)
   heads = q.reshape(problem.num_tokens, -1, group, problem.head_dim)
-  more = ()
-  if sinks is not None:
-    sinks = sinks.astype(jnp.float32) * online_softmax.LOG2_E
-    rows = _pad_group(problem, sinks.reshape(problem.num_kv_heads, group), 1)
-    more = (jnp.tile(rows, (1, sizes.tile_tokens)),)
   kernel = plgpu.kernel(
     functools.partial(_body, problem),
     out_type=ragged_output.shapes(problem),
@@ -231,12 +250,12 @@ def _launch(
     ids,
     _pad_group(problem, heads, 2),
     *pages,
-    *more,
+    *(x for x in per_head if x is not None),
     *(() if tree is None else (tree.of_seqs, tree.of_rows)),
   )
   if config.splits:
     out, lse = ragged_output.merge(
-      problem, dealt[-1], plan.tiles, parts, more, out, lse
+      problem, dealt[-1], plan.tiles, parts, per_head[0], out, lse
     )
   head = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
   row = places.nth[:, None] * problem.group + lax.rem(head, group)
@@ -270,6 +289,7 @@ def _body(problem, *refs, **smem):
   names += "tiles", "table", "q", "k", "v"
   names += ("k_scales", "v_scales") * problem.is_quantised
   names += ("sinks",) * problem.has_sinks
+  names += ("alibi_slopes",) * problem.has_alibi
   names += ("tree_of_seqs", "tree") * problem.has_tree + ("out", "lse")
   names += ("acc", "m", "l") * problem.config.splits
   gmem = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))

@@ -5,6 +5,7 @@ softmax of the tile comes as soon as its scores are there, while P V and the
 products of other warpgroups go on.
 """
 
+import functools
 import math
 
 import jax.experimental.pallas as pl
@@ -58,13 +59,18 @@ def _attend_tiles(work, state):
     plgpu.barrier_arrive(smem.k_consumed.at[work.slot(i)])
     pl.when(i == last)(lambda: plgpu.barrier_arrive(smem.q_consumed))
 
+  slopes = None
+  if problem.has_alibi:
+    slopes = ragged_output.load_rows(work.gmem.alibi_slopes, work.item.head)
+  weigh_scores = functools.partial(_weigh_scores, work, slopes)
+
   plgpu.barrier_wait(smem.q_loaded)
   problem.reinterpret(by_token, by_row)
   plgpu.barrier_wait(smem.k_loaded.at[work.slot(0)])
   qk = ragged_softmax.matmul(_operands(work, by_row, 0))
   give_back_keys(jnp.int32(0))
   l = online_softmax.tile(0.0, (ROWS, 8))
-  m, l, _, p = _weigh_scores(work, 0, state.m, l, qk)
+  m, l, _, p = weigh_scores(0, state.m, l, qk)
   p = p.astype(problem.dtype)
 
   def fold(i, carry):
@@ -74,7 +80,7 @@ def _attend_tiles(work, state):
 
     def weigh(qk):
       give_back_keys(i + 1)
-      return _weigh_scores(work, i + 1, state.m, state.l, qk)
+      return weigh_scores(i + 1, state.m, state.l, qk)
 
     acc, (m, l, alpha, next_p) = ragged_softmax.matmul_and_accumulate(
       _operands(work, by_row, i + 1),
@@ -110,15 +116,18 @@ def _operands(work, q_smem, i):
   ]
 
 
-def _weigh_scores(work, i, m, l, qk):
+def _weigh_scores(work, slopes, i, m, l, qk):
   """Returns m, l, the factor of acc, and P, when the i-th tile is folded in."""
   problem, base = work.problem, work.base(i)
+  s = problem.scores(qk)
+  if slopes is not None:
+    s = _add_distances(work, slopes, base, s)
   sees_all = work.tiles.sees_all(base) & (work.item.tile.has_holes == 0)
   s = lax.cond(
     sees_all,
     lambda s: s,
     lambda s: _mask_scores(work, base, s),
-    problem.scores(qk),
+    s,
   )
   # All of the softmax belongs to this half of the step.
   return lax.optimization_barrier(ragged_softmax.weigh(m, l, s, problem.factor))
@@ -147,12 +156,30 @@ def _mask_scores(work, base, s):
   if work.problem.has_tree:
     before, sees_new = _tree_of_rows(work, base, column)
   elif work.problem.causal:
-    first_row = lax.axis_index("warpgroup") * ROWS
-    token = (_iota(s.shape, 0) + first_row) >> _log2(work.problem.group)
-    before = work.item.tile.num_earlier - token
+    before = _before(work, _iota(s.shape, 0))
   sees = work.tiles.sees(base + column, before, sees_new)
   sees &= _are_mapped(work, base, column)
   return jnp.where(sees, s, -jnp.inf)
+
+
+def _before(work, rows):
+  """Returns how many tokens before the last of the item queries are."""
+  first_row = lax.axis_index("warpgroup") * ROWS
+  token = (rows + first_row) >> _log2(work.problem.group)
+  return work.item.tile.num_earlier - token
+
+
+def _add_distances(work, slopes, base, s):
+  """Adds slopes times positions of keys minus those of the queries."""
+  rows = plgpu.broadcasted_iota(
+    jnp.int32, s.shape[:1], 0, layout=ragged_softmax.QUERIES
+  )
+  first = _before(work, rows) + (base - (work.item.tile.kv_len - 1))
+  # Distances that were worked out before there are scores would spill.
+  s, first = lax.optimization_barrier((s, first))
+  distances = _iota(s.shape, 1) + ragged_softmax.across(first, s.shape)
+  slopes = ragged_softmax.across(slopes, s.shape)
+  return s + slopes * distances.astype(jnp.float32)
 
 
 def _tree_of_rows(work, base, column):

@@ -67,6 +67,11 @@ def _own_rows():
   return pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
 
 
+def load_rows(ref, head):
+  """Loads what f32[num_kv_heads, block_q] has for the rows of a warpgroup."""
+  return _load(ref.at[head, _own_rows()], ragged_softmax.QUERIES)
+
+
 def _load(ref, layout):
   return plgpu.load(ref, layout=layout, optimized=False)
 
@@ -75,8 +80,7 @@ def _write_output(problem, gmem, smem, item, state):
   """Writes the rows of a warpgroup."""
   sinks = None
   if problem.has_sinks:
-    sinks = gmem.sinks.at[item.head, _own_rows()]
-    sinks = _load(sinks, ragged_softmax.QUERIES)
+    sinks = load_rows(gmem.sinks, item.head)
   out, lse = ragged_softmax.finish(state, sinks)
   gmem.lse.at[item.nth, item.head, _own_rows()][...] = lse
   by_token, by_row = (x.at[lax.axis_index("warpgroup")] for x in smem.out_smem)
@@ -123,7 +127,7 @@ def merge(problem: Problem, firsts, tiles, partials, sinks, out, lse):
     firsts: see `schedule.Plan`.
     tiles: see `ragged_schedule.Plan`.
     partials: what the programs left: acc, m and l.
-    sinks: those of each row, f32[num_kv_heads, block_q], if any.
+    sinks: those of each row, f32[num_kv_heads, block_q], or None.
     out: the output, whose missing tokens are filled in.
     lse: the same.
 
@@ -143,7 +147,8 @@ def merge(problem: Problem, firsts, tiles, partials, sinks, out, lse):
     kernel_name="merge_ragged_partials",
   )
   out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
-  kernel(firsts, tiles, *partials, *sinks, out_ref, lse_ref)
+  given = () if sinks is None else (sinks,)
+  kernel(firsts, tiles, *partials, *given, out_ref, lse_ref)
   return out_ref[...], lse_ref[...]
 
 

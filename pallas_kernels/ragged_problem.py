@@ -43,6 +43,7 @@ class Problem:
   num_sink_tokens: int
   logits_soft_cap: float | None
   has_sinks: bool
+  has_alibi: bool
   causal: bool
   has_tree: bool
   interpret: plgpu.InterpretGPUParams | None
@@ -140,6 +141,7 @@ class Problem:
   def factor(self) -> float:
     """What is left to multiply `scores` by, for base 2."""
     in_softmax = self.logits_soft_cap is None and self.scale > 0
+    in_softmax &= not self.has_alibi
     return self.scale * LOG2_E if in_softmax else 1.0
 
   def scores(self, qk):

@@ -11,6 +11,8 @@ from paged_jax.models import demo
 # Interpreted warpgroups wait for each other. XLA has a thread for each core,
 # and a machine may have fewer cores than a kernel has warpgroups.
 os.environ.setdefault("NPROC", "8")
+# Several processes that run tests share a GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # On a GPU the default multiplies float32 in TF32.

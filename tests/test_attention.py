@@ -66,9 +66,12 @@ def _check_decode(problem, implementation, **options):
   cases.assert_matches(out, lse, *expected, problem.k_pages.dtype)
 
 
-def _check_ragged(problem, **options):
+def _check_ragged(problem, implementation=None, **options):
   out, lse = paged_jax.ragged_paged_attention(
-    *problem.args(), return_lse=True, **cases.on_device(options)
+    *problem.args(),
+    return_lse=True,
+    implementation=implementation,
+    **cases.on_device(options),
   )
   assert out.dtype == problem.q.dtype
   expected = oracle.ragged_paged_attention(
@@ -165,8 +168,7 @@ def test_slopes_may_be_of_any_float_dtype(implementation, dtype, slopes_dtype):
   slopes = np.asarray(jnp.asarray(_alibi_slopes(4), slopes_dtype))
   problem = cases.make(kv_lens=LENS, dtype=dtype)
   _check_decode(problem, implementation, alibi_slopes=slopes)
-  if implementation == "xla":
-    _check_ragged(problem, alibi_slopes=slopes)
+  _check_ragged(problem, implementation, alibi_slopes=slopes)
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS[:1] + RUNS[3:4])

@@ -28,6 +28,7 @@ def _lower(
   kv_dtype=None,
   config=None,
   max_new=None,
+  has_alibi=False,
   **options,
 ):
   """Lowers the kernel to Hopper, which needs no GPU."""
@@ -43,6 +44,7 @@ def _lower(
         k_scales=args[8],
         v_scales=args[8],
         tree_mask=args[9],
+        alibi_slopes=args[7] if has_alibi else None,
         config=config,
         **cases.PLAIN | options,
       )
@@ -126,6 +128,8 @@ def test_shared_memory_is_priced_as_it_is_asked_for(
   [
     dict(sliding_window=100, num_sink_tokens=4, logits_soft_cap=30.0),
     dict(causal=False, scale=-1.0),
+    dict(has_alibi=True),
+    dict(has_alibi=True, kv_dtype="int8", config=Config(64, 2, splits=True)),
     dict(max_new=4),
     dict(max_new=100, sliding_window=100, config=Config(64, 2, splits=True)),
     dict(config=Config(64, 4)),

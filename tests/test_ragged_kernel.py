@@ -34,6 +34,7 @@ def _run(
   **options,
 ):
   scales = {name: jnp.asarray(x) for name, x in (scales or {}).items()}
+  options = cases.on_device(options)
   out, lse = ragged_attention.attend(
     *problem.args(),
     sinks=None if sinks is None else jnp.asarray(sinks, jnp.float32),
@@ -140,6 +141,47 @@ def test_matches_oracle_for_shapes(head_dim, heads, page_size, dtype, config):
 )
 def test_matches_oracle_for_options(options, sinks):
   _check(_make(kv_lens=[330, 66], q_lens=[80, 66]), sinks=sinks, **options)
+
+
+@pytest.mark.parametrize(
+  ("config", "heads", "options"),
+  [
+    (SMALL, (4, 2), {}),
+    (SPLIT, (6, 2), dict(sliding_window=70, num_sink_tokens=5)),
+    (Config(128, 2, 1, 3), (3, 1), dict(logits_soft_cap=3.0, scale=-0.1)),
+    (Config(64, 2, 3, 2, splits=True), (20, 1), {}),
+  ],
+)
+def test_alibi_matches_oracle(config, heads, options):
+  problem = _make(num_q_heads=heads[0], num_kv_heads=heads[1])
+  problem.page_indices[3, [1, 9]] = -1, len(problem.k_pages)
+  slopes = np.geomspace(1, 1e-3, heads[0], dtype=np.float32)
+  slopes[1] *= -1
+  sinks = np.linspace(-2, 2, heads[0])
+  _check(problem, config=config, sinks=sinks, alibi_slopes=slopes, **options)
+
+
+@both
+def test_alibi_over_quantised_pages_matches_oracle(kv_dtype):
+  slopes = np.asarray([0.5, 0.01, -0.003, 0], np.float32)
+  _check_quantised(_make(), kv_dtype, alibi_slopes=slopes)
+
+
+def test_slopes_as_steep_as_can_be_see_only_themselves():
+  problem = _make(kv_lens=[150, 9], q_lens=[40, 9])
+  slopes = np.full(4, np.finfo(np.float32).max)
+  out, _ = _run(problem, alibi_slopes=slopes)
+  expected, _ = _run(problem, sliding_window=1)
+  _assert_same_bits((out,), (expected,))
+
+
+@pytest.mark.parametrize(
+  "options", [dict(causal=False), dict(tree_mask=np.ones((10, 3), bool))]
+)
+def test_slopes_are_refused_where_distances_are_not_known(options):
+  problem = _make(kv_lens=[30], q_lens=[10], spare_tokens=0)
+  with pytest.raises(ValueError, match="alibi_slopes"):
+    _run(problem, alibi_slopes=np.ones(4, np.float32), **options)
 
 
 @pytest.mark.parametrize("config", [SMALL, SPLIT])

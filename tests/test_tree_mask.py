@@ -244,6 +244,24 @@ def test_every_query_sees_all_keys_if_not_causal(
   _check(problem, implementation, **options, sinks=SINKS)
 
 
+@pytest.mark.parametrize(
+  ("implementation", "dtype", "max_q_len"),
+  [
+    pytest.param("xla", "float32", None, id="xla"),
+    pytest.param(
+      "mosaic_gpu", "bfloat16", 8, marks=pytest.mark.gpu, id="mosaic-few"
+    ),
+  ],
+)
+def test_slopes_know_where_queries_stand_if_not_causal(
+  implementation, dtype, max_q_len
+):
+  problem = _make(**FEW, dtype=dtype)
+  slopes = np.asarray([1, 0.3, 0.1, 0.03, -0.01, 0], np.float32)
+  options = dict(causal=False, alibi_slopes=slopes, sinks=SINKS)
+  _check(problem, implementation, max_q_len=max_q_len, **options)
+
+
 BAD_OPTIONS = {
   "causal as a number": (dict(causal=0), "causal=0 must be"),
   "window": (
@@ -253,6 +271,10 @@ BAD_OPTIONS = {
   "both": (
     dict(causal=False, tree_mask=jnp.ones((5, 3), bool)),
     "causal=False must be True with a tree_mask",
+  ),
+  "slopes": (
+    dict(tree_mask=jnp.ones((5, 3), bool), alibi_slopes=jnp.ones(4)),
+    "alibi_slopes must be None with a tree_mask",
   ),
   "list": (dict(tree_mask=[[True]] * 5), "tree_mask must be an array"),
   "dtype": (dict(tree_mask=jnp.ones((5, 3), jnp.int32)), "dtype=int32"),
