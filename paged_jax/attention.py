@@ -9,7 +9,6 @@ The default takes the kernel where it exists for the shapes at hand.
 """
 
 import functools
-from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -224,10 +223,10 @@ def ragged_paged_attention(
     raise ValueError(f"num_active.shape={active.shape} must be () or (1,).")
   if max_q_len is not None:
     attention_checks.check_count("max_q_len", max_q_len, 1)
+  are_few = _why_not_few(q, k_pages, max_q_len) is None
 
   def why_not():
-    is_many = not _has_few_queries(max_q_len)
-    if is_many and alibi_slopes is not None and not causal:
+    if not are_few and alibi_slopes is not None and not causal:
       return "the kernel for prefill takes alibi_slopes with causal=True only."
     return why_not_mosaic_gpu(q, k_pages, max_q_len)
 
@@ -242,12 +241,12 @@ def ragged_paged_attention(
     tree_mask,
     arrays,
     options=options,
-    max_q_len=max_q_len,
+    max_q_len=max_q_len if are_few else None,
     implementation=devices.choose(
       implementation,
       why_not,
       # Prefill of quantised pages was not run on a GPU yet.
-      by_default=k_pages.dtype == q.dtype or _has_few_queries(max_q_len),
+      by_default=k_pages.dtype == q.dtype or are_few,
     ),
   )
   return (out, lse) if return_lse else out
@@ -283,7 +282,7 @@ def _ragged_paged_attention(
   def mosaic(*args):
     *args, tree_mask, arrays = args
     more = dict(causal=options.causal, tree_mask=tree_mask)
-    if _has_few_queries(max_q_len):
+    if max_q_len is not None:
       more |= arrays._asdict() | options.named(paged_decode.OPTIONS)
       return short_queries.attend(*args, max_q_len=max_q_len, **more)
     more |= arrays._asdict() | options.named(ragged_attention.OPTIONS)
@@ -306,15 +305,20 @@ def why_not_mosaic_gpu(
   """
   if device := devices.why_not_hopper():
     return device
+  few = _why_not_few(q, k_pages, max_q_len)
+  if few is None or max_q_len == 1:
+    return few
   _, num_kv_heads, page_size, head_dim = k_pages.shape
   shape = head_dim, page_size, q.shape[1], num_kv_heads, q.dtype
-  if _has_few_queries(max_q_len):
-    return decode_config.unsupported(
-      *shape, kv_dtype=k_pages.dtype, max_q_len=max_q_len
-    )
   return ragged_config.unsupported(*shape, kv_dtype=k_pages.dtype)
 
 
-def _has_few_queries(max_q_len: int | None) -> TypeGuard[int]:
-  """Returns whether the decode kernel takes the queries of a sequence."""
-  return max_q_len is not None and max_q_len <= decode_config.MAX_Q_LEN
+def _why_not_few(q, k_pages, max_q_len: int | None) -> str | None:
+  """Returns why the kernel of decode cannot take the queries, or None."""
+  if max_q_len is None:
+    return "there may be any number of queries."
+  _, num_kv_heads, page_size, head_dim = k_pages.shape
+  shape = head_dim, page_size, q.shape[1], num_kv_heads, q.dtype
+  return decode_config.unsupported(
+    *shape, kv_dtype=k_pages.dtype, max_q_len=max_q_len
+  )

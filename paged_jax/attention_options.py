@@ -37,8 +37,10 @@ class Options:
       if value is not None and not is_number:
         raise ValueError(f"{name}={value!r} must be a Python number.")
     cap = self.logits_soft_cap
-    if cap is not None and not 0 < cap < float("inf"):
-      raise ValueError(f"logits_soft_cap={cap} must be positive and finite.")
+    if cap is not None and not 0 < cap <= _FLOAT32_MAX:
+      raise ValueError(
+        f"logits_soft_cap={cap} must be positive, and finite in float32."
+      )
     if not abs(self.scale) <= _FLOAT32_MAX:
       raise ValueError(f"scale={self.scale} must be finite in float32.")
     if self.sliding_window is not None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Real
 
-from paged_jax import attention_checks, kv_pool
+from paged_jax import attention_checks, devices, kv_pool
 from paged_jax.attention import paged_attention, ragged_paged_attention
 from paged_jax.attention_options import ArrayOptions, Options
 
@@ -44,7 +44,8 @@ def merge_attention(
     parts: One or more pairs of an output [num_tokens, num_q_heads, head_dim],
       all in one dtype, and its log-sum-exp f32[num_tokens, num_q_heads], a
       natural logarithm. A part with -inf counts for nothing, whatever its
-      output holds; if it is all but one, that one is returned bit for bit.
+      output holds; if it is all but one, that one is returned as it is (but
+      for -0, which becomes 0).
     sinks: [num_q_heads], one more logit per head in the denominator. Attend
       the parts without sinks and give them here: they must count once.
 
@@ -125,8 +126,8 @@ def cascade_attention(
     page_indices: See `paged_attention`.
     num_shared_pages: How many pages, from the first, the rows of a group share:
       i32[num_groups], or a number for all groups. Values are not static: they
-      compile nothing anew. Below 0 they count as 0, and beyond the table as all
-      of its columns.
+      compile nothing anew. In an array, those below 0 count as 0; those beyond
+      the table count as all of its columns.
     cu_group_lens: i32[num_groups + 1], at which row each group begins, not
       decreasing, and at the end one past the last; other rows attend on their
       own. All rows are one group if None.
@@ -149,6 +150,7 @@ def cascade_attention(
   """
   attention_checks.check_pools(q, k_pages, v_pages, kv_lens, page_indices)
   attention_checks.check_one_query_each(q, kv_lens)
+  devices.check_implementation(implementation)
   Options(
     scale=q.shape[-1] ** -0.5 if scale is None else scale,
     sliding_window=None,
@@ -181,6 +183,7 @@ def cascade_attention(
     causal=False,
     **options,
   )
+  # Rows of no group were not written: what they hold must not be merged.
   shared_lse = jnp.where(split.joins[:, None], shared_lse, -jnp.inf)
   own, own_lse = paged_attention(
     q, k_pages, v_pages, split.own_lens, split.own_pages, **options

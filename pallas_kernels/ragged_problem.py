@@ -140,7 +140,9 @@ class Problem:
   @property
   def factor(self) -> float:
     """What is left to multiply `scores` by, for base 2."""
-    in_softmax = self.logits_soft_cap is None and self.scale > 0
+    # Masked scores are -inf already: times a scale that is 0 they were NaN.
+    is_number = self.scale >= float(jnp.finfo(jnp.float32).tiny)
+    in_softmax = self.logits_soft_cap is None and is_number
     in_softmax &= not self.has_alibi
     return self.scale * LOG2_E if in_softmax else 1.0
 

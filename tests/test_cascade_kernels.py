@@ -17,6 +17,8 @@ from pallas_kernels import (
   ragged_config,
 )
 
+pytestmark = pytest.mark.sampled
+
 DECODE_CONFIG = decode_config.Config(64, 2, num_programs=3)
 RAGGED_CONFIG = ragged_config.Config(64, 2, num_programs=3, splits=True)
 

@@ -14,6 +14,8 @@ import pytest
 from pallas_kernels import decode_config, paged_decode
 from pallas_kernels.decode_config import Config
 
+pytestmark = pytest.mark.sampled
+
 # The default has a program for each multiprocessor, which takes the
 # interpreter minutes.
 SMALL = Config(64, 2, 3)

@@ -15,6 +15,8 @@ from pallas_kernels import (
 )
 from pallas_kernels.decode_config import Config
 
+pytestmark = pytest.mark.sampled
+
 PLAIN = dict(
   scale=0.125, sliding_window=None, num_sink_tokens=0, logits_soft_cap=None
 )

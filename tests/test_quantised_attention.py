@@ -13,6 +13,8 @@ from test_attention import LENS, OPTIONS
 import paged_jax
 from paged_jax import kv_pool
 
+pytestmark = pytest.mark.sampled
+
 DTYPES = ("int8", "float8_e4m3fn")
 # Of the error that quantisation itself makes on normal numbers, at most.
 WORST = dict(int8=0.012, float8_e4m3fn=0.045)

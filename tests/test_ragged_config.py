@@ -17,6 +17,8 @@ from pallas_kernels.decode_config import (
 )
 from pallas_kernels.ragged_config import Config, default_config
 
+pytestmark = pytest.mark.sampled
+
 
 def _lower(
   *,

@@ -14,6 +14,8 @@ from pallas_kernels import ragged_attention, widen
 from pallas_kernels.decode_config import QUANTISED_DTYPES
 from pallas_kernels.ragged_config import Config
 
+pytestmark = pytest.mark.sampled
+
 # The default has a program for each multiprocessor, which takes the
 # interpreter minutes.
 SMALL = Config(64, 2, num_programs=3)

@@ -12,6 +12,8 @@ import paged_jax
 from pallas_kernels import decode_config, short_queries
 from pallas_kernels.decode_config import Config
 
+pytestmark = pytest.mark.sampled
+
 # A fresh sequence, no query, page boundaries, no tokens, several tiles.
 Q_LENS = [3, 0, 1, 4, 0, 4]
 KV_LENS = [3, 20, 16, 17, 0, 150]

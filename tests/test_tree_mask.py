@@ -10,6 +10,8 @@ import pytest
 
 import paged_jax
 
+pytestmark = pytest.mark.sampled
+
 RUNS = [
   pytest.param("xla", "float32", id="xla-float32"),
   pytest.param("xla", "bfloat16", id="xla-bfloat16"),
