@@ -429,6 +429,7 @@ BAD_OPTIONS = {
     "batch_invariant=Array",
   ),
   "soft cap": (dict(logits_soft_cap=0.0), "logits_soft_cap=0.0"),
+  "soft cap of float64": (dict(logits_soft_cap=1e39), r"cap=1e\+39"),
   "soft cap bool": (dict(logits_soft_cap=True), "logits_soft_cap=True"),
   "sinks": (dict(sinks=jnp.zeros(3)), r"sinks.shape=\(3,\)"),
   "sinks dtype": (dict(sinks=jnp.zeros(4, jnp.int32)), "sinks.dtype=int32"),

@@ -2,10 +2,12 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax.extend import backend
 
+import paged_jax
 from paged_jax import devices
 from paged_jax.cli import info, main
 from pallas_kernels import decode_config, decode_table, gpu
@@ -96,6 +98,21 @@ def test_a_kernel_that_is_not_served_says_which_shape(become):
   assert devices.why_not_hopper() is None
   reason = info.why_not_kernel("decode", dtype=jnp.bfloat16, head_dim=72)
   assert reason.startswith("head_dim=72 is not one of")
+
+
+def test_the_kernel_of_prefill_takes_few_queries_that_decode_cannot(become):
+  become("NVIDIA H200", compute_capability="9.0", core_count=132)
+  q = jax.ShapeDtypeStruct((8, 16, 64), jnp.bfloat16)
+  pages = jax.ShapeDtypeStruct((4, 1, 16, 64), jnp.bfloat16)
+  i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+
+  def attend(*args):
+    return paged_jax.ragged_paged_attention(*args, max_q_len=8)
+
+  lens = i32(1), i32(1, 4), i32(2), i32()
+  traced = jax.jit(attend).trace(q, pages, pages, *lens)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("custom_call @mosaic_gpu") >= 1
 
 
 def test_the_table_comes_before_the_rule_for_its_own_keys_alone(

@@ -138,6 +138,7 @@ def test_matches_oracle_for_shapes(head_dim, heads, page_size, dtype, config):
     (dict(logits_soft_cap=30.0, scale=4.0), [-2, 0, 1, 40]),
     (dict(sliding_window=100, num_sink_tokens=64, logits_soft_cap=2.0), None),
     (dict(scale=-0.1), None),
+    (dict(scale=1e-50), None),  # 0 in float32
   ],
   ids=str,
 )
