@@ -16,7 +16,7 @@ demo: setup ## Downloads a small model, once, and generates text
 	  --max-new-tokens 64 --prompt "$(prompt)"
 
 test: setup ## Runs the tests, on the GPU if there is one
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(python) -m pytest -n 2 --dist loadfile
+	$(python) -m pytest -n 2 --dist loadfile
 
 lint: setup ## Checks style, formatting and types
 	$(python) -m ruff check .

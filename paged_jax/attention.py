@@ -308,17 +308,19 @@ def why_not_mosaic_gpu(
   few = _why_not_few(q, k_pages, max_q_len)
   if few is None or max_q_len == 1:
     return few
-  _, num_kv_heads, page_size, head_dim = k_pages.shape
-  shape = head_dim, page_size, q.shape[1], num_kv_heads, q.dtype
-  return ragged_config.unsupported(*shape, kv_dtype=k_pages.dtype)
+  return ragged_config.unsupported(*_shape(q, k_pages), kv_dtype=k_pages.dtype)
 
 
 def _why_not_few(q, k_pages, max_q_len: int | None) -> str | None:
   """Returns why the kernel of decode cannot take the queries, or None."""
   if max_q_len is None:
     return "there may be any number of queries."
-  _, num_kv_heads, page_size, head_dim = k_pages.shape
-  shape = head_dim, page_size, q.shape[1], num_kv_heads, q.dtype
   return decode_config.unsupported(
-    *shape, kv_dtype=k_pages.dtype, max_q_len=max_q_len
+    *_shape(q, k_pages), kv_dtype=k_pages.dtype, max_q_len=max_q_len
   )
+
+
+def _shape(q, k_pages):
+  """Returns what both kernels are asked about."""
+  _, num_kv_heads, page_size, head_dim = k_pages.shape
+  return head_dim, page_size, q.shape[1], num_kv_heads, q.dtype

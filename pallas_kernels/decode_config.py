@@ -177,7 +177,30 @@ def unsupported(
     kv_dtype: of the pages; None if it is the same.
     max_q_len: most query tokens of a sequence.
   """
-  names = [jnp.dtype(x or dtype).name for x in (dtype, kv_dtype)]
+  shape = head_dim, page_size, num_q_heads, num_kv_heads
+  if reason := unsupported_shape(*shape, dtype, kv_dtype or dtype):
+    return reason
+  if not 1 <= max_q_len <= MAX_Q_LEN:
+    return f"{max_q_len=} is not in [1, {MAX_Q_LEN}]."
+  group = num_q_heads // num_kv_heads
+  queries = f"{max_q_len=} tokens of {group=} query heads a KV head"
+  if group * max_q_len > _MAX_QUERIES:
+    return f"{queries} are more than {_MAX_QUERIES}."
+  if padded_queries(group * max_q_len) * head_dim > _MAX_ELEMENTS:
+    return f"{queries}, of {head_dim=}, pass shared memory."
+  return None
+
+
+def unsupported_shape(
+  head_dim: int,
+  page_size: int,
+  num_q_heads: int,
+  num_kv_heads: int,
+  dtype: DTypeLike,
+  kv_dtype: DTypeLike,
+) -> str | None:
+  """Returns why no kernel of attention takes these, or None; `unsupported`."""
+  names = [jnp.dtype(x).name for x in (dtype, kv_dtype)]
   if names[0] not in ("bfloat16", "float16"):
     return f"dtype={names[0]} is not bfloat16 or float16."
   if names[1] not in (names[0], *QUANTISED_DTYPES):
@@ -188,12 +211,4 @@ def unsupported(
     return f"{page_size=} is not a multiple of 8."
   if num_q_heads % num_kv_heads:
     return f"{num_q_heads=} is not a multiple of {num_kv_heads=}."
-  if not 1 <= max_q_len <= MAX_Q_LEN:
-    return f"{max_q_len=} is not in [1, {MAX_Q_LEN}]."
-  group = num_q_heads // num_kv_heads
-  queries = f"{max_q_len=} tokens of {group=} query heads a KV head"
-  if group * max_q_len > _MAX_QUERIES:
-    return f"{queries} are more than {_MAX_QUERIES}."
-  if padded_queries(group * max_q_len) * head_dim > _MAX_ELEMENTS:
-    return f"{queries}, of {head_dim=}, pass shared memory."
   return None

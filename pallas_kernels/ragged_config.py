@@ -3,11 +3,10 @@
 import dataclasses
 
 import jax.experimental.pallas as pl
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels import gpu
-from pallas_kernels.decode_config import HEAD_DIMS, QUANTISED_DTYPES
+from pallas_kernels.decode_config import unsupported_shape
 
 ROWS = 64  # of a compute warpgroup: what wgmma takes
 _ALLOCATION = 1024  # bytes: shared memory is handed out in these
@@ -161,17 +160,9 @@ def unsupported(
     dtype: of the queries.
     kv_dtype: of the pages; None if it is the same.
   """
-  names = [jnp.dtype(x or dtype).name for x in (dtype, kv_dtype)]
-  if names[0] not in ("bfloat16", "float16"):
-    return f"dtype={names[0]} is not bfloat16 or float16."
-  if names[1] not in (names[0], *QUANTISED_DTYPES):
-    return f"pages of {names[1]} do not take queries of {names[0]}."
-  if head_dim not in HEAD_DIMS:
-    return f"{head_dim=} is not one of {HEAD_DIMS}."
-  if page_size < 1 or page_size % 8:
-    return f"{page_size=} is not a multiple of 8."
-  if num_q_heads % num_kv_heads:
-    return f"{num_q_heads=} is not a multiple of {num_kv_heads=}."
+  shape = head_dim, page_size, num_q_heads, num_kv_heads
+  if reason := unsupported_shape(*shape, dtype, kv_dtype or dtype):
+    return reason
   group = num_q_heads // num_kv_heads
   if group > _MAX_GROUP:
     return f"{group=} query heads a KV head are more than {_MAX_GROUP}."
