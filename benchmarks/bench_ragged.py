@@ -18,7 +18,7 @@ Results: benchmarks/results/h200/ragged.json
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import decode_batches
@@ -109,21 +109,26 @@ SMALL_CASES = {
 
 
 def main() -> None:
-  """Times everything, writes the figures and prints a table of them."""
+  """Times everything, prints the figures and writes them."""
   on_cpu = jax.default_backend() == "cpu"
   args, environment = harness.start_on_gpu(
     __doc__.splitlines()[0], PACKAGES, on_cpu=on_cpu
   )
-  record: dict = {"environment": environment, "cases": {}}
-  for name, case in (SMALL_CASES if args.small else CASES).items():
-    record["cases"][name] = sides = attempt(timed, case, small=args.small)
-    for config, side in sides.items():
-      print(f"{name:32} {line(config, side)}", flush=True)
-  if not args.small:
-    print("written to", harness.save("h200", "ragged", record, args.out))
+  records = figures(SMALL_CASES if args.small else CASES, small=args.small)
+  record = harness.keep("ragged", records, args, environment)
   failed = [name for name, sides in record["cases"].items() if failures(sides)]
   if failed:
     sys.exit(f"failed: {'; '.join(failed)}")
+
+
+def figures(cases: dict[str, Case], *, small: bool) -> Iterator[dict]:
+  """Yields all figures so far, or errors, after each case; prints them."""
+  record: dict = {"cases": {}}
+  for name, case in cases.items():
+    record["cases"][name] = sides = attempt(timed, case, small=small)
+    for config, side in sides.items():
+      print(f"{name:32} {line(config, side)}", flush=True)
+    yield record
 
 
 def line(config: str, side: dict | str) -> str:
