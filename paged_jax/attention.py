@@ -242,12 +242,7 @@ def ragged_paged_attention(
     arrays,
     options=options,
     max_q_len=max_q_len if are_few else None,
-    implementation=devices.choose(
-      implementation,
-      why_not,
-      # Prefill of quantised pages was not run on a GPU yet.
-      by_default=k_pages.dtype == q.dtype or are_few,
-    ),
+    implementation=devices.choose(implementation, why_not),
   )
   return (out, lse) if return_lse else out
 
