@@ -16,6 +16,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic.gpu import utils
 
 from pallas_kernels import fragments, kv_ring, online_softmax, tree_bits
 from pallas_kernels.decode_problem import Problem
@@ -101,10 +102,10 @@ def fold(
   tile = Tile(problem, smem, tiles, slopes, tree, nth, base, mapped)
   if problem.is_quantised:
     (acc, m, l), p, v = _fold_narrow_scores(tile, state)
-    smem.p_smem.T[...] = p.astype(problem.operand_dtype)
+    _store_p(problem, smem.p_smem, p)
   else:
     (acc, m, l), p = online_softmax.fold(state, _scores(tile))
-    smem.p_smem.T[...] = p.astype(problem.operand_dtype)
+    _store_p(problem, smem.p_smem, p)
     v = _wait_for_v(tile)
   plgpu.commit_smem()
   acc = tuple(
@@ -119,6 +120,27 @@ def fold(
   if not problem.is_quantised:
     tile.give_back(kv_ring.V)
   return online_softmax.State(acc, m, l)
+
+
+def _store_p(problem, p_smem, p):
+  """Stores P; `commit_smem` has to follow, for others to see it.
+
+  The warps have met since the last product, to find the greatest score, so none
+  still reads what is stored over. A plain store would have them meet before and
+  after.
+  """
+  p = p.astype(problem.operand_dtype)
+  if problem.interpret is not None:
+    p_smem.T[...] = p
+    return
+  transforms = problem.operand_transforms
+
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), plgpu.Layout.WGMMA))
+  def store(_, tiles, p):
+    turned = utils.memref_transpose(tiles, (1, 0, 3, 2))
+    p.store_tiled(turned, transforms[1].swizzle)
+
+  store(p_smem, p)
 
 
 def _scores(tile):
