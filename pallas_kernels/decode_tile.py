@@ -22,7 +22,9 @@ from pallas_kernels import fragments, kv_ring, online_softmax, tree_bits
 from pallas_kernels.decode_problem import Problem
 from pallas_kernels.kv_tiles import Tiles
 
-_COLUMNS = 64  # of V that are rewritten at once, to spare registers
+# Of K that are widened while wgmma multiplies those before, and of V that are
+# rewritten at once, to spare registers.
+_COLUMNS = 64
 # Smaller scales of values, as those of zeros, count as this: 2^100 times the
 # greatest weight of a key is still a number.
 _TINY = 2.0**-100
@@ -163,22 +165,38 @@ def _masked(tile, s):
 
 def _fold_narrow_scores(tile, state):
   """Returns the state but for V^T P, P, and the rows of V^T in registers."""
-  problem = tile.problem
-  is_interpreted = problem.interpret is not None
   tile.wait(kv_ring.K)
-  k = fragments.load_k(tile.get(kv_ring.K), interpreted=is_interpreted)
   scales = tile.scales(kv_ring.K)
-  tile.give_back(kv_ring.K)
+
+  def meanwhile():
+    tile.give_back(kv_ring.K)
+    return _load_v(tile)
+
+  problem = tile.problem
   s, (v, v_scales) = online_softmax.matmul_meanwhile(
-    k,
-    tile.smem.q_smem.T,
-    functools.partial(_load_v, tile),
-    interpreted=is_interpreted,
+    (problem.config.block_kv, problem.num_queries),
+    _parts_of_k(tile),
+    meanwhile,
+    interpreted=problem.interpret is not None,
   )
   s, is_seen = _masked(tile, s * online_softmax.down(scales, s.shape))
   weighted, taint = _weighted(v_scales, s, is_seen)
   state, p = online_softmax.fold(state, s, weighted)
   return state, p + taint, v
+
+
+def _parts_of_k(tile):
+  """Returns functions that return some columns of K, and those of Q."""
+  k_smem, q_smem = tile.get(kv_ring.K), tile.smem.q_smem
+  is_interpreted = tile.problem.interpret is not None
+  width = tile.problem.head_dim
+
+  def part(start):
+    size = min(_COLUMNS, width - start)
+    k = fragments.load_k(k_smem, start, size, interpreted=is_interpreted)
+    return k, q_smem.at[:, pl.ds(start, size)].T
+
+  return [functools.partial(part, x) for x in range(0, width, _COLUMNS)]
 
 
 def _load_v(tile):
