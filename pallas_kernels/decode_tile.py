@@ -16,12 +16,15 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic.gpu import utils
 
 from pallas_kernels import fragments, kv_ring, online_softmax, tree_bits
 from pallas_kernels.decode_problem import Problem
 from pallas_kernels.kv_tiles import Tiles
 
-_COLUMNS = 64  # of V that are rewritten at once, to spare registers
+# Of K that are widened while wgmma multiplies those before, and of V that are
+# rewritten at once, to spare registers.
+_COLUMNS = 64
 # Smaller scales of values, as those of zeros, count as this: 2^100 times the
 # greatest weight of a key is still a number.
 _TINY = 2.0**-100
@@ -101,10 +104,10 @@ def fold(
   tile = Tile(problem, smem, tiles, slopes, tree, nth, base, mapped)
   if problem.is_quantised:
     (acc, m, l), p, v = _fold_narrow_scores(tile, state)
-    smem.p_smem.T[...] = p.astype(problem.operand_dtype)
+    _store_p(problem, smem.p_smem, p)
   else:
     (acc, m, l), p = online_softmax.fold(state, _scores(tile))
-    smem.p_smem.T[...] = p.astype(problem.operand_dtype)
+    _store_p(problem, smem.p_smem, p)
     v = _wait_for_v(tile)
   plgpu.commit_smem()
   acc = tuple(
@@ -119,6 +122,27 @@ def fold(
   if not problem.is_quantised:
     tile.give_back(kv_ring.V)
   return online_softmax.State(acc, m, l)
+
+
+def _store_p(problem, p_smem, p):
+  """Stores P; `commit_smem` has to follow, for others to see it.
+
+  The warps have met since the last product, to find the greatest score, so none
+  still reads what is stored over. A plain store would have them meet before and
+  after.
+  """
+  p = p.astype(problem.operand_dtype)
+  if problem.interpret is not None:
+    p_smem.T[...] = p
+    return
+  transforms = problem.operand_transforms
+
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), plgpu.Layout.WGMMA))
+  def store(_, tiles, p):
+    turned = utils.memref_transpose(tiles, (1, 0, 3, 2))
+    p.store_tiled(turned, transforms[1].swizzle)
+
+  store(p_smem, p)
 
 
 def _scores(tile):
@@ -141,22 +165,38 @@ def _masked(tile, s):
 
 def _fold_narrow_scores(tile, state):
   """Returns the state but for V^T P, P, and the rows of V^T in registers."""
-  problem = tile.problem
-  is_interpreted = problem.interpret is not None
   tile.wait(kv_ring.K)
-  k = fragments.load_k(tile.get(kv_ring.K), interpreted=is_interpreted)
   scales = tile.scales(kv_ring.K)
-  tile.give_back(kv_ring.K)
+
+  def meanwhile():
+    tile.give_back(kv_ring.K)
+    return _load_v(tile)
+
+  problem = tile.problem
   s, (v, v_scales) = online_softmax.matmul_meanwhile(
-    k,
-    tile.smem.q_smem.T,
-    functools.partial(_load_v, tile),
-    interpreted=is_interpreted,
+    (problem.config.block_kv, problem.num_queries),
+    _parts_of_k(tile),
+    meanwhile,
+    interpreted=problem.interpret is not None,
   )
   s, is_seen = _masked(tile, s * online_softmax.down(scales, s.shape))
   weighted, taint = _weighted(v_scales, s, is_seen)
   state, p = online_softmax.fold(state, s, weighted)
   return state, p + taint, v
+
+
+def _parts_of_k(tile):
+  """Returns functions that return some columns of K, and those of Q."""
+  k_smem, q_smem = tile.get(kv_ring.K), tile.smem.q_smem
+  is_interpreted = tile.problem.interpret is not None
+  width = tile.problem.head_dim
+
+  def part(start):
+    size = min(_COLUMNS, width - start)
+    k = fragments.load_k(k_smem, start, size, interpreted=is_interpreted)
+    return k, q_smem.at[:, pl.ds(start, size)].T
+
+  return [functools.partial(part, x) for x in range(0, width, _COLUMNS)]
 
 
 def _load_v(tile):

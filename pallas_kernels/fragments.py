@@ -146,20 +146,23 @@ def _relabel(array, layout):
   )
 
 
-def load_k(tile_smem, *, interpreted: bool):
-  """Returns a tile of K as a left operand.
+def load_k(tile_smem, start: int, size: int, *, interpreted: bool):
+  """Returns columns of a tile of K as a left operand.
 
   Args:
     tile_smem: int8 or float8_e4m3fn [keys, head_dim], as `transforms` says.
+    start: of the columns, in head_dim; a multiple of 32.
+    size: of the columns, a multiple of 16.
     interpreted: whether an interpreter runs it; head_dim is in natural order
       then.
 
   Returns:
-    float16 [keys, head_dim].
+    float16 [keys, size].
   """
   if interpreted:
-    return _widen(tile_smem)
-  return _load(tile_smem, tile_smem.shape, k_place, k_loads(*tile_smem.shape))
+    return _widen(tile_smem)[:, start : start + size]
+  keys = tile_smem.shape[0]
+  return _load(tile_smem, (keys, size), k_place, k_loads(keys, start, size))
 
 
 def load_v(tile_smem, start: int, size: int, *, interpreted: bool):
@@ -227,17 +230,17 @@ def v_place(thread):
   return thread % 32, _PIECE * (thread // 32)
 
 
-def k_loads(keys: int, head_dim: int) -> list[Load]:
-  """Returns the loads of K."""
+def k_loads(keys: int, start: int, size: int) -> list[Load]:
+  """Returns the loads of columns of K; see `load_k`."""
   loads = []
   for row in range(0, keys, 64):
-    for column in range(0, head_dim, 32):
+    for column in range(0, size, 32):
       registers = []
-      for piece in range(column // 16, min(column + 32, head_dim) // 16):
+      for piece in range(column // 16, min(column + 32, size) // 16):
         for half in range(2):
           even, odd = ((row // 64, 2 * piece + i, half) for i in range(2))
           registers.append((even, odd))
-      loads.append(Load(row, column, registers))
+      loads.append(Load(row, start + column, registers))
   return loads
 
 

@@ -9,6 +9,7 @@ left to the caller, who has fewer scores than there are numbers.
   ring     |  tile 4   |  tile 5   |  tile 3   |         num_stages tiles
 """
 
+import functools
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -20,6 +21,7 @@ from pallas_kernels import fragments
 from pallas_kernels.decode_problem import Problem
 
 K, V = "k", "v"
+_WARPS = 4  # of a warpgroup
 
 
 def page_ids(problem: Problem, table_gmem, seq, base):
@@ -41,40 +43,60 @@ def mapped_chunks(problem: Problem, ids):
 
 def load(problem: Problem, gmem, smem, head, nth, base, ids) -> None:
   """Copies the program's nth tile of K and of V into their rings."""
+  slot = _slot(problem, nth)
   for which in (K, V):
-    _load(problem, gmem, smem, which, head, nth, base, ids)
+    _, consumed = _barriers(smem, which)
+
+    @pl.when(nth >= problem.config.num_stages)
+    def _(consumed=consumed):
+      plgpu.barrier_wait(consumed.at[slot])
+
+    places = which, head, slot, base
+    copy = functools.partial(_copy_chunk, problem, gmem, smem, *places)
+    if problem.config.copy_warps == 1:
+      for j, page in enumerate(ids):
+        copy(j, page)
+    else:
+      # Where a tile is one chunk, other warps copy V than K.
+      _share(copy, ids, problem.num_chunks if which == V else 0)
 
 
-def _load(problem, gmem, smem, which, head, nth, base, ids):
-  loaded, consumed = _barriers(smem, which)
-  chunk, slot = problem.chunk, _slot(problem, nth)
+def _share(copy, ids, first):
+  """Lets each warp copy some chunks, the first of them by warp `first`."""
+
+  @plgpu.warp_map
+  def _(warp):
+    for j, page in enumerate(ids):
+      is_its = warp == (first + j) % _WARPS
+      pl.when(is_its)(functools.partial(copy, j, page))
+
+
+def _copy_chunk(problem, gmem, smem, which, head, slot, base, j, page):
+  """Copies the jth chunk of a tile, and its scales."""
+  loaded, _ = _barriers(smem, which)
   # Rows that lie as they come, where TMA's tiles could not.
   plain: Any = dict(oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
   is_plain = problem.is_quantised and not fragments.transforms(problem.head_dim)
-
-  @pl.when(nth >= problem.config.num_stages)
-  def _():
-    plgpu.barrier_wait(consumed.at[slot])
-
-  for j, page in enumerate(ids):
-    page = jnp.clip(page, 0, problem.num_pages - 1)
+  page = jnp.clip(page, 0, problem.num_pages - 1)
+  chunk, rows = problem.chunk, ()
+  # The page as a whole is a simpler copy than all of its rows.
+  if chunk < problem.page_size:
     row = lax.rem(base + j * chunk, jnp.int32(problem.page_size))
-    # The page as a whole is a simpler copy than all of its rows.
-    rows = (pl.ds(row, chunk),) if chunk < problem.page_size else ()
-    at, place = (page, head, *rows), (slot, pl.ds(j * chunk, chunk))
+    rows = (pl.ds(row, chunk),)
+  at, place = (page, head, *rows), (slot, pl.ds(j * chunk, chunk))
+  plgpu.copy_gmem_to_smem(
+    getattr(gmem, which).at[at],
+    getattr(smem, f"{which}_smem").at[*place, pl.ds(0, problem.head_dim)],
+    loaded.at[slot],
+    **plain if is_plain else {},
+  )
+  if problem.is_quantised:
     plgpu.copy_gmem_to_smem(
-      getattr(gmem, which).at[at],
-      getattr(smem, f"{which}_smem").at[*place, pl.ds(0, problem.head_dim)],
+      getattr(gmem, f"{which}_scales").at[at],
+      getattr(smem, f"{which}_scales_smem").at[place],
       loaded.at[slot],
-      **plain if is_plain else {},
+      **plain,
     )
-    if problem.is_quantised:
-      plgpu.copy_gmem_to_smem(
-        getattr(gmem, f"{which}_scales").at[at],
-        getattr(smem, f"{which}_scales_smem").at[place],
-        loaded.at[slot],
-        **plain,
-      )
 
 
 def drain(problem: Problem, smem, num_tiles) -> None:

@@ -18,8 +18,9 @@ Sums over keys cross the warps, so l is kept apart for each row of the tiles,
 and summed once, at the end.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import jax.experimental.pallas as pl
@@ -189,24 +190,33 @@ def matmul(a, b):
   return pl.run_scoped(issue, plgpu.ACC(shape, jnp.float32))
 
 
-def matmul_meanwhile(a, b, do: Callable[[], Any], *, interpreted: bool):
-  """Returns a @ b by wgmma, in f32, and what `do` returns meanwhile.
+def matmul_meanwhile(
+  shape: tuple[int, int],
+  operands: Iterable[Callable[[], Any]],
+  do: Callable[[], Any],
+  *,
+  interpreted: bool,
+):
+  """Returns the sum of a @ b by wgmma, in f32, and what `do` returns meanwhile.
 
   Args:
-    a: the left operand, in registers.
-    b: the right operand, in shared memory.
-    do: what to do while wgmma is at it.
+    shape: of the result.
+    operands: functions that return a, the left operand, in registers, and b,
+      the right one, in shared memory; each is called while wgmma is at the
+      product before.
+    do: what to do while wgmma is at the last.
     interpreted: whether an interpreter runs it, which has no such wgmma.
   """
   if interpreted:
-    return _product(a, b), do()
+    products = [_product(*make()) for make in operands]
+    return functools.reduce(jnp.add, products), do()
 
   def issue(acc):
-    plgpu.wgmma(acc, a, b)
+    for make in operands:
+      plgpu.wgmma(acc, *make())
     result = do()
     return acc[...], result
 
-  shape = a.shape[0], b.shape[1]
   return pl.run_scoped(issue, plgpu.ACC(shape, jnp.float32))
 
 
