@@ -26,7 +26,8 @@ _AHEAD = 2  # see `widen`; with four, registers spill
 
 def run(problem: Problem, smem, walk) -> None:
   """Loads all items of a program; see `ragged_load.run`."""
-  ragged_load.drain(problem, smem, walk(_load_item))
+  share = ragged_load.whole(problem)
+  ragged_load.drain(problem, smem, walk(_load_item), share)
 
 
 def _load_item(work):
@@ -37,7 +38,7 @@ def _load_item(work):
   def _():
     for piece in range(work.problem.num_staged):
       _stage(work, 0, ids, piece)
-    ragged_load.load_queries(work)
+    ragged_load.load_queries(work, ragged_load.whole(work.problem).q)
 
   def load(i, ids):
     next_ids = ragged_load.page_ids(work, work.base(i + 1))
