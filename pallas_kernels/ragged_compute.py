@@ -92,7 +92,9 @@ def _attend_tiles(work, state):
     )
     plgpu.barrier_arrive(smem.v_consumed.at[work.slot(i)])
     acc, p = lax.optimization_barrier((acc, next_p))
-    acc *= ragged_softmax.across(alpha, acc.shape)
+    acc = ragged_softmax.rescale(
+      acc, alpha, interpreted=problem.interpret is not None
+    )
     return State(acc, m, l), p.astype(problem.dtype)
 
   state, p = lax.fori_loop(0, last, fold, (State(state.acc, m, l), p))
