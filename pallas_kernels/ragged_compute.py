@@ -41,13 +41,36 @@ def run(problem: Problem, smem, walk) -> None:
 
 def _attend_item(work):
   """Attends the tiles of an item, and writes its output or its partial."""
-  nothing = ragged_softmax.init(ROWS, work.problem.head_dim)
+  problem, tile = work.problem, work.item.tile
+  nothing = ragged_softmax.init(ROWS, problem.head_dim)
+  first_row = lax.axis_index("warpgroup") * ROWS
+  has_queries = first_row >> _log2(problem.group) < tile.num_tokens
   state = lax.cond(
-    work.item.num_tiles > 0,
+    has_queries & (work.item.num_tiles > 0),
     lambda: _attend_tiles(work, nothing),
-    lambda: nothing,
+    lambda: _pass_tiles(work, nothing),
   )
   ragged_output.write(work, state)
+
+
+def _pass_tiles(work, state):
+  """Gives all tiles of an item back, if it has any, as they are."""
+  smem, num_tiles = work.smem, work.item.num_tiles
+
+  @pl.when(num_tiles > 0)
+  def _():
+    plgpu.barrier_wait(smem.q_loaded)
+    plgpu.barrier_arrive(smem.q_consumed)
+
+  @pl.loop(0, num_tiles)
+  def _(i):
+    slot = work.slot(i)
+    plgpu.barrier_wait(smem.k_loaded.at[slot])
+    plgpu.barrier_arrive(smem.k_consumed.at[slot])
+    _await_values(work, i)
+    plgpu.barrier_arrive(smem.v_consumed.at[slot])
+
+  return state
 
 
 def _attend_tiles(work, state):
