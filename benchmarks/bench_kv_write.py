@@ -17,8 +17,9 @@ Results: benchmarks/results/h200/kv_write.json
 """
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import device_loop
 import harness
@@ -46,42 +47,46 @@ WRITE_COST = 2  # microseconds of a write at least, to the same end
 
 
 def main() -> None:
-  """Times everything, prints a table of it and writes the figures."""
+  """Times everything, prints the figures and writes them."""
   args, environment = harness.start_on_gpu(
     __doc__.splitlines()[0],
     PACKAGES,
     on_cpu=jax.default_backend() == "cpu",
   )
-  record = figures(SMALL if args.small else FULL)
-  if not args.small:
-    record["environment"] = environment
-    print("written to", harness.save("h200", "kv_write", record, args.out))
-  print(table(record))
+  records = figures(SMALL if args.small else FULL)
+  record = harness.keep("kv_write", records, args, environment)
   if failed := failures(record):
     sys.exit(f"failed: {', '.join(failed)}")
 
 
-def figures(sizes: Sizes) -> dict:
-  """Returns all figures; what fails has its error in place of them."""
+def figures(sizes: Sizes) -> Iterator[dict]:
+  """Yields all figures so far, or errors, after each; prints them."""
   record: dict = {"settings": settings(sizes), "write": {}, "pieces": {}}
+  print(f"{'':52}{'us':>9}{'GB/s':>7}{'of copy':>9}")
   for num_seqs, num_new in sizes.batches:
     batch = make(sizes, num_seqs, num_new)
     name = f"{len(batch.slots)} tokens"
-    sides = {COPY: attempt(plain_copy, sizes, batch)}
-    for dtype in sizes.dtypes:
-      for way in (sizes.implementation, "xla"):
-        sides[f"{dtype}, {way or 'chosen'}"] = attempt(
-          write, sizes, batch, dtype, way
-        )
-    record["pieces"][name] = {
-      str(pieces): attempt(write_pieces, sizes, batch, pieces)
-      for pieces in sizes.pieces
-    }
-    # The rival comes last: what faults on a GPU takes the process with it.
-    sides[RIVAL] = attempt(kv_write_rival.append, sizes, batch)
-    record["write"][name] = sides
-    compare(sides)
-  return record
+    record["write"][name], record["pieces"][name] = {}, {}
+    for part, side_name, measure in ways(sizes):
+      side = attempt(measure, sizes, batch)
+      record[part][name][side_name] = side
+      compare(side, record["write"][name][COPY])
+      print(line(f"{part}, {name}, {side_name}", side), flush=True)
+      yield record
+
+
+def ways(sizes: Sizes) -> Iterator[tuple[str, str, Callable]]:
+  """Yields what is timed of a batch: part, name, and what returns figures."""
+  yield "write", COPY, plain_copy
+  for dtype in sizes.dtypes:
+    for way in (sizes.implementation, "xla"):
+      measure = functools.partial(write, dtype=dtype, implementation=way)
+      yield "write", f"{dtype}, {way or 'chosen'}", measure
+  for pieces in sizes.pieces:
+    measure = functools.partial(write_pieces, pieces=pieces)
+    yield "pieces", str(pieces), measure
+  # The rival comes last: what faults on a GPU takes the process with it.
+  yield "write", RIVAL, kv_write_rival.append
 
 
 def settings(sizes: Sizes) -> dict:
@@ -96,12 +101,10 @@ def settings(sizes: Sizes) -> dict:
   )
 
 
-def compare(sides: dict) -> None:
-  """Adds the share of the plain copy's speed to the other figures."""
-  copy = sides[COPY].get("gb_per_s")
-  for side in sides.values():
-    if copy and "gb_per_s" in side:
-      side["percent_of_copy"] = 100 * side["gb_per_s"] / copy
+def compare(side: dict, copy: dict) -> None:
+  """Adds the share of the plain copy's speed to other figures."""
+  if "gb_per_s" in side and "gb_per_s" in copy:
+    side["percent_of_copy"] = 100 * side["gb_per_s"] / copy["gb_per_s"]
 
 
 def plain_copy(sizes: Sizes, batch: Batch) -> dict:
@@ -234,22 +237,14 @@ def failures(record: dict) -> list[str]:
   ]
 
 
-def table(record: dict) -> str:
-  """Returns the figures as lines of text."""
-  lines = [f"{'':52}{'us':>9}{'GB/s':>7}{'of copy':>9}"]
-  for part in ("write", "pieces"):
-    for name, sides in record[part].items():
-      for side_name, side in sides.items():
-        title = f"{part}, {name}, {side_name}"[:51]
-        if "error" in side:
-          lines.append(f"{title:52} {side['error'][:60]}")
-          continue
-        share = side.get("percent_of_copy")
-        lines.append(
-          f"{title:52}{side['us']['median']:9.2f}{side['gb_per_s']:7.0f}"
-          + ("" if share is None else f"{share:7.0f} %")
-        )
-  return "\n".join(lines)
+def line(title: str, side: dict) -> str:
+  """Returns the figures, or the error, as text."""
+  title = f"{title[:51]:52}"
+  if "error" in side:
+    return f"{title} {side['error'][:60]}"
+  share = side.get("percent_of_copy")
+  speed = f"{side['us']['median']:9.2f}{side['gb_per_s']:7.0f}"
+  return title + speed + ("" if share is None else f"{share:7.0f} %")
 
 
 if __name__ == "__main__":

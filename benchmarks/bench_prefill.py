@@ -22,8 +22,7 @@ Results: benchmarks/results/h200/prefill.json
 import dataclasses
 import functools
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import bench_ragged
 import device_loop
@@ -114,7 +113,7 @@ SMALL = Sizes(
 
 
 def main() -> None:
-  """Times everything, writes the figures and prints a line for each."""
+  """Times everything, prints the figures and writes them."""
   args, environment = harness.start_on_gpu(
     __doc__.splitlines()[0],
     PACKAGES,
@@ -122,28 +121,27 @@ def main() -> None:
     flags={"all-chunks": "time the model with more sizes of chunks"},
   )
   full = ALL_CHUNKS if args.all_chunks else FULL
-  record = figures(SMALL if args.small else full)
-  if not args.small:
-    record["environment"] = environment
-    print("written to", harness.save("h200", "prefill", record, args.out))
+  records = figures(SMALL if args.small else full)
+  record = harness.keep("prefill", records, args, environment)
   if failed := failures(record):
     sys.exit(f"failed: {', '.join(failed)}")
 
 
-def figures(sizes: Sizes) -> dict:
-  """Returns all figures; what fails has its error in place of them."""
+def figures(sizes: Sizes) -> Iterator[dict]:
+  """Yields all figures so far, or errors, after each part; prints them."""
   record: dict = {"settings": settings(sizes)}
-  for part in (ceiling, mixed, model):
-    begin = time.perf_counter()
+  for part in (ceiling, mixed):
     record[part.__name__] = attempt(part, sizes)
-    print(table({part.__name__: record[part.__name__]}))
-    print(f"{part.__name__}: {time.perf_counter() - begin:.1f} s", flush=True)
+    print(table({part.__name__: record[part.__name__]}), flush=True)
+    yield record
   most = record["ceiling"].get("tflop_per_s")
-  for path, side in cases(record["model"]):
+  record["model"] = {}
+  for chunk, side in model(sizes):
     if most and "tflop_per_s" in side:
       side["percent_of_ceiling"] = 100 * side["tflop_per_s"] / most
-      print(f"model, {', '.join(path)}: {side['percent_of_ceiling']:.1f} %")
-  return record
+    record["model"][chunk] = side
+    print(table({"model": {chunk: side}}), flush=True)
+    yield record
 
 
 def settings(sizes: Sizes) -> dict:
@@ -174,6 +172,8 @@ def table(record: dict) -> str:
     text = f"{name}{side['us']['median']:12.1f} us"
     if "tflop_per_s" in side:
       text += f"{side['tflop_per_s']:7.0f} TFLOP/s"
+    if "percent_of_ceiling" in side:
+      text += f"{side['percent_of_ceiling']:7.1f} %"
     if "tokens_per_s" in side:
       text += f"{side['tokens_per_s']:9.0f} tokens/s"
     if "mixed_to_sum" in side:
@@ -296,14 +296,12 @@ def _timed(
   return side | error
 
 
-def model(sizes: Sizes) -> dict:
-  """Times the prompts through the model, by the size of chunks."""
+def model(sizes: Sizes) -> Iterator[tuple[str, dict]]:
+  """Yields sizes of chunks, and the figures of prompts in such chunks."""
   llama = random_model(sizes.config)
   expected: list[np.ndarray] = []
-  return {
-    str(chunk): attempt(_prefill, sizes, llama, chunk, expected)
-    for chunk in sizes.chunks
-  }
+  for chunk in sizes.chunks:
+    yield str(chunk), attempt(_prefill, sizes, llama, chunk, expected)
 
 
 def _prefill(

@@ -1,7 +1,7 @@
 """What prefill over pages costs on a GPU, in microseconds and TFLOP/s.
 
-Whole prompts, chunks of prompts on top of a context, and mixed batches, each by
-several Configs of the kernel; some also over pages of int8 and float8_e4m3fn. A
+Whole prompts, chunks of prompts on top of a context, and mixed batches, some by
+several Configs of the kernel, some also over pages of int8 and float8_e4m3fn. A
 TFLOP/s counts what the queries see, so nothing above the diagonal:
 4 * head_dim * num_q_heads for every query and key.
 
@@ -18,6 +18,8 @@ Results: benchmarks/results/h200/ragged.json
 import dataclasses
 import functools
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import decode_batches
 import device_loop
@@ -26,16 +28,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from decode_batches import Batch
-from decode_loop import loop_inputs, loop_start, loop_step, relative_error
+from decode_loop import (
+  loop_inputs,
+  loop_start,
+  loop_step,
+  reference,
+  relative_error,
+)
 from decode_parts import attempt
 
-from paged_jax import attention_xla
+import paged_jax
 from paged_jax.quantised import DTYPES, quantise
 from pallas_kernels import ragged_attention
 from pallas_kernels.ragged_config import Config, default_config, padded_group
 
 PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy"]
 GUESS = 5e8  # FLOP in a microsecond, to choose how often to call
+CALL_COST = 20  # microseconds of a call at least, to the same end
+LOOP_US = 100_000  # of a loop, about: the host waits 1 ms for its end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +59,7 @@ class Case:
   heads: tuple[int, int] = (32, 8)
   sliding_window: int | None = None
   kv_dtype: str | None = None  # of quantised pages
+  all_configs: bool = False  # which takes compiling two loops more
 
   @property
   def flops(self) -> float:
@@ -70,19 +81,19 @@ def _quantised(name: str, case: Case) -> dict[str, Case]:
 
 MIXED = Case((512, 300) + (1,) * 62, (8192, 0) + (2048,) * 62)
 CASES = {
-  "1 x 4k": Case((4096,), (0,)),
+  "1 x 4k": Case((4096,), (0,), all_configs=True),
   **_quantised("1 x 4k", Case((4096,), (0,))),
   "4 x 4k": Case((4096,) * 4, (0,) * 4),
   "4 x 4k, page 64": Case((4096,) * 4, (0,) * 4, page_size=64),
-  "1 x 16k": Case((16384,), (0,)),
+  "1 x 16k": Case((16384,), (0,), all_configs=True),
   **_quantised("1 x 16k", Case((16384,), (0,))),
   "1 x 16k, page 64": Case((16384,), (0,), page_size=64),
   "1 x 4k, 32 KV heads": Case((4096,), (0,), heads=(32, 32)),
   "8 x 1k": Case((1024,) * 8, (0,) * 8),
-  "8 x 512 on 4k": Case((512,) * 8, (4096,) * 8),
+  "8 x 512 on 4k": Case((512,) * 8, (4096,) * 8, all_configs=True),
   **_quantised("8 x 512 on 4k", Case((512,) * 8, (4096,) * 8)),
   "8 x 512 on 4k, page 64": Case((512,) * 8, (4096,) * 8, page_size=64),
-  "1 x 512 on 128k": Case((512,), (131072,)),
+  "1 x 512 on 128k": Case((512,), (131072,), all_configs=True),
   "1 x 512 on 128k, 4 and 1 heads": Case((512,), (131072,), heads=(4, 1)),
   "2 prompts, 62 decoding": MIXED,
   **_quantised("2 prompts, 62 decoding", MIXED),
@@ -92,27 +103,32 @@ CASES = {
 }
 SMALL = Case((70, 3), (0, 40), head_dim=64, heads=(4, 2))
 SMALL_CASES = {
-  "small": SMALL,
+  "small": dataclasses.replace(SMALL, all_configs=True),
   "small, int8": dataclasses.replace(SMALL, kv_dtype="int8"),
 }
 
 
 def main() -> None:
-  """Times everything, writes the figures and prints a table of them."""
+  """Times everything, prints the figures and writes them."""
   on_cpu = jax.default_backend() == "cpu"
   args, environment = harness.start_on_gpu(
     __doc__.splitlines()[0], PACKAGES, on_cpu=on_cpu
   )
-  record: dict = {"environment": environment, "cases": {}}
-  for name, case in (SMALL_CASES if args.small else CASES).items():
-    record["cases"][name] = sides = attempt(timed, case, small=args.small)
-    for config, side in sides.items():
-      print(f"{name:32} {line(config, side)}", flush=True)
-  if not args.small:
-    print("written to", harness.save("h200", "ragged", record, args.out))
+  records = figures(SMALL_CASES if args.small else CASES, small=args.small)
+  record = harness.keep("ragged", records, args, environment)
   failed = [name for name, sides in record["cases"].items() if failures(sides)]
   if failed:
     sys.exit(f"failed: {'; '.join(failed)}")
+
+
+def figures(cases: dict[str, Case], *, small: bool) -> Iterator[dict]:
+  """Yields all figures so far, or errors, after each case; prints them."""
+  record: dict = {"cases": {}}
+  for name, case in cases.items():
+    record["cases"][name] = sides = attempt(timed, case, small=small)
+    for config, side in sides.items():
+      print(f"{name:32} {line(config, side)}", flush=True)
+    yield record
 
 
 def line(config: str, side: dict | str) -> str:
@@ -133,6 +149,8 @@ def configs(case: Case) -> tuple[Config, ...]:
   num_kv_heads = case.heads[1]
   group = padded_group(*case.heads, case.head_dim)
   default = default_config(sum(case.q_lens), num_kv_heads, group, case.head_dim)
+  if not case.all_configs:
+    return (default,)
   change = functools.partial(dataclasses.replace, default)
   return (
     default,
@@ -144,39 +162,55 @@ def configs(case: Case) -> tuple[Config, ...]:
 def timed(case: Case, *, small: bool) -> dict:
   """Returns the figures of a case by Config; attends by plain JAX if small."""
   batch = make(case)
-  options = dict(
-    scale=case.head_dim**-0.5,
-    sliding_window=case.sliding_window,
-    num_sink_tokens=0,
-    logits_soft_cap=None,
-    sinks=None,
-  )
-  plain = _op(attention_xla.ragged_paged_attention, **options)
-  kernel = _op(ragged_attention.attend, **options)
-  reference, *inputs = batch.q, *loop_inputs(batch)
-  inputs[3] = inputs[3][0]
-  expected = jax.jit(plain)(reference, *inputs)
+  expected = reference(plain(case), batch)
+  guess = case.flops / GUESS + CALL_COST
+  steps = 1 if small else max(1, round(LOOP_US / guess))
   sides = {}
   for config in configs(case):
-    attend = functools.partial(kernel, config=config)
-    attend = plain if small else attend
-    sides[str(config)] = attempt(_timed, case, batch, attend, expected)
+    attend = plain(case) if small else kernel(case, config)
+    sides[str(config)] = attempt(_timed, case, batch, attend, steps, expected)
   return sides
 
 
-def _op(attend, **options):
+def plain(case: Case) -> Callable[..., jax.Array]:
+  """Returns attention by plain JAX, from arrays as they lie in a `Batch`."""
+  return _output(
+    functools.partial(
+      paged_jax.ragged_paged_attention,
+      scale=case.head_dim**-0.5,
+      sliding_window=case.sliding_window,
+      return_lse=True,
+      implementation="xla",
+    )
+  )
+
+
+def kernel(case: Case, config: Config) -> Callable[..., jax.Array]:
+  """Returns attention by the kernel, as `plain` does."""
+  return _output(
+    functools.partial(
+      ragged_attention.attend,
+      scale=case.head_dim**-0.5,
+      sliding_window=case.sliding_window,
+      num_sink_tokens=0,
+      logits_soft_cap=None,
+      sinks=None,
+      config=config,
+    )
+  )
+
+
+def _output(attend: Callable[..., Any]) -> Callable[..., jax.Array]:
   """Returns what gives the output alone, and takes scales by their places."""
 
-  def call(*args, **more):
+  def call(*args):
     *args, k_scales, v_scales = args if len(args) > 7 else (*args, None, None)
-    scales = dict(k_scales=k_scales, v_scales=v_scales)
-    return attend(*args, **scales, **options, **more)[0]
+    return attend(*args, k_scales=k_scales, v_scales=v_scales)[0]
 
   return call
 
 
-def _timed(case: Case, batch: Batch, attend, expected) -> dict:
-  steps = max(1, round(100_000 / (case.flops / GUESS + 20)))
+def _timed(case: Case, batch: Batch, attend, steps: int, expected) -> dict:
   error = {}
 
   def verify(state):

@@ -7,6 +7,7 @@ import pathlib
 import platform
 import statistics
 import subprocess
+from collections.abc import Iterable
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -68,6 +69,35 @@ def start_on_gpu(
   return args, where
 
 
+def keep(
+  name: str,
+  records: Iterable[dict],
+  args: argparse.Namespace,
+  environment: dict,
+) -> dict:
+  """Writes the figures of a GPU each time that there are more of them.
+
+  A run that is stopped so leaves what it has measured. With `--small`, nothing
+  is written.
+
+  Args:
+    name: Of the benchmark.
+    records: All figures so far, after each that was taken.
+    args: As from `start_on_gpu`.
+    environment: The same.
+
+  Returns:
+    The last record.
+  """
+  record, path = {}, None
+  for record in records:
+    if not args.small:
+      path = save("h200", name, {"environment": environment} | record, args.out)
+  if path is not None:
+    print("written to", path)
+  return record
+
+
 def cpu_name() -> str:
   """Returns the processor's name and how many of its cores are here."""
   name, cores = platform.processor() or "CPU", 0
@@ -116,5 +146,8 @@ def save(
   """
   path = results / folder / f"{name}.json"
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(record, indent=1) + "\n")
+  # Whole, whenever the run is stopped.
+  part = path.with_suffix(".part")
+  part.write_text(json.dumps(record, indent=1) + "\n")
+  part.replace(path)
   return path

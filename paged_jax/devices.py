@@ -39,7 +39,7 @@ def choose(
     implementation: What the caller names; None to choose.
     why_not: Returns why the kernel cannot serve, or None.
     by_default: Whether None takes the kernel where it can serve. A kernel that
-      was not yet measured on a GPU waits for being named.
+      was not measured on a GPU, or was slower, waits for being named.
 
   Raises:
     ValueError: If there is no such implementation.

@@ -12,14 +12,16 @@ from bench_cascade import Case
 CASE = bench_cascade.SMALL_CASES["small"]
 
 
-def test_figures_of_every_side_are_taken_and_failures_show():
-  sides = json.loads(json.dumps(bench_cascade.figures(CASE, small=True)))
+def test_figures_of_every_side_are_taken_and_failures_show(capsys):
+  records = bench_cascade.figures({"small": CASE}, small=True)
+  (record,) = json.loads(json.dumps(list(records)))
+  sides = record["cases"]["small"]
   assert sides["speedup"] > 0
   for name in ("cascade", "paged"):
     assert sides["sides"][name]["relative_error"] < 1e-2
   assert "error" in sides["sides"][bench_cascade.RIVAL]  # it needs a GPU
   assert not bench_cascade.failures({"small": sides})
-  assert len(bench_cascade.table(sides).splitlines()) == 6
+  assert len(capsys.readouterr().out.splitlines()) == 7
   sides["sides"]["paged"] = {"error": "none"}
   assert bench_cascade.failures({"a": sides, "b": {"error": "none"}}) == [
     "b",

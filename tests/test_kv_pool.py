@@ -68,7 +68,7 @@ def test_layer_pages_read_what_was_written_and_keep_the_sentinel_out():
 
 
 def test_a_donated_pool_is_written_in_place():
-  pool = jax.eval_shape(lambda: kv_pool.init(**(SHAPE | dict(num_pages=512))))
+  pool = jax.eval_shape(lambda: kv_pool.init(**(SHAPE | dict(num_pages=4096))))
   tokens = jax.ShapeDtypeStruct((4, 2, 16), jnp.bfloat16)
   slots = jax.ShapeDtypeStruct((4,), jnp.int32)
   write = jax.jit(
@@ -76,30 +76,60 @@ def test_a_donated_pool_is_written_in_place():
     donate_argnums=0,
   )
   memory = write.lower(pool, tokens, tokens, slots).compile().memory_analysis()
-  pool_bytes = 512 * kv_pool.page_bytes(2, 2, 8, 16, jnp.bfloat16)
+  pool_bytes = 4096 * kv_pool.page_bytes(2, 2, 8, 16, jnp.bfloat16)
   assert memory.alias_size_in_bytes == pool_bytes
   assert memory.temp_size_in_bytes < pool_bytes / 100
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_layers_share_one_kernel_on_a_hopper_gpu(monkeypatch, dtype):
-  monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
+def _lowered(platform, dtype, implementation):
+  """The program that writes to both layers of a pool."""
   pool = jax.eval_shape(lambda: kv_pool.init(**SHAPE, dtype=jnp.dtype(dtype)))
 
   def step(pool, k, v, slots):
     for layer in range(2):
       pool = kv_pool.write(
-        pool, layer, k, v, slots, implementation="mosaic_gpu"
+        pool, layer, k, v, slots, implementation=implementation
       )
     return pool
 
   tokens = jax.ShapeDtypeStruct((4, 2, 16), jnp.bfloat16)
   slots = jax.ShapeDtypeStruct((4,), jnp.int32)
   traced = jax.jit(step, donate_argnums=0).trace(pool, tokens, tokens, slots)
-  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(
+  ("dtype", "implementation"),
+  [
+    ("bfloat16", None),
+    ("float16", None),
+    ("float32", "mosaic_gpu"),
+    ("int8", "mosaic_gpu"),
+  ],
+)
+def test_layers_share_one_kernel_on_a_hopper_gpu(
+  monkeypatch, dtype, implementation
+):
+  monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
+  text = _lowered("cuda", dtype, implementation)
   assert text.count("custom_call @mosaic_gpu") == 1
   assert "scatter" not in text
-  assert "scatter" in traced.lower(lowering_platforms=("cpu",)).as_text()
+  assert "scatter" in _lowered("cpu", dtype, implementation)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "float8_e4m3fn"])
+def test_other_pools_wait_for_the_kernel_to_be_named(monkeypatch, dtype):
+  monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
+  text = _lowered("cuda", dtype, None)
+  assert "custom_call @mosaic_gpu" not in text
+  assert "scatter" in text
+
+
+def test_other_devices_scatter(monkeypatch):
+  monkeypatch.setattr(devices, "why_not_hopper", lambda: "too old.")
+  text = _lowered("cuda", "bfloat16", None)
+  assert "custom_call @mosaic_gpu" not in text
+  assert "scatter" in text
 
 
 def test_the_implementation_is_what_is_named(monkeypatch):

@@ -88,6 +88,12 @@ def test_own_model_example_runs():
   assert "pages are free" in _run("examples/own_model.py")
 
 
+def test_result_files_that_are_named_exist():
+  named = set(re.findall(r"benchmarks/results/[\w./]+\w", TEXT))
+  assert len(named) >= 8
+  assert not [name for name in named if not (ROOT / name).exists()]
+
+
 CASES = {
   "64 x 8k": "b64_8k",
   "64 x 8k, pages of 64": "b64_8k_p64",
@@ -101,7 +107,14 @@ CASES = {
   "64 x 4k, 32 KV heads": "b64_4k_mha",
   "64 x 4k, 1 KV head": "b64_4k_mqa",
 }
+RIVAL = "flashinfer.append_paged_kv_cache"
 SIDES = ("ours", "fi_", "jax_cudnn_paged", "jax_builtin")
+
+
+def _result(name):
+  """What was measured on an H200."""
+  path = ROOT / f"benchmarks/results/h200/{name}.json"
+  return json.loads(path.read_text())
 
 
 def _records(value):
@@ -116,11 +129,10 @@ def _records(value):
 
 
 def test_decode_figures_are_those_of_the_results():
-  folder = ROOT / "benchmarks/results/h200"
-  records = list(_records(json.loads((folder / "rivals.json").read_text())))
+  records = list(_records(_result("rivals")))
   (ceiling,) = (r["GBps"] for r in records if "4 KB" in r.get("name", ""))
-  longs = json.loads((folder / "decode_long_batches.json").read_text())
-  longs = {r["case"]: f"{r['us']:.0f}" for r in longs["cases"]}
+  longs = _result("decode_long_batches")["cases"]
+  longs = {r["case"]: f"{r['us']:.0f}" for r in longs}
   assert f"{ceiling:.0f} GB/s at which" in TEXT
   for label, case in CASES.items():
     cells = []
@@ -135,3 +147,30 @@ def test_decode_figures_are_those_of_the_results():
       cells.append(f"{best[0]:.0f} ({100 * best[1] / ceiling:.0f} %)")
     cells.insert(1, longs[f"d_{case}"])
     assert f"| {label} | {' | '.join(cells)} |" in TEXT
+
+
+def test_figures_of_prefill_and_writes_are_those_of_the_results():
+  words = " ".join(TEXT.split())
+  prefill, batches = _result("prefill"), _result("kv_write")["write"]
+  side, most = prefill["model"]["8192"], prefill["ceiling"]["tflop_per_s"]
+  assert f"{side['tokens_per_s']:,.0f} tokens/s in chunks of 8,192" in words
+  share = f"{side['percent_of_ceiling']:.1f} % of the {most:.0f} at"
+  assert f"{side['tflop_per_s']:.0f} TFLOP/s, {share}" in words
+
+  def us(count, *names):
+    sides = batches[f"{count} tokens"]
+    return [f"{sides[name]['us']['median']:.2f}" for name in names]
+
+  others = "bfloat16, xla", RIVAL, "plain copy"
+  ours, xla, rival, copy = us(64, "bfloat16, mosaic_gpu", *others)
+  assert f"{ours} us for 64 tokens, where scatters of XLA take {xla}" in words
+  assert f"append {rival} and a plain copy of the bytes {copy};" in words
+  ours, *several, copy = us(8192, "bfloat16, mosaic_gpu", *others)
+  several = f"{', '.join(several)} and {copy}."
+  assert f"{ours} us for 8,192 tokens, where they take {several}" in words
+  for way, text in (
+    ("mosaic_gpu", "takes {} and {} us"),
+    ("xla", "XLA {} and {}"),
+  ):
+    both = [us(count, f"int8, {way}")[0] for count in (64, 8192)]
+    assert text.format(*both) in words
