@@ -50,10 +50,12 @@ from pallas_kernels import (
   schedule,
   tree_bits,
 )
+from pallas_kernels.decode_config import is_quantised
 from pallas_kernels.page_checks import check_pages
 from pallas_kernels.ragged_config import Config, default_config
 from pallas_kernels.ragged_problem import (
   COMPILER_PARAMS,
+  Count,
   Item,
   Problem,
   Work,
@@ -157,7 +159,13 @@ def attend(
     return jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
   group = ragged_config.padded_group(num_q_heads, num_kv_heads, head_dim)
   if config is None:
-    config = default_config(num_tokens, num_kv_heads, group, head_dim)
+    config = default_config(
+      num_tokens,
+      num_kv_heads,
+      group,
+      head_dim,
+      is_quantised=is_quantised(k_pages.dtype),
+    )
     if batch_invariant:
       config = dataclasses.replace(config, splits=False)
   problem = Problem(
@@ -316,7 +324,7 @@ def _body(problem, *refs, **smem):
 
 
 def _for_each_item(problem, gmem, smem, step):
-  """Attends a program's items, or parts of them; returns their tiles of K.
+  """Attends a program's items, or parts of them, and counts them.
 
   Args:
     problem: what is static.
@@ -329,13 +337,13 @@ def _for_each_item(problem, gmem, smem, step):
   def visited(tile):
     return problem.visit(tile.kv_len, tile.num_earlier, tile.num_new)
 
-  def take(nth, tile, head, num_before):
+  def take(nth, tile, head, before):
     tiles = visited(tile)
     item = Item(nth, head, tile, 0, tiles.num_visited, None, None)
-    step(Work(problem, gmem, smem, item, tiles, num_before))
-    return num_before + item.num_tiles
+    step(Work(problem, gmem, smem, item, tiles, before))
+    return before.add(item)
 
-  def take_piece(piece, num_before):
+  def take_piece(piece, before):
     tile = ragged_schedule.load(gmem.tiles, piece.seq)
     tiles = visited(tile)
     item = Item(
@@ -347,10 +355,10 @@ def _for_each_item(problem, gmem, smem, step):
       is_whole=piece.is_whole,
       kind=jnp.where(piece.nth == 0, partials.FIRST, partials.LAST),
     )
-    step(Work(problem, gmem, smem, item, tiles, num_before))
-    return num_before + item.num_tiles
+    step(Work(problem, gmem, smem, item, tiles, before))
+    return before.add(item)
 
-  nothing = jnp.int32(0)
+  nothing = Count(jnp.int32(0), jnp.int32(0))
   if problem.config.splits:
     plan = schedule.Plan(gmem.starts, gmem.firsts)
     return schedule.for_each_piece(plan, num_kv_heads, nothing, take_piece)

@@ -59,8 +59,8 @@ def _pass_tiles(work, state):
 
   @pl.when(num_tiles > 0)
   def _():
-    plgpu.barrier_wait(smem.q_loaded)
-    plgpu.barrier_arrive(smem.q_consumed)
+    plgpu.barrier_wait(smem.q_loaded.at[work.q_slot])
+    plgpu.barrier_arrive(smem.q_consumed.at[work.q_slot])
 
   @pl.loop(0, num_tiles)
   def _(i):
@@ -76,18 +76,19 @@ def _pass_tiles(work, state):
 def _attend_tiles(work, state):
   """Folds the tiles of an item, which are one or more, into the softmax."""
   problem, smem, last = work.problem, work.smem, work.item.num_tiles - 1
-  by_token, by_row = (x.at[lax.axis_index("warpgroup")] for x in smem.q_smem)
+  wg, q_slot = lax.axis_index("warpgroup"), work.q_slot
+  by_token, by_row = (x.at[q_slot, wg] for x in smem.q_smem)
 
   def give_back_keys(i):
     plgpu.barrier_arrive(smem.k_consumed.at[work.slot(i)])
-    pl.when(i == last)(lambda: plgpu.barrier_arrive(smem.q_consumed))
+    pl.when(i == last)(lambda: plgpu.barrier_arrive(smem.q_consumed.at[q_slot]))
 
   slopes = None
   if problem.has_alibi:
     slopes = ragged_output.load_rows(work.gmem.alibi_slopes, work.item.head)
   weigh_scores = functools.partial(_weigh_scores, work, slopes)
 
-  plgpu.barrier_wait(smem.q_loaded)
+  plgpu.barrier_wait(smem.q_loaded.at[q_slot])
   problem.reinterpret(by_token, by_row)
   plgpu.barrier_wait(smem.k_loaded.at[work.slot(0)])
   qk = ragged_softmax.matmul(_operands(work, by_row, 0))

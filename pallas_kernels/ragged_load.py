@@ -10,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.ragged_problem import Problem, Work
+from pallas_kernels.ragged_problem import Count, Problem, Work
 
 _WARPS = 4  # of a warpgroup
 
@@ -29,14 +29,14 @@ def run(problem: Problem, smem, walk) -> None:
   Args:
     problem: what is static.
     smem: shared memory and barriers.
-    walk: calls a function with each `Work`, and returns the tiles of all.
+    walk: calls a function with each `Work`, and returns their `Count`.
   """
 
   def load_item(work):
     _for_each_warp(problem, functools.partial(_load_item, work))
 
-  num_tiles = walk(load_item)
-  _for_each_warp(problem, functools.partial(drain, problem, smem, num_tiles))
+  count = walk(load_item)
+  _for_each_warp(problem, functools.partial(drain, problem, smem, count))
 
 
 def whole(problem: Problem) -> Share:
@@ -47,22 +47,24 @@ def whole(problem: Problem) -> Share:
   return Share(chunks, chunks, list(itertools.product(wgs, range(num_columns))))
 
 
-def drain(problem: Problem, smem, num_tiles, share: Share) -> None:
+def drain(problem: Problem, smem, count: Count, share: Share) -> None:
   """Waits until all tiles of a program, and their queries, were taken.
 
   No barrier may be left with a completion that nobody waited for.
   """
-  if share.q:
-    pl.when(num_tiles > 0)(lambda: plgpu.barrier_wait(smem.q_consumed))
-  num_stages = problem.config.num_stages
 
-  @pl.loop(jnp.maximum(num_tiles - num_stages, 0), num_tiles)
-  def _(i):
-    slot = lax.rem(i, jnp.int32(num_stages))
-    if share.k:
-      plgpu.barrier_wait(smem.k_consumed.at[slot])
-    if share.v:
-      plgpu.barrier_wait(smem.v_consumed.at[slot])
+  def drain_ring(consumed, num_stages, num):
+    @pl.loop(jnp.maximum(num - num_stages, 0), num)
+    def _(i):
+      plgpu.barrier_wait(consumed.at[lax.rem(i, jnp.int32(num_stages))])
+
+  config = problem.config
+  if share.q:
+    drain_ring(smem.q_consumed, config.num_q_stages, count.num_items)
+  if share.k:
+    drain_ring(smem.k_consumed, config.num_stages, count.num_tiles)
+  if share.v:
+    drain_ring(smem.v_consumed, config.num_stages, count.num_tiles)
 
 
 def page_ids(work: Work, base, chunks: Iterable[int] | None = None) -> list:
@@ -108,14 +110,19 @@ def _load_item(work, share):
   wait for him, and he could miss that it was taken twice.
   """
   chunks = sorted({*share.k, *share.v})
+  # With room for one Q, that for K comes first.
+  is_q_first = work.problem.config.num_q_stages > 1
 
   # The page ids of the next tile are on their way while this one waits.
   def load(i, ids):
     next_ids = page_ids(work, work.base(i + 1), chunks)
     pages = dict(zip(chunks, ids, strict=True))
+    load_q = functools.partial(load_queries, work, share.q)
+    if is_q_first:
+      pl.when(i == 0)(load_q)
     _load_tile(work, "k", i, {j: pages[j] for j in share.k})
-    # There may be room for K while Q is still taken.
-    pl.when(i == 0)(lambda: load_queries(work, share.q))
+    if not is_q_first:
+      pl.when(i == 0)(load_q)
     _load_tile(work, "v", i, {j: pages[j] for j in share.v})
     return next_ids
 
@@ -125,17 +132,22 @@ def _load_item(work, share):
 
 def load_queries(work: Work, places: list[tuple[int, int]]) -> None:
   """Copies parts of Q, see `Share`; past the last token, there are zeros."""
-  problem, item = work.problem, work.item
+  problem, smem, item, slot = work.problem, work.smem, work.item, work.q_slot
   if not places:
     return
-  pl.when(work.num_before > 0)(lambda: plgpu.barrier_wait(work.smem.q_consumed))
-  by_token, _ = work.smem.q_smem
+
+  @pl.when(work.before.num_items >= problem.config.num_q_stages)
+  def _():
+    plgpu.barrier_wait(smem.q_consumed.at[slot])
+
+  by_token, _ = smem.q_smem
   for wg, i in places:
     first, heads = problem.rows_of(wg)
     tokens = pl.ds(item.tile.token + first, problem.wg_tokens)
     columns = pl.ds(i * problem.columns, problem.columns)
     source = work.gmem.q.at[tokens, item.head, heads, columns]
-    plgpu.copy_gmem_to_smem(source, by_token.at[wg, i], work.smem.q_loaded)
+    place = by_token.at[slot, wg, i]
+    plgpu.copy_gmem_to_smem(source, place, smem.q_loaded.at[slot])
 
 
 def _load_tile(work, which, i, pages):
@@ -156,7 +168,7 @@ def _load_tile(work, which, i, pages):
     for name in ("smem", "loaded", "consumed")
   )
 
-  @pl.when(work.num_before + i >= problem.config.num_stages)
+  @pl.when(work.before.num_tiles + i >= problem.config.num_stages)
   def _():
     plgpu.barrier_wait(consumed.at[slot])
 

@@ -112,7 +112,7 @@ def _widen(work, i, piece):
   _, ring, (loaded, consumed), row = _of(problem, work.gmem, smem, piece)
   if row == 0:
 
-    @pl.when(work.num_before + i >= problem.config.num_stages)
+    @pl.when(work.before.num_tiles + i >= problem.config.num_stages)
     def _():
       plgpu.barrier_wait(consumed.at[slot])
 
