@@ -232,7 +232,7 @@ def _launch(
   holes = _has_holes(problem, num_earlier, kv_lens, ids)
   cost = lambda *lens: problem.visit(*lens).num_visited
   plan, places = ragged_schedule.plan(
-    sizes, kv_lens, cu_q_lens, active, holes, cost, of_tree
+    sizes, kv_lens, cu_q_lens, active, cost, of_tree
   )
   dealt: tuple[Array, ...] = (plan.num_items,)
   if config.splits:
@@ -255,6 +255,7 @@ def _launch(
   out, lse, *parts = kernel(
     *dealt,
     plan.tiles,
+    holes,
     ids,
     _pad_group(problem, heads, 2),
     *pages,
@@ -263,7 +264,7 @@ def _launch(
   )
   if config.splits:
     out, lse = ragged_output.merge(
-      problem, dealt[-1], plan.tiles, parts, per_head[0], out, lse
+      problem, dealt[-1], (plan.tiles, holes), parts, per_head[0], out, lse
     )
   head = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
   row = places.nth[:, None] * problem.group + lax.rem(head, group)
@@ -294,7 +295,7 @@ def _has_holes(problem, num_earlier, kv_lens, ids):
 def _body(problem, *refs, **smem):
   """Runs a program: its warpgroups over its items."""
   names = ("starts", "firsts") if problem.config.splits else ("num_items",)
-  names += "tiles", "table", "q", "k", "v"
+  names += "tiles", "holes", "table", "q", "k", "v"
   names += ("k_scales", "v_scales") * problem.is_quantised
   names += ("sinks",) * problem.has_sinks
   names += ("alibi_slopes",) * problem.has_alibi
@@ -344,7 +345,7 @@ def _for_each_item(problem, gmem, smem, step):
     return before.add(item)
 
   def take_piece(piece, before):
-    tile = ragged_schedule.load(gmem.tiles, piece.seq)
+    tile = ragged_schedule.load(gmem.tiles, gmem.holes, piece.seq)
     tiles = visited(tile)
     item = Item(
       nth=piece.seq,
@@ -365,6 +366,7 @@ def _for_each_item(problem, gmem, smem, step):
   return ragged_schedule.for_each_item(
     gmem.num_items,
     gmem.tiles,
+    gmem.holes,
     num_kv_heads,
     problem.config.num_programs,
     nothing,
