@@ -148,7 +148,13 @@ def configs(case: Case) -> tuple[Config, ...]:
   """Returns the Configs to time, the default first."""
   num_kv_heads = case.heads[1]
   group = padded_group(*case.heads, case.head_dim)
-  default = default_config(sum(case.q_lens), num_kv_heads, group, case.head_dim)
+  default = default_config(
+    sum(case.q_lens),
+    num_kv_heads,
+    group,
+    case.head_dim,
+    is_quantised=case.kv_dtype is not None,
+  )
   if not case.all_configs:
     return (default,)
   change = functools.partial(dataclasses.replace, default)

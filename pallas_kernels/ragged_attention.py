@@ -50,10 +50,12 @@ from pallas_kernels import (
   schedule,
   tree_bits,
 )
+from pallas_kernels.decode_config import is_quantised
 from pallas_kernels.page_checks import check_pages
 from pallas_kernels.ragged_config import Config, default_config
 from pallas_kernels.ragged_problem import (
   COMPILER_PARAMS,
+  Count,
   Item,
   Problem,
   Work,
@@ -157,7 +159,13 @@ def attend(
     return jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
   group = ragged_config.padded_group(num_q_heads, num_kv_heads, head_dim)
   if config is None:
-    config = default_config(num_tokens, num_kv_heads, group, head_dim)
+    config = default_config(
+      num_tokens,
+      num_kv_heads,
+      group,
+      head_dim,
+      is_quantised=is_quantised(k_pages.dtype),
+    )
     if batch_invariant:
       config = dataclasses.replace(config, splits=False)
   problem = Problem(
@@ -224,7 +232,7 @@ def _launch(
   holes = _has_holes(problem, num_earlier, kv_lens, ids)
   cost = lambda *lens: problem.visit(*lens).num_visited
   plan, places = ragged_schedule.plan(
-    sizes, kv_lens, cu_q_lens, active, holes, cost, of_tree
+    sizes, kv_lens, cu_q_lens, active, cost, of_tree
   )
   dealt: tuple[Array, ...] = (plan.num_items,)
   if config.splits:
@@ -247,6 +255,7 @@ def _launch(
   out, lse, *parts = kernel(
     *dealt,
     plan.tiles,
+    holes,
     ids,
     _pad_group(problem, heads, 2),
     *pages,
@@ -255,7 +264,7 @@ def _launch(
   )
   if config.splits:
     out, lse = ragged_output.merge(
-      problem, dealt[-1], plan.tiles, parts, per_head[0], out, lse
+      problem, dealt[-1], (plan.tiles, holes), parts, per_head[0], out, lse
     )
   head = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
   row = places.nth[:, None] * problem.group + lax.rem(head, group)
@@ -286,7 +295,7 @@ def _has_holes(problem, num_earlier, kv_lens, ids):
 def _body(problem, *refs, **smem):
   """Runs a program: its warpgroups over its items."""
   names = ("starts", "firsts") if problem.config.splits else ("num_items",)
-  names += "tiles", "table", "q", "k", "v"
+  names += "tiles", "holes", "table", "q", "k", "v"
   names += ("k_scales", "v_scales") * problem.is_quantised
   names += ("sinks",) * problem.has_sinks
   names += ("alibi_slopes",) * problem.has_alibi
@@ -316,7 +325,7 @@ def _body(problem, *refs, **smem):
 
 
 def _for_each_item(problem, gmem, smem, step):
-  """Attends a program's items, or parts of them; returns their tiles of K.
+  """Attends a program's items, or parts of them, and counts them.
 
   Args:
     problem: what is static.
@@ -329,14 +338,14 @@ def _for_each_item(problem, gmem, smem, step):
   def visited(tile):
     return problem.visit(tile.kv_len, tile.num_earlier, tile.num_new)
 
-  def take(nth, tile, head, num_before):
+  def take(nth, tile, head, before):
     tiles = visited(tile)
     item = Item(nth, head, tile, 0, tiles.num_visited, None, None)
-    step(Work(problem, gmem, smem, item, tiles, num_before))
-    return num_before + item.num_tiles
+    step(Work(problem, gmem, smem, item, tiles, before))
+    return before.add(item)
 
-  def take_piece(piece, num_before):
-    tile = ragged_schedule.load(gmem.tiles, piece.seq)
+  def take_piece(piece, before):
+    tile = ragged_schedule.load(gmem.tiles, gmem.holes, piece.seq)
     tiles = visited(tile)
     item = Item(
       nth=piece.seq,
@@ -347,16 +356,17 @@ def _for_each_item(problem, gmem, smem, step):
       is_whole=piece.is_whole,
       kind=jnp.where(piece.nth == 0, partials.FIRST, partials.LAST),
     )
-    step(Work(problem, gmem, smem, item, tiles, num_before))
-    return num_before + item.num_tiles
+    step(Work(problem, gmem, smem, item, tiles, before))
+    return before.add(item)
 
-  nothing = jnp.int32(0)
+  nothing = Count(jnp.int32(0), jnp.int32(0))
   if problem.config.splits:
     plan = schedule.Plan(gmem.starts, gmem.firsts)
     return schedule.for_each_piece(plan, num_kv_heads, nothing, take_piece)
   return ragged_schedule.for_each_item(
     gmem.num_items,
     gmem.tiles,
+    gmem.holes,
     num_kv_heads,
     problem.config.num_programs,
     nothing,

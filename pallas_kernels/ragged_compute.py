@@ -41,30 +41,54 @@ def run(problem: Problem, smem, walk) -> None:
 
 def _attend_item(work):
   """Attends the tiles of an item, and writes its output or its partial."""
-  nothing = ragged_softmax.init(ROWS, work.problem.head_dim)
+  problem, tile = work.problem, work.item.tile
+  nothing = ragged_softmax.init(ROWS, problem.head_dim)
+  first_row = lax.axis_index("warpgroup") * ROWS
+  has_queries = first_row >> _log2(problem.group) < tile.num_tokens
   state = lax.cond(
-    work.item.num_tiles > 0,
+    has_queries & (work.item.num_tiles > 0),
     lambda: _attend_tiles(work, nothing),
-    lambda: nothing,
+    lambda: _pass_tiles(work, nothing),
   )
   ragged_output.write(work, state)
+
+
+def _pass_tiles(work, state):
+  """Gives all tiles of an item back, if it has any, as they are."""
+  smem, num_tiles = work.smem, work.item.num_tiles
+
+  @pl.when(num_tiles > 0)
+  def _():
+    plgpu.barrier_wait(smem.q_loaded.at[work.q_slot])
+    plgpu.barrier_arrive(smem.q_consumed.at[work.q_slot])
+
+  @pl.loop(0, num_tiles)
+  def _(i):
+    slot = work.slot(i)
+    plgpu.barrier_wait(smem.k_loaded.at[slot])
+    plgpu.barrier_arrive(smem.k_consumed.at[slot])
+    _await_values(work, i)
+    plgpu.barrier_arrive(smem.v_consumed.at[slot])
+
+  return state
 
 
 def _attend_tiles(work, state):
   """Folds the tiles of an item, which are one or more, into the softmax."""
   problem, smem, last = work.problem, work.smem, work.item.num_tiles - 1
-  by_token, by_row = (x.at[lax.axis_index("warpgroup")] for x in smem.q_smem)
+  wg, q_slot = lax.axis_index("warpgroup"), work.q_slot
+  by_token, by_row = (x.at[q_slot, wg] for x in smem.q_smem)
 
   def give_back_keys(i):
     plgpu.barrier_arrive(smem.k_consumed.at[work.slot(i)])
-    pl.when(i == last)(lambda: plgpu.barrier_arrive(smem.q_consumed))
+    pl.when(i == last)(lambda: plgpu.barrier_arrive(smem.q_consumed.at[q_slot]))
 
   slopes = None
   if problem.has_alibi:
     slopes = ragged_output.load_rows(work.gmem.alibi_slopes, work.item.head)
   weigh_scores = functools.partial(_weigh_scores, work, slopes)
 
-  plgpu.barrier_wait(smem.q_loaded)
+  plgpu.barrier_wait(smem.q_loaded.at[q_slot])
   problem.reinterpret(by_token, by_row)
   plgpu.barrier_wait(smem.k_loaded.at[work.slot(0)])
   qk = ragged_softmax.matmul(_operands(work, by_row, 0))
@@ -92,7 +116,9 @@ def _attend_tiles(work, state):
     )
     plgpu.barrier_arrive(smem.v_consumed.at[work.slot(i)])
     acc, p = lax.optimization_barrier((acc, next_p))
-    acc *= ragged_softmax.across(alpha, acc.shape)
+    acc = ragged_softmax.rescale(
+      acc, alpha, interpreted=problem.interpret is not None
+    )
     return State(acc, m, l), p.astype(problem.dtype)
 
   state, p = lax.fori_loop(0, last, fold, (State(state.acc, m, l), p))

@@ -6,7 +6,7 @@ import jax.experimental.pallas as pl
 from jax.typing import DTypeLike
 
 from pallas_kernels import gpu
-from pallas_kernels.decode_config import unsupported_shape
+from pallas_kernels.decode_config import SMEM_LIMIT, unsupported_shape
 
 ROWS = 64  # of a compute warpgroup: what wgmma takes
 _ALLOCATION = 1024  # bytes: shared memory is handed out in these
@@ -23,6 +23,7 @@ class Config:
   num_stages: int  # tiles in flight
   num_compute_wgs: int = 2  # warpgroups, of 64 rows each
   num_programs: int = gpu.Gpu.num_sms  # that share all items
+  num_q_stages: int = 1  # tiles of queries in flight
   # Whether items may be split to give all programs the same number of tiles,
   # at the price of partials.
   splits: bool = False
@@ -33,6 +34,8 @@ class Config:
       raise ValueError(f"{self.block_kv=} must be 64 or 128.")
     if self.num_stages < 2:
       raise ValueError(f"{self.num_stages=} must be at least 2.")
+    if self.num_q_stages not in (1, 2):
+      raise ValueError(f"{self.num_q_stages=} must be 1 or 2.")
     if self.num_compute_wgs not in (1, 2, 3):
       raise ValueError(f"{self.num_compute_wgs=} must be 1, 2 or 3.")
     if self.num_programs < 1:
@@ -50,6 +53,7 @@ def default_config(
   group: int,
   head_dim: int,
   *,
+  is_quantised: bool = False,
   device: gpu.Gpu | None = None,
 ) -> Config:
   """Returns a good Config for these shapes; it does not depend on lengths.
@@ -59,11 +63,15 @@ def default_config(
     num_kv_heads: KV heads.
     group: query heads of a KV head, padded.
     head_dim: width of a head.
+    is_quantised: whether pages hold 8-bit numbers.
     device: the GPU; that at hand if None.
   """
   num_sms = (device or gpu.at_hand()).num_sms
   block_kv = 128 if head_dim <= 128 else 64
   config = Config(block_kv, 2, num_programs=num_sms)
+  ahead = dataclasses.replace(config, num_q_stages=2)
+  if smem_bytes(ahead, head_dim, is_quantised) <= SMEM_LIMIT:
+    config = ahead
   num_items = num_tokens * group * num_kv_heads / config.block_q
   return dataclasses.replace(config, splits=num_items < _FEW * num_sms)
 
@@ -93,7 +101,7 @@ def smem_bytes(
   num_staged, staged_rows = staging(config, head_dim, is_quantised)
   staged = num_staged * staged_rows
   buffers = [
-    config.block_q * head_dim * _ITEMSIZE,  # Q
+    config.num_q_stages * config.block_q * head_dim * _ITEMSIZE,  # Q
     config.block_q * columns * _ITEMSIZE,  # O
     ring * head_dim,  # K
     ring * head_dim,  # V
@@ -101,7 +109,7 @@ def smem_bytes(
     staged * head_dim,  # 8-bit numbers
     staged * 4,  # their scales
   ]
-  num_barriers = 2 + 4 * config.num_stages + num_staged
+  num_barriers = 2 * config.num_q_stages + 4 * config.num_stages + num_staged
   if config.num_compute_wgs > 1:
     num_barriers += config.num_stages
   buffers = [pl.cdiv(b, _ALLOCATION) * _ALLOCATION for b in buffers]

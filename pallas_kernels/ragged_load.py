@@ -1,11 +1,26 @@
 """The warpgroup of the ragged kernel that copies Q, K and V."""
 
+import functools
+import itertools
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.ragged_problem import Problem, Work
+from pallas_kernels.ragged_problem import Count, Problem, Work
+
+_WARPS = 4  # of a warpgroup
+
+
+class Share(NamedTuple):
+  """What of each tile, and of Q, a warp copies, or a warpgroup."""
+
+  k: list[int]  # chunks
+  v: list[int]
+  q: list[tuple[int, int]]  # warpgroups that compute, and columns of tiles
 
 
 def run(problem: Problem, smem, walk) -> None:
@@ -14,91 +29,150 @@ def run(problem: Problem, smem, walk) -> None:
   Args:
     problem: what is static.
     smem: shared memory and barriers.
-    walk: calls a function with each `Work`, and returns the tiles of all.
+    walk: calls a function with each `Work`, and returns their `Count`.
   """
-  drain(problem, smem, walk(_load_item))
+
+  def load_item(work):
+    _for_each_warp(problem, functools.partial(_load_item, work))
+
+  count = walk(load_item)
+  _for_each_warp(problem, functools.partial(drain, problem, smem, count))
 
 
-def drain(problem: Problem, smem, num_tiles) -> None:
+def whole(problem: Problem) -> Share:
+  """Returns all there is to copy."""
+  chunks = list(range(problem.num_chunks))
+  num_columns = problem.head_dim // problem.columns
+  wgs = range(problem.config.num_compute_wgs)
+  return Share(chunks, chunks, list(itertools.product(wgs, range(num_columns))))
+
+
+def drain(problem: Problem, smem, count: Count, share: Share) -> None:
   """Waits until all tiles of a program, and their queries, were taken.
 
   No barrier may be left with a completion that nobody waited for.
   """
-  num_stages = problem.config.num_stages
 
-  @pl.when(num_tiles > 0)
-  def _():
-    plgpu.barrier_wait(smem.q_consumed)
+  def drain_ring(consumed, num_stages, num):
+    @pl.loop(jnp.maximum(num - num_stages, 0), num)
+    def _(i):
+      plgpu.barrier_wait(consumed.at[lax.rem(i, jnp.int32(num_stages))])
 
-  @pl.loop(jnp.maximum(num_tiles - num_stages, 0), num_tiles)
-  def _(i):
-    slot = lax.rem(i, jnp.int32(num_stages))
-    plgpu.barrier_wait(smem.k_consumed.at[slot])
-    plgpu.barrier_wait(smem.v_consumed.at[slot])
+  config = problem.config
+  if share.q:
+    drain_ring(smem.q_consumed, config.num_q_stages, count.num_items)
+  if share.k:
+    drain_ring(smem.k_consumed, config.num_stages, count.num_tiles)
+  if share.v:
+    drain_ring(smem.v_consumed, config.num_stages, count.num_tiles)
 
 
-def page_ids(work: Work, base) -> list:
-  """Returns the page of each chunk of the tile at a position.
+def page_ids(work: Work, base, chunks: Iterable[int] | None = None) -> list:
+  """Returns the page of chunks of the tile at a position, of all if None.
 
   Past the table's end, it is any page: it will be masked.
   """
   problem = work.problem
-  starts = (base + j * problem.chunk for j in range(problem.num_chunks))
+  if chunks is None:
+    chunks = range(problem.num_chunks)
+  starts = (base + j * problem.chunk for j in chunks)
   columns = [lax.div(start, jnp.int32(problem.page_size)) for start in starts]
   last, seq = problem.pages_per_seq - 1, work.item.tile.seq
   return [work.gmem.table[seq, jnp.minimum(column, last)] for column in columns]
 
 
-def _load_item(work):
-  """Copies Q, and the tiles of K and V into their rings."""
-  ids = page_ids(work, work.base(0))
+def _for_each_warp(problem, step):
+  """Calls `step(share)` in each warp, for it to go its own way.
 
-  @pl.when(work.item.num_tiles > 0)
-  def _():
-    # There may be room for K while Q is still taken.
-    _load_tile(work, "k", 0, ids)
-    load_queries(work)
-    _load_tile(work, "v", 0, ids)
+  They share the slots of instructions with those that compute, so each copies
+  but its own part. The interpreter has one warp after the other, which would
+  wait for ever: there, the warpgroup copies all.
+  """
+  share = whole(problem)
+  if problem.interpret is not None:
+    step(share)
+    return
+  names = [name for name in share._fields for _ in getattr(share, name)]
+  tasks = list(zip(names, itertools.chain(*share), strict=True))
+
+  @plgpu.warp_map
+  def _(warp):
+    for nth in range(_WARPS):
+      own = tasks[nth::_WARPS]
+      parts = ([task for name, task in own if name == x] for x in share._fields)
+      pl.when(warp == nth)(functools.partial(step, Share(*parts)))
+
+
+def _load_item(work, share):
+  """Copies Q, and the tiles of K and V into their rings, or a part of them.
+
+  Whoever copies nothing to a ring does not wait for it either: nobody would
+  wait for him, and he could miss that it was taken twice.
+  """
+  chunks = sorted({*share.k, *share.v})
+  # With room for one Q, that for K comes first.
+  is_q_first = work.problem.config.num_q_stages > 1
 
   # The page ids of the next tile are on their way while this one waits.
   def load(i, ids):
-    next_ids = page_ids(work, work.base(i + 1))
-    _load_tile(work, "k", i, ids)
-    _load_tile(work, "v", i, ids)
+    next_ids = page_ids(work, work.base(i + 1), chunks)
+    pages = dict(zip(chunks, ids, strict=True))
+    load_q = functools.partial(load_queries, work, share.q)
+    if is_q_first:
+      pl.when(i == 0)(load_q)
+    _load_tile(work, "k", i, {j: pages[j] for j in share.k})
+    if not is_q_first:
+      pl.when(i == 0)(load_q)
+    _load_tile(work, "v", i, {j: pages[j] for j in share.v})
     return next_ids
 
-  ids = page_ids(work, work.base(1))
-  lax.fori_loop(1, work.item.num_tiles, load, ids)
+  ids = page_ids(work, work.base(0), chunks)
+  lax.fori_loop(0, work.item.num_tiles, load, ids)
 
 
-def load_queries(work: Work) -> None:
-  """Copies the queries of an item; past the last token, there are zeros."""
-  problem, item = work.problem, work.item
-  pl.when(work.num_before > 0)(lambda: plgpu.barrier_wait(work.smem.q_consumed))
-  by_token, _ = work.smem.q_smem
-  for wg in range(by_token.shape[0]):
+def load_queries(work: Work, places: list[tuple[int, int]]) -> None:
+  """Copies parts of Q, see `Share`; past the last token, there are zeros."""
+  problem, smem, item, slot = work.problem, work.smem, work.item, work.q_slot
+  if not places:
+    return
+
+  @pl.when(work.before.num_items >= problem.config.num_q_stages)
+  def _():
+    plgpu.barrier_wait(smem.q_consumed.at[slot])
+
+  by_token, _ = smem.q_smem
+  for wg, i in places:
     first, heads = problem.rows_of(wg)
     tokens = pl.ds(item.tile.token + first, problem.wg_tokens)
-    for i in range(by_token.shape[1]):
-      columns = pl.ds(i * problem.columns, problem.columns)
-      source = work.gmem.q.at[tokens, item.head, heads, columns]
-      plgpu.copy_gmem_to_smem(source, by_token.at[wg, i], work.smem.q_loaded)
+    columns = pl.ds(i * problem.columns, problem.columns)
+    source = work.gmem.q.at[tokens, item.head, heads, columns]
+    place = by_token.at[slot, wg, i]
+    plgpu.copy_gmem_to_smem(source, place, smem.q_loaded.at[slot])
 
 
-def _load_tile(work, which, i, ids):
-  """Copies the i-th tile of K or of V into its ring."""
+def _load_tile(work, which, i, pages):
+  """Copies chunks of the i-th tile of K or of V into its ring.
+
+  Args:
+    work: the item.
+    which: "k" or "v".
+    i: the tile.
+    pages: the page of each chunk to copy.
+  """
   problem, slot, base = work.problem, work.slot(i), work.base(i)
   source, chunk = getattr(work.gmem, which), problem.chunk
+  if not pages:
+    return
   ring, loaded, consumed = (
     getattr(work.smem, f"{which}_{name}")
     for name in ("smem", "loaded", "consumed")
   )
 
-  @pl.when(work.num_before + i >= problem.config.num_stages)
+  @pl.when(work.before.num_tiles + i >= problem.config.num_stages)
   def _():
     plgpu.barrier_wait(consumed.at[slot])
 
-  for j, page in enumerate(ids):
+  for j, page in pages.items():
     page = jnp.clip(page, 0, problem.num_pages - 1)
     rows = source.at[page, work.item.head]
     if chunk < problem.page_size:

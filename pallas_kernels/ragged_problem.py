@@ -177,6 +177,18 @@ class Item(NamedTuple):
   kind: Any  # of the partial of a part, see `partials`
 
 
+class Count(NamedTuple):
+  """What a program has attended."""
+
+  num_items: Any  # that have tiles
+  num_tiles: Any  # of K
+
+  def add(self, item: Item) -> "Count":
+    """Counts an item, too."""
+    num_items = self.num_items + (item.num_tiles > 0).astype(jnp.int32)
+    return Count(num_items, self.num_tiles + item.num_tiles)
+
+
 class Work(NamedTuple):
   """An item that a program attends, and what it takes."""
 
@@ -185,7 +197,7 @@ class Work(NamedTuple):
   smem: Any  # shared memory and barriers, by name
   item: Item
   tiles: kv_tiles.Tiles  # that the item visits
-  num_before: Any  # tiles of K that the program attended before
+  before: Count  # what the program attended before
 
   def base(self, i):
     """Returns the position at which the i-th tile of K begins."""
@@ -193,9 +205,14 @@ class Work(NamedTuple):
 
   def slot(self, i):
     """Returns the place of the i-th tile of K in the ring."""
-    return lax.rem(
-      self.num_before + i, jnp.int32(self.problem.config.num_stages)
-    )
+    num_stages = self.problem.config.num_stages
+    return lax.rem(self.before.num_tiles + i, jnp.int32(num_stages))
+
+  @property
+  def q_slot(self):
+    """The place of Q in the ring."""
+    num_stages = self.problem.config.num_q_stages
+    return lax.rem(self.before.num_items, jnp.int32(num_stages))
 
 
 def scratch(problem: Problem) -> dict[str, Any]:
@@ -207,14 +224,17 @@ def scratch(problem: Problem) -> dict[str, Any]:
   tiled = functools.partial(_smem, problem, True)
   barriers = functools.partial(plgpu.Barrier, num_barriers=num_stages)
   memory = {
-    "q_smem": _rows(problem, head_dim),
+    "q_smem": _rows(problem, head_dim, config.num_q_stages),
     **output_scratch(problem),
     "k_smem": tiled(num_stages, config.block_kv, head_dim),
     "v_smem": tiled(num_stages, config.block_kv, head_dim),
     "q_loaded": plgpu.Barrier(
-      num_arrivals=num_wgs * (head_dim // problem.columns)
+      num_arrivals=num_wgs * (head_dim // problem.columns),
+      num_barriers=config.num_q_stages,
     ),
-    "q_consumed": plgpu.Barrier(num_arrivals=num_wgs),
+    "q_consumed": plgpu.Barrier(
+      num_arrivals=num_wgs, num_barriers=config.num_q_stages
+    ),
     "k_loaded": barriers(num_arrivals=num_copies),
     "v_loaded": barriers(num_arrivals=num_copies),
     "k_consumed": barriers(num_arrivals=num_wgs),
@@ -256,14 +276,14 @@ def _smem(problem: Problem, is_tiled: bool, *shape: int):
   return plgpu.SMEM(shape, problem.dtype, transforms=transforms)
 
 
-def _rows(problem: Problem, num_columns: int):
+def _rows(problem: Problem, num_columns: int, *outer: int):
   """Returns memory of the rows of each warpgroup, column of tiles by column.
 
   The same bytes are seen twice: by token, as they are copied from and to the
   token axis, and as rows in tiles, for wgmma. A column of tiles is as wide as
   the swizzle, so that its tiles are its rows, one after the other.
   """
-  outer = problem.config.num_compute_wgs, num_columns // problem.columns
+  outer += problem.config.num_compute_wgs, num_columns // problem.columns
   inner = problem.wg_tokens, problem.wg_heads, problem.columns
   by_token = _smem(problem, False, *outer, *inner)
   by_row = _smem(problem, True, *outer, ROWS, problem.columns)

@@ -57,8 +57,8 @@ class Tile(NamedTuple):
   num_tokens: jax.Array
   kv_len: jax.Array  # one past the last position that some query may see
   num_earlier: jax.Array  # positions by which the first query sees less
-  has_holes: jax.Array  # 1 if the sequence has unmapped pages, or 0
   num_new: jax.Array | None = None  # query tokens of the sequence, with a mask
+  has_holes: jax.Array | None = None  # whether pages are unmapped: 1 or 0
 
 
 class Plan(NamedTuple):
@@ -81,7 +81,6 @@ def plan(
   kv_lens: Int[Array, " num_seqs"],
   cu_q_lens: Int[Array, " num_seqs+1"],
   num_active: Int[Array, ""],
-  has_holes: Int[Array, " num_seqs"],
   cost: Callable[[jax.Array, jax.Array], jax.Array],
   tree_num_earlier: Int[Array, " num_seqs"] | None = None,
 ) -> tuple[Plan, Places]:
@@ -92,7 +91,6 @@ def plan(
     kv_lens: tokens stored of each sequence.
     cu_q_lens: their offsets on the token axis.
     num_active: sequences from this one on have no queries.
-    has_holes: 1 of sequences that have unmapped pages, or 0.
     cost: from the `kv_len` and `num_earlier` of tiles to what they cost.
     tree_num_earlier: `num_earlier` of sequences, where a mask tells what is
       seen of their query tokens.
@@ -106,7 +104,7 @@ def plan(
   end = jnp.append(starts[1:], jnp.int32(sizes.num_tokens))
   has_queries = (seq < num_active) | (seq == num_seqs)
   q_len = jnp.where(has_queries, end - start, 0)
-  kv_len, has_holes = jnp.append(kv_lens, 0), jnp.append(has_holes, 0)
+  kv_len = jnp.append(kv_lens, 0)
   num_tiles = lax.div(q_len + (tile_tokens - 1), jnp.int32(tile_tokens))
   # Sums over pairs are one kernel; a running sum would be a chain of them.
   upto = jnp.where(seq[None] <= seq[:, None], num_tiles[None], 0)
@@ -128,7 +126,6 @@ def plan(
     num_tokens=jnp.where(exists, num_tokens, 0),
     kv_len=jnp.where(at < num_seqs, seen, 0),
     num_earlier=num_earlier,
-    has_holes=has_holes[at],
     num_new=num_new,
   )
   costs = jnp.where(exists, cost(tiles.kv_len, tiles.num_earlier), -1)
@@ -155,14 +152,23 @@ def _rank(costs: Int[Array, " n"]) -> Int[Array, " n"]:
   return jnp.sum(dearer | same, axis=1, dtype=jnp.int32)
 
 
-def load(tiles_gmem, nth) -> Tile:
-  """Loads the nth tile of the list, in a kernel."""
-  return Tile(*(tiles_gmem[nth, i] for i in range(tiles_gmem.shape[1])))
+def load(tiles_gmem, holes_gmem, nth) -> Tile:
+  """Loads the nth tile of the list, in a kernel.
+
+  Args:
+    tiles_gmem: see `Plan`.
+    holes_gmem: i32[num_seqs], 1 of sequences with unmapped pages, or 0. It
+      is no part of the list, which so depends on lengths alone.
+    nth: place of the tile in the list.
+  """
+  tile = Tile(*(tiles_gmem[nth, i] for i in range(tiles_gmem.shape[1])))
+  return tile._replace(has_holes=holes_gmem[tile.seq])
 
 
 def for_each_item[C](
   num_items_gmem,
   tiles_gmem,
+  holes_gmem,
   num_kv_heads: int,
   num_programs: int,
   carry: C,
@@ -180,7 +186,7 @@ def for_each_item[C](
   def load_item(turn):
     item = jnp.minimum(turn * num_programs + place(turn), num_items - 1)
     nth, head = lax.div(item, num_kv_heads), lax.rem(item, num_kv_heads)
-    return nth, load(tiles_gmem, nth), head
+    return nth, load(tiles_gmem, holes_gmem, nth), head
 
   # The next item is on its way while this one is attended.
   def take(turn, state):

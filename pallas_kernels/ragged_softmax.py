@@ -2,7 +2,11 @@
 
 The turned one of `online_softmax`: many queries fill the 64 rows of wgmma, so
 that P stays in registers as the left operand of P V. The state of each row is
-the greatest score m, the sum l of 2^(s - m), and acc = sum 2^(s - m) v.
+m, the sum l of 2^(s - m), and acc = sum 2^(s - m) v.
+
+m is about the greatest score: a tile may have scores that exceed it by `_SLACK`
+before it grows. Sums are then up to 2^_SLACK larger, which floats do not mind,
+and acc is seldom multiplied.
 """
 
 import functools
@@ -15,7 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
+from jaxlib.mlir.dialects import arith, llvm, nvvm
 from jaxtyping import Array, Float
 
 from pallas_kernels import online_softmax
@@ -28,6 +32,8 @@ _STORE_IF_NEGATIVE = """{
   setp.lt.f32 never, $0, 0f00000000;
   @never st.shared.f32 [nowhere], $0;
 }"""
+
+_SLACK = 8.0
 
 QUERIES = plgpu.Layout.WGMMA.reduce(1)
 
@@ -61,19 +67,55 @@ def weigh(m, l, s, factor: float):
   and summed once, at the end.
 
   Args:
-    m: the greatest score so far.
+    m: that so far.
     l: f32[rows, 8], the sum so far.
     s: scores of a tile, which times `factor` are in base 2.
     factor: not negative.
   """
-  before, m = m, jnp.maximum(m, s.max(axis=1) * factor)
+  top = s.max(axis=1) * factor
+  before, m = m, jnp.where(top > m + _SLACK, top, m)
   shift = or_zero(m)
   p = jnp.exp2(s * factor - across(shift, s.shape))
-  alpha = jnp.exp2(before - shift)
+  alpha = jnp.where(m == before, 1.0, jnp.exp2(before - shift))
   width = l.shape[1]
   sums = (p[:, i : i + width] for i in range(0, s.shape[1], width))
   l = l * across(alpha, l.shape) + functools.reduce(jnp.add, sums)
   return m, l, alpha, p
+
+
+def rescale(acc, alpha, *, interpreted: bool):
+  """Returns acc times a factor for each row, which is 1 for most of them."""
+  return lax.cond(
+    jnp.any(alpha != 1.0) if interpreted else _differs_from_one(alpha),
+    lambda acc: acc * across(alpha, acc.shape),
+    lambda acc: acc,
+    acc,
+  )
+
+
+def _differs_from_one(alpha):
+  """Tells whether some row of the warp has another factor than 1."""
+
+  @plgpu.inline_mgpu(
+    arg_types=(QUERIES,),
+    return_type=plgpu.ShapeDtypeStruct((), jnp.bool_, plgpu.Layout.WG_SPLAT),
+  )
+  def vote(_, alpha):
+    one, differs = mgpu.c(1.0, ir.F32Type.get()), None
+    for register in alpha.registers.flat:
+      x = _first(register)
+      other = arith.cmpf(arith.CmpFPredicate.UNE, x, one)
+      differs = other if differs is None else arith.ori(differs, other)
+    everyone = mgpu.c(0xFFFFFFFF, ir.IntegerType.get_signless(32))
+    differs = nvvm.vote_sync(everyone, differs, "any")
+    return mgpu.FragmentedArray.splat(differs, (), is_signed=False)
+
+  return vote(alpha)
+
+
+def _first(register):
+  zero: Any = mgpu.c(0, ir.IntegerType.get_signless(32))
+  return llvm.extractelement(register, zero)
 
 
 def merge(a: State, b: State) -> State:

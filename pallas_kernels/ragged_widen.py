@@ -26,7 +26,8 @@ _AHEAD = 2  # see `widen`; with four, registers spill
 
 def run(problem: Problem, smem, walk) -> None:
   """Loads all items of a program; see `ragged_load.run`."""
-  ragged_load.drain(problem, smem, walk(_load_item))
+  share = ragged_load.whole(problem)
+  ragged_load.drain(problem, smem, walk(_load_item), share)
 
 
 def _load_item(work):
@@ -37,7 +38,7 @@ def _load_item(work):
   def _():
     for piece in range(work.problem.num_staged):
       _stage(work, 0, ids, piece)
-    ragged_load.load_queries(work)
+    ragged_load.load_queries(work, ragged_load.whole(work.problem).q)
 
   def load(i, ids):
     next_ids = ragged_load.page_ids(work, work.base(i + 1))
@@ -111,7 +112,7 @@ def _widen(work, i, piece):
   _, ring, (loaded, consumed), row = _of(problem, work.gmem, smem, piece)
   if row == 0:
 
-    @pl.when(work.num_before + i >= problem.config.num_stages)
+    @pl.when(work.before.num_tiles + i >= problem.config.num_stages)
     def _():
       plgpu.barrier_wait(consumed.at[slot])
 

@@ -116,11 +116,12 @@ def test_shared_memory_is_priced_as_it_is_asked_for(
   head_dim, kv_dtype, monkeypatch
 ):
   monkeypatch.setattr(mosaic, "_SMEM_SIZE_BOUND", 0)
+  is_quantised = kv_dtype is not None
   for config in (
-    default_config(4096, 2, 4, head_dim),
-    Config(64, 2, num_compute_wgs=1),
+    default_config(4096, 2, 4, head_dim, is_quantised=is_quantised),
+    Config(64, 2, num_compute_wgs=1, num_q_stages=2),
   ):
-    needed = ragged_config.smem_bytes(config, head_dim, kv_dtype is not None)
+    needed = ragged_config.smem_bytes(config, head_dim, is_quantised)
     with pytest.raises(ValueError, match=f"smem_bytes={needed} >"):
       _lower(head_dim=head_dim, kv_dtype=kv_dtype, config=config)
 
@@ -167,7 +168,7 @@ def test_unsupported_names_the_value(changed, reason):
 
 
 @pytest.mark.parametrize(
-  "fields", [(96, 2), (64, 1), (64, 2, 4), (64, 2, 2, 0)]
+  "fields", [(96, 2), (64, 1), (64, 2, 4), (64, 2, 2, 0), (64, 2, 2, 1, 3)]
 )
 def test_config_refuses_bad_values(fields):
   with pytest.raises(ValueError, match="must be"):
@@ -187,15 +188,20 @@ def test_config_with_too_few_rows_is_refused():
     _lower(heads=(128, 1), config=Config(64, 2, num_compute_wgs=1))
 
 
+@pytest.mark.parametrize("is_quantised", [False, True])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_default_config_fits_and_fills_the_device(head_dim):
+def test_default_config_fits_and_fills_the_device(head_dim, is_quantised):
   for num_tokens, group in itertools.product((1, 512, 16384), (1, 4, 128)):
     config = default_config(
-      num_tokens, 2, group, head_dim, device=gpu.Gpu("", 100)
+      num_tokens,
+      2,
+      group,
+      head_dim,
+      is_quantised=is_quantised,
+      device=gpu.Gpu("", 100),
     )
-    for is_quantised in (False, True):
-      needed = ragged_config.smem_bytes(config, head_dim, is_quantised)
-      assert needed <= SMEM_LIMIT
+    needed = ragged_config.smem_bytes(config, head_dim, is_quantised)
+    assert needed <= SMEM_LIMIT
     assert config.num_programs == 100
     items = num_tokens * group * 2 // config.block_q
     assert config.splits or items >= 100

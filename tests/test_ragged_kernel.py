@@ -18,7 +18,7 @@ pytestmark = pytest.mark.sampled
 
 # The default has a program for each multiprocessor, which takes the
 # interpreter minutes.
-SMALL = Config(64, 2, num_programs=3)
+SMALL = Config(64, 2, num_programs=3, num_q_stages=2)
 SPLIT = dataclasses.replace(SMALL, splits=True)
 Q_LENS = [0, 1, 7, 63, 64, 65, 3]
 KV_LENS = [20, 1, 70, 200, 64, 130, 0]

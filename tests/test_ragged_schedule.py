@@ -23,12 +23,7 @@ def _plan(q_lens, kv_lens, num_active, *, causal=True):
   i32 = lambda x: jnp.asarray(x, jnp.int32)
   plan, places = jax.jit(
     lambda *args: ragged_schedule.plan(sizes, *args, lambda n, _: n)
-  )(
-    i32(kv_lens),
-    i32(cu_q_lens),
-    i32(num_active),
-    i32(np.arange(len(q_lens)) % 2),
-  )
+  )(i32(kv_lens), i32(cu_q_lens), i32(num_active))
   num_tiles = int(plan.num_items[0]) // 2
   assert num_tiles <= sizes.num_tiles
   tiles = np.asarray(plan.tiles)
@@ -66,7 +61,6 @@ def test_tiles_hold_each_token_once(q_lens, kv_lens, num_active, causal):
         assert tile.kv_len == 0
         continue
       assert starts[tile.seq] <= token < starts[tile.seq + 1]
-      assert tile.has_holes == tile.seq % 2
       position = kv_lens[tile.seq] - starts[tile.seq + 1] + token
       last = position + 1 if causal else kv_lens[tile.seq]
       assert tile.kv_len - causal * (tile.num_tokens - 1 - nth) == last
