@@ -234,7 +234,7 @@ def table_text(
     entries: All that there are for it.
   """
   tables = dict(decode_table.CONFIGS)
-  tables[kind] = {k: _fields(config) for k, config in entries.items()}
+  tables[kind] = {k: dataclasses.astuple(c) for k, c in entries.items()}
   head, _ = source.split("] = {")
   lines = []
   for name, table in sorted(tables.items()):
@@ -285,12 +285,7 @@ def _cast(batch: Batch, dtype: str) -> Batch:
 
 
 def _name(config: Config) -> str:
-  return " ".join(str(field) for field in _fields(config))
-
-
-def _fields(config: Config) -> decode_table.Fields:
-  """Returns what the search tries."""
-  return config.block_kv, config.num_stages, config.num_programs
+  return " ".join(str(field) for field in dataclasses.astuple(config))
 
 
 if __name__ == "__main__":

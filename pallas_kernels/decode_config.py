@@ -21,17 +21,11 @@ REDUCTION_BYTES = 2048  # bytes of scratch to reduce over warps
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Tile sizes of the kernel, and how many programs share the tiles.
-
-  With 4 `copy_warps`, each warp of the memory warpgroup copies some chunks of a
-  tile on its own. With 1, one thread copies them all, and the warps of the
-  warpgroup wait for each other before each copy.
-  """
+  """Tile sizes of the kernel, and how many programs share the tiles."""
 
   block_kv: int  # positions in a tile
   num_stages: int  # tiles in flight
   num_programs: int  # that share all tiles
-  copy_warps: int = 4  # that copy the chunks of a tile
 
   def __post_init__(self):
     if self.block_kv not in (64, 128):
@@ -40,8 +34,6 @@ class Config:
       raise ValueError(f"{self.num_stages=} must be at least 2.")
     if self.num_programs < 1:
       raise ValueError(f"{self.num_programs=} must be at least 1.")
-    if self.copy_warps not in (1, 4):
-      raise ValueError(f"{self.copy_warps=} must be 1 or 4.")
 
 
 def default_config(

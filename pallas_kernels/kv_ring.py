@@ -53,16 +53,16 @@ def load(problem: Problem, gmem, smem, head, nth, base, ids) -> None:
 
     places = which, head, slot, base
     copy = functools.partial(_copy_chunk, problem, gmem, smem, *places)
-    if problem.config.copy_warps == 1:
-      for j, page in enumerate(ids):
-        copy(j, page)
-    else:
-      # Where a tile is one chunk, other warps copy V than K.
-      _share(copy, ids, problem.num_chunks if which == V else 0)
+    # Where a tile is one chunk, other warps copy V than K.
+    _share(copy, ids, problem.num_chunks if which == V else 0)
 
 
 def _share(copy, ids, first):
-  """Lets each warp copy some chunks, the first of them by warp `first`."""
+  """Lets each warp copy some chunks, the first of them by warp `first`.
+
+  By the warpgroup, all of its warps would carry out what one thread needs, and
+  wait for each other before each copy.
+  """
 
   @plgpu.warp_map
   def _(warp):

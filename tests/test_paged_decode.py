@@ -403,21 +403,6 @@ def test_row_in_one_share_does_not_depend_on_its_batchmates():
   _assert_same_bits([x[1] for x in together], [x[1] for x in apart])
 
 
-@pytest.mark.parametrize("kv_dtype", [None, *decode_config.QUANTISED_DTYPES])
-@pytest.mark.parametrize("page_size", [8, 16, 64])
-def test_the_warps_that_copy_do_not_matter(page_size, kv_dtype):
-  problem, scales = _make([0, 1, 70, 333], page_size=page_size), {}
-  if kv_dtype:
-    problem, scales = cases.quantise(problem, kv_dtype)
-  results = []
-  for copy_warps in (1, 4):
-    config = dataclasses.replace(SMALL, copy_warps=copy_warps)
-    _check(problem, config=config, scales=scales)
-    arrays = {name: jnp.asarray(x) for name, x in scales.items()}
-    results.append(_run(problem, config=config, **arrays))
-  _assert_same_bits(*results)
-
-
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 def test_fixed_splits_do_not_depend_on_the_batch(kv_dtype):
   kv_lens = [1100, 64, 333, 0, 700]  # 18, 1, 6, 1 and 11 tiles: 5, 1, 2, 1, 3
@@ -490,11 +475,9 @@ def test_dtypes_must_agree():
 @pytest.mark.skipif(
   cases.ON_HOPPER, reason="only the interpreter looks for races"
 )
-@pytest.mark.parametrize("copy_warps", [1, 4])
 @pytest.mark.parametrize("head_dim", [64, 80])
-def test_no_memory_is_reused_before_it_was_read(head_dim, copy_warps, capfd):
+def test_no_memory_is_reused_before_it_was_read(head_dim, capfd):
   problem = _make([70, 130, 0], head_dim=head_dim)
   interpret = plgpu.InterpretGPUParams(detect_races=True)
-  config = dataclasses.replace(SMALL, copy_warps=copy_warps)
-  _run(problem, config=config, interpret=interpret)
+  _run(problem, interpret=interpret)
   assert "RACE" not in capfd.readouterr().out
