@@ -1,6 +1,6 @@
 """The rings of KV tiles in shared memory, between a copy and a product.
 
-The memory warpgroup fills them chunk by chunk, page by page; the compute
+The warps of the memory warpgroup fill them, each some chunks; the compute
 warpgroup takes a tile, as an operand of wgmma, or through registers if it is of
 8-bit numbers. The scales of their tokens come in rings of their own, and are
 left to the caller, who has fewer scores than there are numbers.

@@ -7,9 +7,10 @@ query tokens of one sequence, for one KV head. The rows of a tile are the query
 heads of the KV head, token by token, so that K and V are read once for all of
 them. A program has a warpgroup for memory and others that compute:
 
-  memory   reads page ids from the page table as scalars, and copies Q, and K
-           and V chunk by chunk (TMA) into a ring of `num_stages` tiles; those
-           of 8-bit numbers take a detour (`ragged_widen`)
+  memory   reads page ids from the page table as scalars, and copies Q, into a
+           ring of `num_q_stages`, and K and V chunk by chunk (TMA), into rings
+           of `num_stages` tiles (`ragged_load`); 8-bit numbers take a detour
+           (`ragged_widen`)
   compute  64 rows each: S = Q K^T, mask, online softmax in base 2, O += P V
            (wgmma); P V of a tile goes on during the softmax of the next
 

@@ -2,7 +2,8 @@
 
 A warpgroup starts Q K^T of a tile and P V of the one before together. The
 softmax of the tile comes as soon as its scores are there, while P V and the
-products of other warpgroups go on.
+products of other warpgroups go on. One that has no queries of an item only
+waits for its tiles and gives them back.
 """
 
 import functools

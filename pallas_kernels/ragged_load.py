@@ -110,7 +110,7 @@ def _load_item(work, share):
   wait for him, and he could miss that it was taken twice.
   """
   chunks = sorted({*share.k, *share.v})
-  # With room for one Q, that for K comes first.
+  # With room for one Q, K comes first: there may be room for it before.
   is_q_first = work.problem.config.num_q_stages > 1
 
   # The page ids of the next tile are on their way while this one waits.

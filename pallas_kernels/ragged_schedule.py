@@ -18,8 +18,10 @@ of the next.
 They thus end at about the same time, and those of a round, whose items cost
 about the same, read the same keys at about the same time, from the L2 cache.
 
-The list depends on lengths, so it is made on the device, and once for all
-layers of a step: they ask for the same, and the compiler computes it once.
+The list depends on lengths, so it is made on the device, and on nothing else,
+so it is made once for all layers of a step: they ask for the same, and the
+compiler computes it once. Page indices differ from layer to layer, so which
+sequences have unmapped pages is told beside it (`load`).
 """
 
 import dataclasses
@@ -157,8 +159,7 @@ def load(tiles_gmem, holes_gmem, nth) -> Tile:
 
   Args:
     tiles_gmem: see `Plan`.
-    holes_gmem: i32[num_seqs], 1 of sequences with unmapped pages, or 0. It
-      is no part of the list, which so depends on lengths alone.
+    holes_gmem: i32[num_seqs], 1 of sequences with unmapped pages, or 0.
     nth: place of the tile in the list.
   """
   tile = Tile(*(tiles_gmem[nth, i] for i in range(tiles_gmem.shape[1])))
