@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax.extend import backend
 
 
@@ -24,3 +25,13 @@ def at_hand() -> Gpu:
     return Gpu()
   num_sms = getattr(device, "core_count", None)
   return Gpu(device.device_kind, num_sms or Gpu.num_sms)
+
+
+def follow_closely() -> None:
+  """Waits for the kernel before, while this one is launched already.
+
+  In a kernel, before it reads or writes memory of the GPU. The kernel after, if
+  it does the same, is launched while this one runs.
+  """
+  plgpu.griddepcontrol_launch_dependents()
+  plgpu.griddepcontrol_wait()

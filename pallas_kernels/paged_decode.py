@@ -45,6 +45,7 @@ from pallas_kernels import (
   decode_compute,
   decode_load,
   fragments,
+  gpu,
   online_softmax,
   partials,
   schedule,
@@ -348,6 +349,8 @@ def _body(problem, *refs, **smem):
   gmem = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
   smem = types.SimpleNamespace(**smem)
   plan = schedule.Plan(gmem.starts, gmem.firsts)
+  if problem.interpret is None:
+    gpu.follow_closely()
 
   def for_each_piece(carry, step):
     return schedule.for_each_piece(

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels import online_softmax, schedule
+from pallas_kernels import gpu, online_softmax, schedule
 
 FIRST, LAST = 0, 1  # of a program's items
 _QUERIES = plgpu.Layout.WGMMA.reduce(0)
@@ -172,7 +172,9 @@ def merge(
   """
   *places, head_dim, num_queries = partials.acc.shape
   kernel = plgpu.kernel(
-    functools.partial(_body, fixed_splits, unroll, sinks is not None),
+    functools.partial(
+      _body, fixed_splits, unroll, sinks is not None, interpret is not None
+    ),
     out_type=(),
     scratch_types=output_scratch(head_dim, num_queries, out.dtype),
     grid=(places[0] if fixed_splits else places[1],),
@@ -229,8 +231,10 @@ def _fixed_parts(plan: schedule.Plan, num_kv_heads: int) -> _Parts:
   return _Parts(count > 1, seq, head, count, lambda i: (item, i))
 
 
-def _body(fixed_splits, unroll, has_sinks, *refs, **smem):
+def _body(fixed_splits, unroll, has_sinks, interpreted, *refs, **smem):
   """Merges the partials of the program's item."""
+  if not interpreted:
+    gpu.follow_closely()
   starts_gmem, firsts_gmem, acc_gmem, m_gmem, l_gmem, *more = refs
   *sinks_gmem, out_gmem, lse_gmem = more
   plan = schedule.Plan(starts_gmem, firsts_gmem)
