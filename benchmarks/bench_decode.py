@@ -54,13 +54,12 @@ def main() -> None:
     PACKAGES,
     on_cpu=jax.default_backend() == "cpu",
   )
-  record = figures(SMALL if args.small else FULL)
+  records = figures(SMALL if args.small else FULL)
+  record = harness.keep("decode", records, args, environment)
   if not args.small:
-    record["environment"] = environment
-    path = harness.save("h200", "decode", record, args.out)
-    print("written to", path)
+    path = args.out / "h200" / "decode.svg"
     try:
-      print("written to", plot(record, path.with_suffix(".svg")))
+      print("written to", plot(record, path))
     except ImportError as error:
       print("no picture:", error)
   print(table(record))
@@ -68,24 +67,24 @@ def main() -> None:
     sys.exit(f"failed: {', '.join(failed)}")
 
 
-def figures(sizes: Sizes) -> dict:
-  """Returns all figures; what fails has its error in place of them."""
-  record = {
+def figures(sizes: Sizes) -> Iterator[dict]:
+  """Yields all figures so far, or errors, after each part."""
+  record: dict = {
     "settings": settings(sizes),
     "ceiling": attempt(decode_parts.ceiling, sizes),
   }
+  reads = [side.get("gb_per_s", 0) for _, side in cases(record["ceiling"])]
+  record["read_gb_per_s"] = max(reads)
   for part in PARTS:
     begin = time.perf_counter()
     record[part.__name__] = attempt(part, sizes)
     print(f"{part.__name__}: {time.perf_counter() - begin:.1f} s", flush=True)
-  reads = [side.get("gb_per_s", 0) for _, side in cases(record["ceiling"])]
-  record["read_gb_per_s"] = max(reads)
-  for _, side in cases(record):
-    if "gb_per_s" in side and record["read_gb_per_s"]:
-      side["percent_of_ceiling"] = (
-        100 * side["gb_per_s"] / record["read_gb_per_s"]
-      )
-  return record
+    for _, side in cases(record):
+      if "gb_per_s" in side and record["read_gb_per_s"]:
+        side["percent_of_ceiling"] = (
+          100 * side["gb_per_s"] / record["read_gb_per_s"]
+        )
+    yield record
 
 
 def settings(sizes: Sizes) -> dict:

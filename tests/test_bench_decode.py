@@ -17,7 +17,7 @@ LENS = np.array([40, 17])
 
 
 def test_figures_of_every_kind_are_taken_and_failures_show(tmp_path):
-  record = json.loads(json.dumps(bench_decode.figures(SIZES)))
+  record = json.loads(json.dumps(list(bench_decode.figures(SIZES))[-1]))
   assert not bench_decode.failures(record)
   assert record["rows_apart"]["traces"] == 1
   for name in ("ragged", "chats"):
