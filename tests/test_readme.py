@@ -107,8 +107,17 @@ CASES = {
   "64 x 4k, 32 KV heads": "b64_4k_mha",
   "64 x 4k, 1 KV head": "b64_4k_mqa",
 }
+PREFILL_CASES = {
+  "1 x 4k": "b1_4k",
+  "4 x 4k": "b4_4k",
+  "1 x 16k": "b1_16k",
+  "8 x 1k": "b8_1k",
+  "8 x 512 on 4k": "b8_512on4k",
+  "1 x 4k, 32 KV heads": "b1_4k_mha",
+}
 RIVAL = "flashinfer.append_paged_kv_cache"
 SIDES = ("ours", "fi_", "jax_cudnn_paged", "jax_builtin")
+PREFILL_SIDES = ("ours", "fi_", "gather_cudnn", "jax_cudnn")
 
 
 def _result(name):
@@ -128,6 +137,20 @@ def _records(value):
       yield from _records(each)
 
 
+def _best(records, case, side, unit):
+  """Microseconds and speed of the fastest kernel of a side, or None."""
+  return min(
+    (
+      (r["us"], r[unit])
+      for r in records
+      if r["type"] == "time"
+      and r["case"] == case
+      and r["peer"].startswith(side)
+    ),
+    default=None,
+  )
+
+
 def test_decode_figures_are_those_of_the_results():
   records = list(_records(_result("rivals")))
   (ceiling,) = (r["GBps"] for r in records if "4 KB" in r.get("name", ""))
@@ -137,16 +160,45 @@ def test_decode_figures_are_those_of_the_results():
   for label, case in CASES.items():
     cells = []
     for side in SIDES:
-      best = min(
-        (r["us"], r["GBps"])
-        for r in records
-        if r["type"] == "time"
-        and r["case"] == f"d_{case}"
-        and r["peer"].startswith(side)
-      )
-      cells.append(f"{best[0]:.0f} ({100 * best[1] / ceiling:.0f} %)")
+      us, speed = _best(records, f"d_{case}", side, "GBps")
+      cells.append(f"{us:.0f} ({100 * speed / ceiling:.0f} %)")
     cells.insert(1, longs[f"d_{case}"])
     assert f"| {label} | {' | '.join(cells)} |" in TEXT
+
+
+def test_prefill_figures_are_those_of_the_results():
+  records = list(_records(_result("rivals")))
+  (most,) = (r["TFLOPs"] for r in records if "8192^3" in r.get("name", ""))
+  assert f"product of matrices reaches {most:.0f}." in " ".join(TEXT.split())
+  for label, case in PREFILL_CASES.items():
+    cells = [
+      f"{best[0]:.0f} ({best[1]:.0f})" if best else ""
+      for side in PREFILL_SIDES
+      for best in [_best(records, f"p_{case}", side, "TFLOPs")]
+    ]
+    assert f"| {label} | {' | '.join(cells)} |" in TEXT
+
+
+def test_figures_of_options_and_mixtures_are_those_of_the_results():
+  words, decode = " ".join(TEXT.split()), _result("decode")
+  us = lambda side: side["us"]["median"]
+  narrow = decode["quantised"]
+  int8, fp8 = us(narrow["int8"]), us(narrow["float8_e4m3fn"])
+  wide = f"where bfloat16 takes {us(narrow['bfloat16']):.0f},"
+  assert f"take {int8:.0f} and {fp8:.0f} us for 64 x 8k {wide}" in words
+  pages = decode["page_sizes"]["same"].values()
+  span = f"({max(map(us, pages)):.0f} to {min(map(us, pages)):.0f} us"
+  assert span in words
+  window = decode["window"]["window of 131072 tokens"]
+  assert f"({window['more_than_plain_percent']:.0f} % more than" in words
+  share = _result("prefill")["mixed"]["mixed"]["mixed_to_sum"]
+  assert f"take {share:.3f} times what the chunks take" in words
+  sides = _result("cascade")["cases"]["128 x 32k + 256"]["sides"]
+  ours, paged, rival = (
+    f"{us(sides[name]):,.0f}" for name in ("cascade", "paged", "FlashInfer")
+  )
+  assert f"{ours} us by `cascade_attention`, {paged} by" in words
+  assert f"and {rival} by FlashInfer's cascade" in words
 
 
 def test_figures_of_prefill_and_writes_are_those_of_the_results():
