@@ -92,15 +92,23 @@ def _for_each_warp(problem, step):
   if problem.interpret is not None:
     step(share)
     return
-  names = [name for name in share._fields for _ in getattr(share, name)]
-  tasks = list(zip(names, itertools.chain(*share), strict=True))
 
   @plgpu.warp_map
   def _(warp):
     for nth in range(_WARPS):
-      own = tasks[nth::_WARPS]
-      parts = ([task for name, task in own if name == x] for x in share._fields)
-      pl.when(warp == nth)(functools.partial(step, Share(*parts)))
+      part = _part(share, nth)
+      pl.when(warp == nth)(functools.partial(step, part))
+
+
+def _part(share: Share, warp: int) -> Share:
+  """Returns what a warp copies: all of it goes round."""
+
+  def own[T](tasks: list[T], num_before: int) -> list[T]:
+    numbered = enumerate(tasks, num_before)
+    return [task for i, task in numbered if i % _WARPS == warp]
+
+  num = len(share.k)
+  return Share(own(share.k, 0), own(share.v, num), own(share.q, 2 * num))
 
 
 def _load_item(work, share):

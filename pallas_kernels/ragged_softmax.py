@@ -101,12 +101,12 @@ def _differs_from_one(alpha):
     return_type=plgpu.ShapeDtypeStruct((), jnp.bool_, plgpu.Layout.WG_SPLAT),
   )
   def vote(_, alpha):
-    one, differs = mgpu.c(1.0, ir.F32Type.get()), None
-    for register in alpha.registers.flat:
-      x = _first(register)
-      other = arith.cmpf(arith.CmpFPredicate.UNE, x, one)
-      differs = other if differs is None else arith.ori(differs, other)
-    everyone = mgpu.c(0xFFFFFFFF, ir.IntegerType.get_signless(32))
+    one = mgpu.c(1.0, ir.F32Type.get())
+    other = arith.CmpFPredicate.UNE
+    registers = map(_first, alpha.registers.flat)
+    each = [arith.cmpf(other, register, one) for register in registers]
+    differs: Any = functools.reduce(arith.ori, each)
+    everyone: Any = mgpu.c(0xFFFFFFFF, ir.IntegerType.get_signless(32))
     differs = nvvm.vote_sync(everyone, differs, "any")
     return mgpu.FragmentedArray.splat(differs, (), is_signed=False)
 
