@@ -5,6 +5,8 @@ import dataclasses
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax.extend import backend
 
+WARPS = 4  # of a warpgroup
+
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:

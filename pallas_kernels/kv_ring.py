@@ -19,9 +19,9 @@ from jax import lax
 
 from pallas_kernels import fragments
 from pallas_kernels.decode_problem import Problem
+from pallas_kernels.gpu import WARPS
 
 K, V = "k", "v"
-_WARPS = 4  # of a warpgroup
 
 
 def page_ids(problem: Problem, table_gmem, seq, base):
@@ -61,13 +61,14 @@ def _share(copy, ids, first):
   """Lets each warp copy some chunks, the first of them by warp `first`.
 
   By the warpgroup, all of its warps would carry out what one thread needs, and
-  wait for each other before each copy.
+  wait for each other before each copy. So they do once, before and after all of
+  them: a warp that copies nothing cannot miss that a tile was taken.
   """
 
   @plgpu.warp_map
   def _(warp):
     for j, page in enumerate(ids):
-      is_its = warp == (first + j) % _WARPS
+      is_its = warp == (first + j) % WARPS
       pl.when(is_its)(functools.partial(copy, j, page))
 
 

@@ -46,16 +46,21 @@ def _attend_item(work):
   nothing = ragged_softmax.init(ROWS, problem.head_dim)
   first_row = lax.axis_index("warpgroup") * ROWS
   has_queries = first_row >> _log2(problem.group) < tile.num_tokens
+
+  def pass_on():
+    _pass_tiles(work)
+    return nothing
+
   state = lax.cond(
     has_queries & (work.item.num_tiles > 0),
     lambda: _attend_tiles(work, nothing),
-    lambda: _pass_tiles(work, nothing),
+    pass_on,
   )
   ragged_output.write(work, state)
 
 
-def _pass_tiles(work, state):
-  """Gives all tiles of an item back, if it has any, as they are."""
+def _pass_tiles(work):
+  """Gives Q and all tiles of an item back, if it has any, unused."""
   smem, num_tiles = work.smem, work.item.num_tiles
 
   @pl.when(num_tiles > 0)
@@ -70,8 +75,6 @@ def _pass_tiles(work, state):
     plgpu.barrier_arrive(smem.k_consumed.at[slot])
     _await_values(work, i)
     plgpu.barrier_arrive(smem.v_consumed.at[slot])
-
-  return state
 
 
 def _attend_tiles(work, state):

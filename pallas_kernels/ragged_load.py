@@ -10,9 +10,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.gpu import WARPS
 from pallas_kernels.ragged_problem import Count, Problem, Work
-
-_WARPS = 4  # of a warpgroup
 
 
 class Share(NamedTuple):
@@ -85,8 +84,8 @@ def _for_each_warp(problem, step):
   """Calls `step(share)` in each warp, for it to go its own way.
 
   They share the slots of instructions with those that compute, so each copies
-  but its own part. The interpreter has one warp after the other, which would
-  wait for ever: there, the warpgroup copies all.
+  but its own part; they meet before and after. The interpreter has one warp
+  after the other, which would wait for ever: there, the warpgroup copies all.
   """
   share = whole(problem)
   if problem.interpret is not None:
@@ -95,7 +94,7 @@ def _for_each_warp(problem, step):
 
   @plgpu.warp_map
   def _(warp):
-    for nth in range(_WARPS):
+    for nth in range(WARPS):
       part = _part(share, nth)
       pl.when(warp == nth)(functools.partial(step, part))
 
@@ -105,7 +104,7 @@ def _part(share: Share, warp: int) -> Share:
 
   def own[T](tasks: list[T], num_before: int) -> list[T]:
     numbered = enumerate(tasks, num_before)
-    return [task for i, task in numbered if i % _WARPS == warp]
+    return [task for i, task in numbered if i % WARPS == warp]
 
   num = len(share.k)
   return Share(own(share.k, 0), own(share.v, num), own(share.q, 2 * num))
@@ -140,9 +139,9 @@ def _load_item(work, share):
 
 def load_queries(work: Work, places: list[tuple[int, int]]) -> None:
   """Copies parts of Q, see `Share`; past the last token, there are zeros."""
-  problem, smem, item, slot = work.problem, work.smem, work.item, work.q_slot
   if not places:
     return
+  problem, smem, item, slot = work.problem, work.smem, work.item, work.q_slot
 
   @pl.when(work.before.num_items >= problem.config.num_q_stages)
   def _():
@@ -167,10 +166,10 @@ def _load_tile(work, which, i, pages):
     i: the tile.
     pages: the page of each chunk to copy.
   """
-  problem, slot, base = work.problem, work.slot(i), work.base(i)
-  source, chunk = getattr(work.gmem, which), problem.chunk
   if not pages:
     return
+  problem, slot, base = work.problem, work.slot(i), work.base(i)
+  source, chunk = getattr(work.gmem, which), problem.chunk
   ring, loaded, consumed = (
     getattr(work.smem, f"{which}_{name}")
     for name in ("smem", "loaded", "consumed")

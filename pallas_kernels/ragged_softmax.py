@@ -33,7 +33,7 @@ _STORE_IF_NEGATIVE = """{
   @never st.shared.f32 [nowhere], $0;
 }"""
 
-_SLACK = 8.0
+_SLACK = 8.0  # in base 2: P is at most 256, which float16 holds
 
 QUERIES = plgpu.Layout.WGMMA.reduce(1)
 
@@ -85,6 +85,7 @@ def weigh(m, l, s, factor: float):
 
 def rescale(acc, alpha, *, interpreted: bool):
   """Returns acc times a factor for each row, which is 1 for most of them."""
+  # Each warp goes its own way: nothing in the branches is for all of them.
   return lax.cond(
     jnp.any(alpha != 1.0) if interpreted else _differs_from_one(alpha),
     lambda acc: acc * across(alpha, acc.shape),
@@ -102,9 +103,9 @@ def _differs_from_one(alpha):
   )
   def vote(_, alpha):
     one = mgpu.c(1.0, ir.F32Type.get())
-    other = arith.CmpFPredicate.UNE
+    unequal = arith.CmpFPredicate.UNE
     registers = map(_first, alpha.registers.flat)
-    each = [arith.cmpf(other, register, one) for register in registers]
+    each = [arith.cmpf(unequal, register, one) for register in registers]
     differs: Any = functools.reduce(arith.ori, each)
     everyone: Any = mgpu.c(0xFFFFFFFF, ir.IntegerType.get_signless(32))
     differs = nvvm.vote_sync(everyone, differs, "any")

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import ragged_load, widen
+from pallas_kernels.gpu import WARPS
 from pallas_kernels.ragged_problem import Problem
 
-_WARPS = 4  # of a warpgroup
 _AHEAD = 2  # see `widen`; with four, registers spill
 
 
@@ -103,7 +103,7 @@ def _stage(work, i, ids, piece):
   def _(warp):
     for j, row in enumerate(range(0, problem.staged_rows, num_rows)):
       page = ids[(start + row) // problem.chunk]
-      pl.when(warp == j % _WARPS)(lambda row=row, page=page: copy(row, page))
+      pl.when(warp == j % WARPS)(lambda row=row, page=page: copy(row, page))
 
 
 def _widen(work, i, piece):
