@@ -265,7 +265,7 @@ def _launch(
   )
   if config.splits:
     out, lse = ragged_output.merge(
-      problem, dealt[-1], (plan.tiles, holes), parts, per_head[0], out, lse
+      problem, dealt[-1], plan.tiles, parts, per_head[0], out, lse
     )
   head = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
   row = places.nth[:, None] * problem.group + lax.rem(head, group)
@@ -346,7 +346,7 @@ def _for_each_item(problem, gmem, smem, step):
     return before.add(item)
 
   def take_piece(piece, before):
-    tile = ragged_schedule.load(gmem.tiles, gmem.holes, piece.seq)
+    tile = ragged_schedule.load(gmem.tiles, piece.seq, gmem.holes)
     tiles = visited(tile)
     item = Item(
       nth=piece.seq,

@@ -125,8 +125,7 @@ def merge(problem: Problem, firsts, tiles, partials, sinks, out, lse):
   Args:
     problem: what is static.
     firsts: see `schedule.Plan`.
-    tiles: the list of tiles, and which sequences have holes, see
-      `ragged_schedule.load`.
+    tiles: see `ragged_schedule.Plan`.
     partials: what the programs left: acc, m and l.
     sinks: those of each row, f32[num_kv_heads, block_q], or None.
     out: the output, whose missing tokens are filled in.
@@ -149,13 +148,13 @@ def merge(problem: Problem, firsts, tiles, partials, sinks, out, lse):
   )
   out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
   given = () if sinks is None else (sinks,)
-  kernel(firsts, *tiles, *partials, *given, out_ref, lse_ref)
+  kernel(firsts, tiles, *partials, *given, out_ref, lse_ref)
   return out_ref[...], lse_ref[...]
 
 
 def _merge(problem, *refs, **smem):
   """Merges the item in which the program's share begins, if it ends there."""
-  names = "firsts", "tiles", "holes", "acc", "m", "l"
+  names = "firsts", "tiles", "acc", "m", "l"
   names += ("sinks",) * problem.has_sinks + ("out", "lse")
   gmem = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
   program, num_programs = lax.axis_index("program"), problem.config.num_programs
@@ -165,7 +164,7 @@ def _merge(problem, *refs, **smem):
 
   @pl.when((begin < end) & (place > 0) & (begin - place + cost <= end))
   def _():
-    tile = ragged_schedule.load(gmem.tiles, gmem.holes, nth)
+    tile = ragged_schedule.load(gmem.tiles, nth)
     item = types.SimpleNamespace(nth=nth, head=head, tile=tile)
     first = line.program_of(begin - place)
     is_last = line.start(first) < begin - place

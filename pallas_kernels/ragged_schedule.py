@@ -154,15 +154,19 @@ def _rank(costs: Int[Array, " n"]) -> Int[Array, " n"]:
   return jnp.sum(dearer | same, axis=1, dtype=jnp.int32)
 
 
-def load(tiles_gmem, holes_gmem, nth) -> Tile:
+def load(tiles_gmem, nth, holes_gmem=None) -> Tile:
   """Loads the nth tile of the list, in a kernel.
 
   Args:
     tiles_gmem: see `Plan`.
-    holes_gmem: i32[num_seqs], 1 of sequences with unmapped pages, or 0.
     nth: place of the tile in the list.
+    holes_gmem: i32[num_seqs], 1 of sequences with unmapped pages, or 0; None
+      if nobody asks. It is no part of the list, which so depends on lengths
+      alone.
   """
   tile = Tile(*(tiles_gmem[nth, i] for i in range(tiles_gmem.shape[1])))
+  if holes_gmem is None:
+    return tile
   return tile._replace(has_holes=holes_gmem[tile.seq])
 
 
@@ -187,7 +191,7 @@ def for_each_item[C](
   def load_item(turn):
     item = jnp.minimum(turn * num_programs + place(turn), num_items - 1)
     nth, head = lax.div(item, num_kv_heads), lax.rem(item, num_kv_heads)
-    return nth, load(tiles_gmem, holes_gmem, nth), head
+    return nth, load(tiles_gmem, nth, holes_gmem), head
 
   # The next item is on its way while this one is attended.
   def take(turn, state):
