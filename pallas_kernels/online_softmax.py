@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -233,10 +234,11 @@ def accumulate(acc, a, b, *, interpreted: bool):
     a: the left operand, in shared memory or in registers.
     b: the right operand, in shared memory.
     interpreted: whether an interpreter runs it, which cannot start from a
-      given accumulator.
+      given accumulator, nor multiply registers.
   """
   if interpreted:
-    return acc + _product(a, b)
+    in_registers = isinstance(a, jax.Array)
+    return acc + (_product(a, b) if in_registers else matmul(a, b))
   return cast(
     Array,
     pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc)),
