@@ -30,7 +30,8 @@ def pytest_collection_modifyitems(config, items):
   """Leaves out what this machine cannot run, rather than skipping it.
 
   Without a GPU kernels are interpreted, or lowered, which takes seconds a case:
-  of their files it takes a quarter, always the same, unless PAGED_JAX_ALL=1.
+  of their files it takes a quarter, always the same, unless PAGED_JAX_ALL=1,
+  and what is the only test of its kind.
   """
   if devices.why_not_hopper() is None:
     return
@@ -39,7 +40,9 @@ def pytest_collection_modifyitems(config, items):
   def runs(item):
     if item.get_closest_marker("gpu"):
       return False
-    if runs_all or not item.get_closest_marker("sampled"):
+    if runs_all or item.get_closest_marker("always"):
+      return True
+    if not item.get_closest_marker("sampled"):
       return True
     return zlib.crc32(item.nodeid.encode()) % 4 == 0
 

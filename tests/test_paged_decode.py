@@ -475,6 +475,7 @@ def test_dtypes_must_agree():
 @pytest.mark.skipif(
   cases.ON_HOPPER, reason="only the interpreter looks for races"
 )
+@pytest.mark.always
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_no_memory_is_reused_before_it_was_read(head_dim, capfd):
   problem = _make([70, 130, 0], head_dim=head_dim)

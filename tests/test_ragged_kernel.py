@@ -514,6 +514,7 @@ def test_a_window_must_be_causal():
 @pytest.mark.skipif(
   cases.ON_HOPPER, reason="only the interpreter looks for races"
 )
+@pytest.mark.always
 @pytest.mark.parametrize("config", [SMALL, SPLIT])
 def test_no_memory_is_reused_before_it_was_read(config, capfd):
   problem = _make(kv_lens=[150, 9, 70], q_lens=[70, 9, 1])
