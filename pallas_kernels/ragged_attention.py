@@ -346,7 +346,8 @@ def _for_each_item(problem, gmem, smem, step):
     return before.add(item)
 
   def take_piece(piece, before):
-    tile = ragged_schedule.load(gmem.tiles, piece.seq, gmem.holes)
+    tile = ragged_schedule.load(gmem.tiles, piece.seq)
+    tile = ragged_schedule.add_holes(tile, gmem.holes)
     tiles = visited(tile)
     item = Item(
       nth=piece.seq,

@@ -21,7 +21,7 @@ about the same, read the same keys at about the same time, from the L2 cache.
 The list depends on lengths, so it is made on the device, and on nothing else,
 so it is made once for all layers of a step: they ask for the same, and the
 compiler computes it once. Page indices differ from layer to layer, so which
-sequences have unmapped pages is told beside it (`load`).
+sequences have unmapped pages is told beside it (`add_holes`).
 """
 
 import dataclasses
@@ -154,19 +154,24 @@ def _rank(costs: Int[Array, " n"]) -> Int[Array, " n"]:
   return jnp.sum(dearer | same, axis=1, dtype=jnp.int32)
 
 
-def load(tiles_gmem, nth, holes_gmem=None) -> Tile:
+def load(tiles_gmem, nth) -> Tile:
   """Loads the nth tile of the list, in a kernel.
 
   Args:
     tiles_gmem: see `Plan`.
     nth: place of the tile in the list.
-    holes_gmem: i32[num_seqs], 1 of sequences with unmapped pages, or 0; None
-      if nobody asks. It is no part of the list, which so depends on lengths
-      alone.
   """
-  tile = Tile(*(tiles_gmem[nth, i] for i in range(tiles_gmem.shape[1])))
-  if holes_gmem is None:
-    return tile
+  return Tile(*(tiles_gmem[nth, i] for i in range(tiles_gmem.shape[1])))
+
+
+def add_holes(tile: Tile, holes_gmem) -> Tile:
+  """Returns a tile that knows whether its sequence has unmapped pages.
+
+  Args:
+    tile: the tile.
+    holes_gmem: i32[num_seqs], 1 of sequences with unmapped pages, or 0. It is
+      no part of the list, which so depends on lengths alone.
+  """
   return tile._replace(has_holes=holes_gmem[tile.seq])
 
 
@@ -191,11 +196,13 @@ def for_each_item[C](
   def load_item(turn):
     item = jnp.minimum(turn * num_programs + place(turn), num_items - 1)
     nth, head = lax.div(item, num_kv_heads), lax.rem(item, num_kv_heads)
-    return nth, load(tiles_gmem, nth, holes_gmem), head
+    return nth, load(tiles_gmem, nth), head
 
-  # The next item is on its way while this one is attended.
+  # The next item is on its way while this one is attended. Whether its sequence
+  # has holes is asked later, or it would be waited for here.
   def take(turn, state):
     (nth, tile, head), carry = state
+    tile = add_holes(tile, holes_gmem)
     next_item = load_item(turn + 1)
     return next_item, step(nth, tile, head, carry)
 
