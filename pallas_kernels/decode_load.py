@@ -8,8 +8,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import kv_ring
+from pallas_kernels import kv_ring, warps
 from pallas_kernels.decode_problem import Problem
+from pallas_kernels.warps import Share
 
 
 def run(problem: Problem, gmem, smem, for_each_piece: Callable) -> None:
@@ -21,17 +22,22 @@ def run(problem: Problem, gmem, smem, for_each_piece: Callable) -> None:
     smem: what `scratch` asks for.
     for_each_piece: folds a function over the program's pieces.
   """
-  num_tiles, num_pieces = for_each_piece(
-    (jnp.int32(0), jnp.int32(0)),
-    functools.partial(_load_piece, problem, gmem, smem),
+  chunks = list(range(problem.num_chunks))
+  for_each_warp = functools.partial(
+    warps.for_each_warp,
+    Share(k=chunks, v=chunks, q=[None]),
+    interpreted=problem.interpret is not None,
   )
 
-  # As in `kv_ring.drain`.
-  @pl.when(num_pieces > 0)
-  def _():
-    plgpu.barrier_wait(smem.q_consumed)
+  def load_piece(piece, carry):
+    num_before, _ = carry
+    tiles, num_tiles = visited(problem, gmem, piece)
+    at = piece, tiles, num_before, num_tiles
+    for_each_warp(functools.partial(_load_piece, problem, gmem, smem, at))
+    return num_before + num_tiles, piece.nth + 1
 
-  kv_ring.drain(problem, smem, num_tiles)
+  count = for_each_piece((jnp.int32(0), jnp.int32(0)), load_piece)
+  for_each_warp(functools.partial(_drain, problem, smem, *count))
 
 
 def visited(problem, gmem, piece):
@@ -48,28 +54,48 @@ def visited(problem, gmem, piece):
   return tiles, jnp.where(tiles.num_visited > 0, piece.num_tiles, 0)
 
 
-def for_each_tile(problem, gmem, piece, tiles, num_tiles, carry, step):
+def for_each_tile(
+  problem, gmem, piece, tiles, num_tiles, carry, step, chunks=None
+):
   """Folds `step(i, base, ids, carry)` over the tiles of a piece.
 
-  The page ids of the next tile are on their way while a step waits.
+  The page ids of the next tile are on their way while a step waits. They are
+  those of `chunks`, of all if None.
   """
 
   def base(i):
     return tiles.base(piece.first + i)
 
+  def page_ids(i):
+    return kv_ring.page_ids(problem, gmem.table, piece.seq, base(i), chunks)
+
   def take(i, state):
     carry, ids = state
-    next_ids = kv_ring.page_ids(problem, gmem.table, piece.seq, base(i + 1))
+    next_ids = page_ids(i + 1)
     return step(i, base(i), ids, carry), next_ids
 
-  ids = kv_ring.page_ids(problem, gmem.table, piece.seq, base(0))
-  return lax.fori_loop(0, num_tiles, take, (carry, ids))[0]
+  return lax.fori_loop(0, num_tiles, take, (carry, page_ids(0)))[0]
 
 
-def _load_piece(problem, gmem, smem, piece, carry):
-  """Copies Q, and the tiles of K and V into their rings."""
-  num_before, _ = carry
-  tiles, num_tiles = visited(problem, gmem, piece)
+def _load_piece(problem, gmem, smem, at, share):
+  """Copies a share of Q, and of the tiles of K and V into their rings."""
+  piece, tiles, num_before, num_tiles = at
+  if share.q:
+    _load_queries(problem, gmem, smem, piece)
+  chunks = sorted({*share.k, *share.v})
+
+  def load(i, base, ids, carry):
+    page_of = dict(zip(chunks, ids, strict=True))
+    pages = [{j: page_of[j] for j in own} for own in (share.k, share.v)]
+    nth = num_before + i
+    kv_ring.load(problem, gmem, smem, piece.head, nth, base, pages)
+    return carry
+
+  for_each_tile(problem, gmem, piece, tiles, num_tiles, (), load, chunks)
+
+
+def _load_queries(problem, gmem, smem, piece):
+  """Copies Q, when that of the piece before was taken."""
 
   @pl.when(piece.nth > 0)
   def _():
@@ -83,10 +109,9 @@ def _load_piece(problem, gmem, smem, piece, carry):
   rows = gmem.q.at[pl.ds(row, problem.num_queries)]
   plgpu.copy_gmem_to_smem(rows, place, smem.q_loaded)
 
-  def load(i, base, ids, carry):
-    nth = num_before + i
-    kv_ring.load(problem, gmem, smem, piece.head, nth, base, ids)
-    return carry
 
-  for_each_tile(problem, gmem, piece, tiles, num_tiles, (), load)
-  return num_before + num_tiles, piece.nth + 1
+def _drain(problem, smem, num_tiles, num_pieces, share):
+  """Waits until all was taken, as in `kv_ring.drain`."""
+  kv_ring.drain(problem, smem, num_tiles, share)
+  if share.q:
+    pl.when(num_pieces > 0)(lambda: plgpu.barrier_wait(smem.q_consumed))

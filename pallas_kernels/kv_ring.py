@@ -1,6 +1,6 @@
 """The rings of KV tiles in shared memory, between a copy and a product.
 
-The warps of the memory warpgroup fill them, each some chunks; the compute
+The warps of the memory warpgroup fill them, each its share; the compute
 warpgroup takes a tile, as an operand of wgmma, or through registers if it is of
 8-bit numbers. The scales of their tokens come in rings of their own, and are
 left to the caller, who has fewer scores than there are numbers.
@@ -9,7 +9,7 @@ left to the caller, who has fewer scores than there are numbers.
   ring     |  tile 4   |  tile 5   |  tile 3   |         num_stages tiles
 """
 
-import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -19,17 +19,21 @@ from jax import lax
 
 from pallas_kernels import fragments
 from pallas_kernels.decode_problem import Problem
-from pallas_kernels.gpu import WARPS
+from pallas_kernels.warps import Share
 
 K, V = "k", "v"
 
 
-def page_ids(problem: Problem, table_gmem, seq, base):
-  """Returns the page of each chunk of the tile at a position.
+def page_ids(
+  problem: Problem, table_gmem, seq, base, chunks: Iterable[int] | None = None
+) -> list:
+  """Returns the page of chunks of the tile at a position, of all if None.
 
   Past the table's end, it is any page: it will be masked.
   """
-  starts = (base + j * problem.chunk for j in range(problem.num_chunks))
+  if chunks is None:
+    chunks = range(problem.num_chunks)
+  starts = (base + j * problem.chunk for j in chunks)
   columns = [lax.div(start, jnp.int32(problem.page_size)) for start in starts]
   last = problem.pages_per_seq - 1
   return [table_gmem[seq, jnp.minimum(column, last)] for column in columns]
@@ -41,35 +45,30 @@ def mapped_chunks(problem: Problem, ids):
   return sum(bit.astype(jnp.int32) << j for j, bit in enumerate(mapped))
 
 
-def load(problem: Problem, gmem, smem, head, nth, base, ids) -> None:
-  """Copies the program's nth tile of K and of V into their rings."""
+def load(problem: Problem, gmem, smem, head, nth, base, pages) -> None:
+  """Copies chunks of the program's nth tile of K and of V into their rings.
+
+  Args:
+    problem: what is static.
+    gmem: arrays in memory of the GPU.
+    smem: what `scratch` asks for.
+    head: the KV head.
+    nth: the tile, of the program's.
+    base: its first position.
+    pages: of K and of V, the page of each chunk to copy.
+  """
   slot = _slot(problem, nth)
-  for which in (K, V):
+  for which, page_of in zip((K, V), pages, strict=True):
+    if not page_of:
+      continue
     _, consumed = _barriers(smem, which)
 
     @pl.when(nth >= problem.config.num_stages)
     def _(consumed=consumed):
       plgpu.barrier_wait(consumed.at[slot])
 
-    places = which, head, slot, base
-    copy = functools.partial(_copy_chunk, problem, gmem, smem, *places)
-    # Where a tile is one chunk, other warps copy V than K.
-    _share(copy, ids, problem.num_chunks if which == V else 0)
-
-
-def _share(copy, ids, first):
-  """Lets each warp copy some chunks, the first of them by warp `first`.
-
-  By the warpgroup, all of its warps would carry out what one thread needs, and
-  wait for each other before each copy. So they do once, before and after all of
-  them: a warp that copies nothing cannot miss that a tile was taken.
-  """
-
-  @plgpu.warp_map
-  def _(warp):
-    for j, page in enumerate(ids):
-      is_its = warp == (first + j) % WARPS
-      pl.when(is_its)(functools.partial(copy, j, page))
+    for j, page in page_of.items():
+      _copy_chunk(problem, gmem, smem, which, head, slot, base, j, page)
 
 
 def _copy_chunk(problem, gmem, smem, which, head, slot, base, j, page):
@@ -100,15 +99,16 @@ def _copy_chunk(problem, gmem, smem, which, head, slot, base, j, page):
     )
 
 
-def drain(problem: Problem, smem, num_tiles) -> None:
-  """Waits until all tiles were taken.
+def drain(problem: Problem, smem, num_tiles, share: Share) -> None:
+  """Waits until all tiles were taken, of the rings that have a share.
 
   No barrier may be left with a completion that nobody waited for.
   """
+  rings = [x for x, chunks in ((K, share.k), (V, share.v)) if chunks]
 
   @pl.loop(jnp.maximum(num_tiles - problem.config.num_stages, 0), num_tiles)
   def _(nth):
-    for which in (K, V):
+    for which in rings:
       _, consumed = _barriers(smem, which)
       plgpu.barrier_wait(consumed.at[_slot(problem, nth)])
 

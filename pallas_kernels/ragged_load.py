@@ -3,23 +3,15 @@
 import functools
 import itertools
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.gpu import WARPS
+from pallas_kernels import warps
 from pallas_kernels.ragged_problem import Count, Problem, Work
-
-
-class Share(NamedTuple):
-  """What of each tile, and of Q, a warp copies, or a warpgroup."""
-
-  k: list[int]  # chunks
-  v: list[int]
-  q: list[tuple[int, int]]  # warpgroups that compute, and columns of tiles
+from pallas_kernels.warps import Share
 
 
 def run(problem: Problem, smem, walk) -> None:
@@ -30,12 +22,13 @@ def run(problem: Problem, smem, walk) -> None:
     smem: shared memory and barriers.
     walk: calls a function with each `Work`, and returns their `Count`.
   """
-
-  def load_item(work):
-    _for_each_warp(problem, functools.partial(_load_item, work))
-
-  count = walk(load_item)
-  _for_each_warp(problem, functools.partial(drain, problem, smem, count))
+  for_each_warp = functools.partial(
+    warps.for_each_warp,
+    whole(problem),
+    interpreted=problem.interpret is not None,
+  )
+  count = walk(lambda work: for_each_warp(functools.partial(_load_item, work)))
+  for_each_warp(functools.partial(drain, problem, smem, count))
 
 
 def whole(problem: Problem) -> Share:
@@ -80,42 +73,8 @@ def page_ids(work: Work, base, chunks: Iterable[int] | None = None) -> list:
   return [work.gmem.table[seq, jnp.minimum(column, last)] for column in columns]
 
 
-def _for_each_warp(problem, step):
-  """Calls `step(share)` in each warp, for it to go its own way.
-
-  They share the slots of instructions with those that compute, so each copies
-  but its own part; they meet before and after. The interpreter has one warp
-  after the other, which would wait for ever: there, the warpgroup copies all.
-  """
-  share = whole(problem)
-  if problem.interpret is not None:
-    step(share)
-    return
-
-  @plgpu.warp_map
-  def _(warp):
-    for nth in range(WARPS):
-      part = _part(share, nth)
-      pl.when(warp == nth)(functools.partial(step, part))
-
-
-def _part(share: Share, warp: int) -> Share:
-  """Returns what a warp copies: all of it goes round."""
-
-  def own[T](tasks: list[T], num_before: int) -> list[T]:
-    numbered = enumerate(tasks, num_before)
-    return [task for i, task in numbered if i % WARPS == warp]
-
-  num = len(share.k)
-  return Share(own(share.k, 0), own(share.v, num), own(share.q, 2 * num))
-
-
 def _load_item(work, share):
-  """Copies Q, and the tiles of K and V into their rings, or a part of them.
-
-  Whoever copies nothing to a ring does not wait for it either: nobody would
-  wait for him, and he could miss that it was taken twice.
-  """
+  """Copies Q, and the tiles of K and V into their rings, or a part of them."""
   chunks = sorted({*share.k, *share.v})
   # With room for one Q, K comes first: there may be room for it before.
   is_q_first = work.problem.config.num_q_stages > 1
