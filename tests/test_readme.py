@@ -151,29 +151,53 @@ def _best(records, case, side, unit):
   )
 
 
-def test_decode_figures_are_those_of_the_results():
-  records = list(_records(_result("rivals")))
+def _ceiling(records):
+  """GB/s at which a run read random pages."""
   (ceiling,) = (r["GBps"] for r in records if "4 KB" in r.get("name", ""))
+  return ceiling
+
+
+def test_decode_figures_are_those_of_the_results():
+  words = " ".join(TEXT.split())
+  records = list(_records(_result("rivals")))
+  again = list(_records(_result("rivals_flashinfer")))
+  ceiling = _ceiling(records)
   longs = _result("decode_long_batches")["cases"]
-  longs = {r["case"]: f"{r['us']:.0f}" for r in longs}
-  assert f"{ceiling:.0f} GB/s at which" in TEXT
+  longs = {r["case"]: r["us"] for r in longs}
+  assert f"{ceiling:.0f} GB/s at which" in words
+  assert f"reads such pages at {_ceiling(again):.0f} GB/s" in words
+  ratios = []
   for label, case in CASES.items():
     cells = []
     for side in SIDES:
       us, speed = _best(records, f"d_{case}", side, "GBps")
       cells.append(f"{us:.0f} ({100 * speed / ceiling:.0f} %)")
-    cells.insert(1, longs[f"d_{case}"])
+    us = longs[f"d_{case}"]
+    cells.insert(1, f"{us:.0f}")
     assert f"| {label} | {' | '.join(cells)} |" in TEXT
+    ratios.append(us / _best(again, f"d_{case}", "fi_", "GBps")[0])
+  span = f"{min(ratios):.2f} and {max(ratios):.2f} times what FlashInfer's"
+  assert f"takes between {span}" in words
 
 
 def test_prefill_figures_are_those_of_the_results():
-  records = list(_records(_result("rivals")))
-  (most,) = (r["TFLOPs"] for r in records if "8192^3" in r.get("name", ""))
-  assert f"product of matrices reaches {most:.0f}." in " ".join(TEXT.split())
+  runs = [
+    list(_records(_result(name))) for name in ("rivals", "rivals_flashinfer")
+  ]
+  most, again = (
+    f"{r['TFLOPs']:.0f}"
+    for records in runs
+    for r in records
+    if "8192^3" in r.get("name", "")
+  )
+  text = f"reaches {most} in the first run and {again} in the second."
+  assert text in " ".join(TEXT.split())
+  columns = [(runs[0], side) for side in PREFILL_SIDES]
+  columns += [(runs[1], side) for side in PREFILL_SIDES[:2]]
   for label, case in PREFILL_CASES.items():
     cells = [
       f"{best[0]:.0f} ({best[1]:.0f})" if best else ""
-      for side in PREFILL_SIDES
+      for records, side in columns
       for best in [_best(records, f"p_{case}", side, "TFLOPs")]
     ]
     assert f"| {label} | {' | '.join(cells)} |" in TEXT
@@ -186,6 +210,7 @@ def test_figures_of_options_and_mixtures_are_those_of_the_results():
   int8, fp8 = us(narrow["int8"]), us(narrow["float8_e4m3fn"])
   wide = f"where bfloat16 takes {us(narrow['bfloat16']):.0f},"
   assert f"take {int8:.0f} and {fp8:.0f} us for 64 x 8k {wide}" in words
+  assert f"loop itself takes {us(decode['loop_alone']):.0f}." in words
   pages = decode["page_sizes"]["same"].values()
   span = f"({max(map(us, pages)):.0f} to {min(map(us, pages)):.0f} us"
   assert span in words
