@@ -1,4 +1,8 @@
-"""The memory warpgroup of the decode kernel, and the way both warpgroups go."""
+"""The memory warpgroup of the decode kernel, and the way both warpgroups go.
+
+The warps that copy go through the tiles of a piece each on its own (`warps`),
+and meet between pieces.
+"""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +12,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import kv_ring, warps
+from pallas_kernels import kv_ring, kv_tiles, warps
 from pallas_kernels.decode_problem import Problem
 from pallas_kernels.warps import Share
 
@@ -25,7 +29,7 @@ def run(problem: Problem, gmem, smem, for_each_piece: Callable) -> None:
   chunks = list(range(problem.num_chunks))
   for_each_warp = functools.partial(
     warps.for_each_warp,
-    Share(k=chunks, v=chunks, q=[None]),
+    Share(k=chunks, v=chunks, q=[None]),  # Q is one copy
     interpreted=problem.interpret is not None,
   )
 
@@ -62,12 +66,15 @@ def for_each_tile(
   The page ids of the next tile are on their way while a step waits. They are
   those of `chunks`, of all if None.
   """
+  if chunks is None:
+    chunks = range(problem.num_chunks)
 
   def base(i):
     return tiles.base(piece.first + i)
 
   def page_ids(i):
-    return kv_ring.page_ids(problem, gmem.table, piece.seq, base(i), chunks)
+    sizes = dict(chunk=problem.chunk, page_size=problem.page_size)
+    return kv_tiles.page_ids(gmem.table, piece.seq, base(i), chunks, **sizes)
 
   def take(i, state):
     carry, ids = state
@@ -82,16 +89,13 @@ def _load_piece(problem, gmem, smem, at, share):
   piece, tiles, num_before, num_tiles = at
   if share.q:
     _load_queries(problem, gmem, smem, piece)
-  chunks = sorted({*share.k, *share.v})
 
   def load(i, base, ids, carry):
-    page_of = dict(zip(chunks, ids, strict=True))
-    pages = [{j: page_of[j] for j in own} for own in (share.k, share.v)]
-    nth = num_before + i
+    pages, nth = share.pages(ids), num_before + i
     kv_ring.load(problem, gmem, smem, piece.head, nth, base, pages)
     return carry
 
-  for_each_tile(problem, gmem, piece, tiles, num_tiles, (), load, chunks)
+  for_each_tile(problem, gmem, piece, tiles, num_tiles, (), load, share.chunks)
 
 
 def _load_queries(problem, gmem, smem, piece):

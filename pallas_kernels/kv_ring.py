@@ -9,7 +9,6 @@ left to the caller, who has fewer scores than there are numbers.
   ring     |  tile 4   |  tile 5   |  tile 3   |         num_stages tiles
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -22,21 +21,6 @@ from pallas_kernels.decode_problem import Problem
 from pallas_kernels.warps import Share
 
 K, V = "k", "v"
-
-
-def page_ids(
-  problem: Problem, table_gmem, seq, base, chunks: Iterable[int] | None = None
-) -> list:
-  """Returns the page of chunks of the tile at a position, of all if None.
-
-  Past the table's end, it is any page: it will be masked.
-  """
-  if chunks is None:
-    chunks = range(problem.num_chunks)
-  starts = (base + j * problem.chunk for j in chunks)
-  columns = [lax.div(start, jnp.int32(problem.page_size)) for start in starts]
-  last = problem.pages_per_seq - 1
-  return [table_gmem[seq, jnp.minimum(column, last)] for column in columns]
 
 
 def mapped_chunks(problem: Problem, ids):
@@ -55,12 +39,12 @@ def load(problem: Problem, gmem, smem, head, nth, base, pages) -> None:
     head: the KV head.
     nth: the tile, of the program's.
     base: its first position.
-    pages: of K and of V, the page of each chunk to copy.
+    pages: of K and of V, the page of each chunk to copy, by chunk.
   """
   slot = _slot(problem, nth)
   for which, page_of in zip((K, V), pages, strict=True):
     if not page_of:
-      continue
+      continue  # nor wait, see `warps.for_each_warp`
     _, consumed = _barriers(smem, which)
 
     @pl.when(nth >= problem.config.num_stages)

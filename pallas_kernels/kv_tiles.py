@@ -8,6 +8,7 @@ only the tiles of the sink tokens and those of the window are visited:
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -80,6 +81,27 @@ class Tiles:
       return sees
     in_window = base >= self.kv_len - self.sliding_window
     return sees & (in_window | (end <= self.num_sink_tokens))
+
+
+def page_ids(
+  table_gmem, seq, base, chunks: Iterable[int], *, chunk: int, page_size: int
+) -> list[Array]:
+  """Returns the pages of chunks of the tile at a position, in a kernel.
+
+  Past the table's end, it is any page: it will be masked.
+
+  Args:
+    table_gmem: the page table, in memory of the GPU.
+    seq: the sequence.
+    base: the position.
+    chunks: which chunks of the tile.
+    chunk: positions of a chunk, which are of one page.
+    page_size: positions of a page.
+  """
+  starts = (base + j * chunk for j in chunks)
+  columns = [lax.div(start, jnp.int32(page_size)) for start in starts]
+  last = table_gmem.shape[1] - 1
+  return [table_gmem[seq, jnp.minimum(column, last)] for column in columns]
 
 
 def visit(

@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import warps
+from pallas_kernels import kv_tiles, warps
 from pallas_kernels.ragged_problem import Count, Problem, Work
 from pallas_kernels.warps import Share
 
@@ -60,36 +60,32 @@ def drain(problem: Problem, smem, count: Count, share: Share) -> None:
 
 
 def page_ids(work: Work, base, chunks: Iterable[int] | None = None) -> list:
-  """Returns the page of chunks of the tile at a position, of all if None.
-
-  Past the table's end, it is any page: it will be masked.
-  """
+  """Returns the page of chunks of the tile at a position, of all if None."""
   problem = work.problem
   if chunks is None:
     chunks = range(problem.num_chunks)
-  starts = (base + j * problem.chunk for j in chunks)
-  columns = [lax.div(start, jnp.int32(problem.page_size)) for start in starts]
-  last, seq = problem.pages_per_seq - 1, work.item.tile.seq
-  return [work.gmem.table[seq, jnp.minimum(column, last)] for column in columns]
+  sizes = dict(chunk=problem.chunk, page_size=problem.page_size)
+  table, seq = work.gmem.table, work.item.tile.seq
+  return kv_tiles.page_ids(table, seq, base, chunks, **sizes)
 
 
 def _load_item(work, share):
   """Copies Q, and the tiles of K and V into their rings, or a part of them."""
-  chunks = sorted({*share.k, *share.v})
+  chunks = share.chunks
   # With room for one Q, K comes first: there may be room for it before.
   is_q_first = work.problem.config.num_q_stages > 1
 
   # The page ids of the next tile are on their way while this one waits.
   def load(i, ids):
     next_ids = page_ids(work, work.base(i + 1), chunks)
-    pages = dict(zip(chunks, ids, strict=True))
+    k_pages, v_pages = share.pages(ids)
     load_q = functools.partial(load_queries, work, share.q)
     if is_q_first:
       pl.when(i == 0)(load_q)
-    _load_tile(work, "k", i, {j: pages[j] for j in share.k})
+    _load_tile(work, "k", i, k_pages)
     if not is_q_first:
       pl.when(i == 0)(load_q)
-    _load_tile(work, "v", i, {j: pages[j] for j in share.v})
+    _load_tile(work, "v", i, v_pages)
     return next_ids
 
   ids = page_ids(work, work.base(0), chunks)
@@ -97,9 +93,12 @@ def _load_item(work, share):
 
 
 def load_queries(work: Work, places: list[tuple[int, int]]) -> None:
-  """Copies parts of Q, see `Share`; past the last token, there are zeros."""
+  """Copies parts of Q: columns of tiles of warpgroups that compute.
+
+  Past the last token, there are zeros.
+  """
   if not places:
-    return
+    return  # nor wait, see `warps.for_each_warp`
   problem, smem, item, slot = work.problem, work.smem, work.item, work.q_slot
 
   @pl.when(work.before.num_items >= problem.config.num_q_stages)
@@ -126,7 +125,7 @@ def _load_tile(work, which, i, pages):
     pages: the page of each chunk to copy.
   """
   if not pages:
-    return
+    return  # nor wait
   problem, slot, base = work.problem, work.slot(i), work.base(i)
   source, chunk = getattr(work.gmem, which), problem.chunk
   ring, loaded, consumed = (

@@ -2,10 +2,11 @@
 
 By the warpgroup, all of its warps would carry out what one thread needs, in the
 slots of those that compute, and wait for each other before each copy. So each
-goes its own way through the tiles of an item, and copies but a part:
+goes its own way through the tiles of an item, or of a piece of one, and copies
+but a part:
 
-  chunks   K 0   K 1   K 2   V 0   V 1   V 2   Q 0
-  warp      0     1     2     3     0     1     2
+  chunks   K 0   K 1   V 0   V 1   Q
+  warp      0     1     2     3    0
 """
 
 import functools
@@ -23,7 +24,17 @@ class Share(NamedTuple):
 
   k: list[int]  # chunks
   v: list[int]
-  q: list[Any]  # parts
+  q: list[Any]  # parts, whatever the caller makes of them
+
+  @property
+  def chunks(self) -> list[int]:
+    """Chunks of K or of V."""
+    return sorted({*self.k, *self.v})
+
+  def pages(self, ids: list[Any]) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Returns the page of each chunk of K, and of V; `ids` are of `chunks`."""
+    page_of = dict(zip(self.chunks, ids, strict=True))
+    return {j: page_of[j] for j in self.k}, {j: page_of[j] for j in self.v}
 
 
 def for_each_warp(
