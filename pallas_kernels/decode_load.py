@@ -30,7 +30,8 @@ def run(problem: Problem, gmem, smem, for_each_piece: Callable) -> None:
   for_each_warp = functools.partial(
     warps.for_each_warp,
     Share(k=chunks, v=chunks, q=[None]),  # Q is one copy
-    interpreted=problem.interpret is not None,
+    first_thread=1,
+    interpret=problem.interpret,
   )
 
   def load_piece(piece, carry):

@@ -50,6 +50,7 @@ from pallas_kernels import (
   partials,
   schedule,
   tree_bits,
+  warps,
 )
 from pallas_kernels.decode_config import (
   REDUCTION_BYTES,
@@ -292,7 +293,7 @@ def _launch(
     scratch_types=scratch(problem),
     grid=(config.num_programs,),
     grid_names=("program",),
-    num_threads=2,
+    num_threads=1 + warps.num_threads(problem.interpret),
     thread_name="warpgroup",
     compiler_params=plgpu.CompilerParams(
       approx_math=True,
@@ -365,6 +366,6 @@ def _body(problem, *refs, **smem):
   def _compute():
     decode_compute.run(problem, gmem, smem, for_each_piece)
 
-  @pl.when(lax.axis_index("warpgroup") == 1)
+  @pl.when(lax.axis_index("warpgroup") > 0)
   def _memory():
     decode_load.run(problem, gmem, smem, for_each_piece)

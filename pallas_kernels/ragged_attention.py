@@ -50,6 +50,7 @@ from pallas_kernels import (
   ragged_widen,
   schedule,
   tree_bits,
+  warps,
 )
 from pallas_kernels.decode_config import is_quantised
 from pallas_kernels.page_checks import check_pages
@@ -241,13 +242,17 @@ def _launch(
     costs = jnp.maximum(plan.costs, 1)
     dealt = schedule.deal(costs, problem.num_kv_heads, config.num_programs)
   heads = q.reshape(problem.num_tokens, -1, group, problem.head_dim)
+  # Tiles of 8-bit numbers are widened by all warps together.
+  num_loaders = (
+    1 if problem.is_quantised else warps.num_threads(problem.interpret)
+  )
   kernel = plgpu.kernel(
     functools.partial(_body, problem),
     out_type=ragged_output.shapes(problem),
     scratch_types=scratch(problem),
     grid=(config.num_programs,),
     grid_names=("program",),
-    num_threads=config.num_compute_wgs + 1,
+    num_threads=config.num_compute_wgs + num_loaders,
     thread_name="warpgroup",
     compiler_params=COMPILER_PARAMS,
     interpret=problem.interpret,
@@ -317,7 +322,7 @@ def _body(problem, *refs, **smem):
       plgpu.set_max_registers(num_registers[0], action="increase")
     ragged_compute.run(problem, smem, walk)
 
-  @pl.when(wg == num_wgs)
+  @pl.when(wg >= num_wgs)
   def _memory():
     if num_wgs > 1:
       plgpu.set_max_registers(num_registers[1], action="decrease")

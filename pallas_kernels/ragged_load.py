@@ -25,7 +25,8 @@ def run(problem: Problem, smem, walk) -> None:
   for_each_warp = functools.partial(
     warps.for_each_warp,
     whole(problem),
-    interpreted=problem.interpret is not None,
+    first_thread=problem.config.num_compute_wgs,
+    interpret=problem.interpret,
   )
   count = walk(lambda work: for_each_warp(functools.partial(_load_item, work)))
   for_each_warp(functools.partial(drain, problem, smem, count))

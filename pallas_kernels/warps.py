@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax import lax
 
 from pallas_kernels.gpu import WARPS
 
@@ -37,8 +38,25 @@ class Share(NamedTuple):
     return {j: page_of[j] for j in self.k}, {j: page_of[j] for j in self.v}
 
 
+def num_threads(interpret: plgpu.InterpretGPUParams | None) -> int:
+  """Returns how many threads of a kernel the warpgroup is.
+
+  The interpreter has one warp after the other, which would wait for ever. There
+  the warpgroup copies all, or, where races are looked for, a thread stands for
+  each warp, which takes longer.
+
+  Args:
+    interpret: parameters of the interpreter, None on a GPU.
+  """
+  return WARPS if interpret is not None and interpret.detect_races else 1
+
+
 def for_each_warp(
-  share: Share, step: Callable[[Share], None], *, interpreted: bool
+  share: Share,
+  step: Callable[[Share], None],
+  *,
+  first_thread: int,
+  interpret: plgpu.InterpretGPUParams | None,
 ) -> None:
   """Calls `step(part of the share)` in each warp, for it to go its own way.
 
@@ -48,18 +66,21 @@ def for_each_warp(
   Args:
     share: what the warpgroup copies.
     step: the function.
-    interpreted: whether there is no GPU. The interpreter has one warp after the
-      other, which would wait for ever: there, the warpgroup copies all.
+    first_thread: of those that the warpgroup is, see `num_threads`.
+    interpret: parameters of the interpreter, None on a GPU.
   """
-  if interpreted:
-    step(share)
-    return
 
-  @plgpu.warp_map
-  def _(warp):
+  def go(warp):
     for nth in range(WARPS):
       part = part_of(share, nth)
       pl.when(warp == nth)(functools.partial(step, part))
+
+  if interpret is None:
+    plgpu.warp_map(go)
+  elif num_threads(interpret) == 1:
+    step(share)
+  else:
+    go(lax.axis_index("warpgroup") - first_thread)
 
 
 def part_of(share: Share, warp: int) -> Share:

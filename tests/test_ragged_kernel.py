@@ -518,8 +518,10 @@ def test_a_window_must_be_causal():
 @pytest.mark.parametrize("config", [SMALL, SPLIT])
 def test_no_memory_is_reused_before_it_was_read(config, capfd):
   problem = _make(kv_lens=[150, 9, 70], q_lens=[70, 9, 1])
+  # Here, and only here, threads stand for the warps that copy (`warps`).
   interpret = plgpu.InterpretGPUParams(detect_races=True)
-  _run(problem, config=config, interpret=interpret)
+  each_warp = _run(problem, config=config, interpret=interpret)
+  _assert_same_bits(each_warp, _run(problem, config=config))
   quantised = cases.quantise(problem, "int8")
   _run(*quantised, config=config, interpret=interpret)
   assert "RACE" not in capfd.readouterr().out

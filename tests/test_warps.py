@@ -20,3 +20,9 @@ def test_each_chunk_is_copied_by_one_warp(num_chunks, num_columns):
     assert sorted(copied) == getattr(share, name)
   sizes = [sum(map(len, part)) for part in parts]
   assert max(sizes) - min(sizes) <= 1
+
+
+def test_pages_are_those_of_the_chunks_of_keys_and_of_values():
+  share = warps.Share(k=[2], v=[1, 2], q=[])
+  assert share.chunks == [1, 2]
+  assert share.pages([70, 80]) == ({2: 80}, {1: 70, 2: 80})
