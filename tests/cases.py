@@ -132,6 +132,12 @@ def quantise_rows(rows, kv_dtype):
   return data.astype(kv_dtype), scales
 
 
+def assert_same_bits(a, b):
+  """Compares pairs of arrays, NaN and all."""
+  for x, y in zip(a, b, strict=True):
+    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
 def on_device(options):
   """The same options, with arrays as the ops take them."""
   return {

@@ -13,11 +13,6 @@ import paged_jax
 from paged_jax import cascade
 
 
-def _assert_same_bits(a, b):
-  for x, y in zip(a, b, strict=True):
-    np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-
-
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.RUNS)
 @pytest.mark.parametrize("num_shared", [0, 1, 5, 20])
 def test_matches_the_oracle_for_shared_lengths(
@@ -93,7 +88,7 @@ def test_rows_that_cannot_share_attend_all_on_their_own(implementation, dtype):
   beyond = dataclasses.replace(problem, kv_lens=problem.kv_lens.copy())
   beyond.kv_lens[7], beyond.kv_lens[0] = 2**31 - 1, -(2**31)
   expected = prefixes.run(problem, 5, implementation=implementation)
-  _assert_same_bits(
+  cases.assert_same_bits(
     prefixes.run(beyond, 5, implementation=implementation), expected
   )
 
@@ -112,7 +107,7 @@ def test_what_a_row_that_does_not_share_asks_leaves_no_trace(
     np.asarray(x) for x in prefixes.run(p, 5, implementation=implementation)
   ]
   clean, dirty = run(problem), run(spoilt)
-  _assert_same_bits([x[:3] for x in clean], [x[:3] for x in dirty])
+  cases.assert_same_bits([x[:3] for x in clean], [x[:3] for x in dirty])
   assert not dirty[0][0].any()
   assert np.isnan(dirty[0][3]).all()
 
@@ -156,7 +151,7 @@ def test_unread_memory_leaves_no_trace(implementation, dtype, poison):
   run = lambda value: prefixes.run(
     prefixes.make(poison=value, dtype=dtype), 5, implementation=implementation
   )
-  _assert_same_bits(run(0.0), run(poison))
+  cases.assert_same_bits(run(0.0), run(poison))
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.FEW_RUNS)
@@ -168,7 +163,7 @@ def test_two_runs_are_bitwise_equal(implementation, dtype, batch_invariant):
     implementation=implementation,
     batch_invariant=batch_invariant,
   )
-  _assert_same_bits(run(), run())
+  cases.assert_same_bits(run(), run())
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.FEW_RUNS)
@@ -188,7 +183,9 @@ def test_batch_invariance_is_handed_to_both_parts(implementation, dtype):
     kv_lens=problem.kv_lens[rows],
     page_indices=problem.page_indices[rows],
   )
-  _assert_same_bits(prefixes.run(few, 40, **options), (out[rows], lse[rows]))
+  cases.assert_same_bits(
+    prefixes.run(few, 40, **options), (out[rows], lse[rows])
+  )
 
 
 def test_all_shared_lengths_share_one_program():

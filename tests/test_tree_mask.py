@@ -88,11 +88,6 @@ def _check(problem, implementation, *, max_q_len=None, **options):
   cases.assert_matches(out, lse, *expected, problem.q.dtype)
 
 
-def _assert_same_bits(a, b):
-  for x, y in zip(a, b, strict=True):
-    assert x.tobytes() == y.tobytes()
-
-
 def _poison(problem, seq, columns):
   """Fills K and V of new tokens of a sequence with NaN."""
   problem = dataclasses.replace(
@@ -187,7 +182,7 @@ def test_a_chain_is_causal(implementation, dtype, max_q_len, window):
   options = dict(max_q_len=max_q_len, batch_invariant=True)
   options |= dict(sliding_window=window)
   mask = _chains(problem, window)
-  _assert_same_bits(
+  cases.assert_same_bits(
     _run(problem, implementation, **options),
     _run(problem, implementation, **options, tree_mask=mask),
   )
@@ -206,7 +201,7 @@ def test_columns_past_the_query_tokens_are_ignored(
     problem.cu_q_lens[:-1], problem.cu_q_lens[1:], strict=True
   ):
     full[start:end, end - start :] = True
-  _assert_same_bits(
+  cases.assert_same_bits(
     _run(problem, implementation, tree_mask=mask, **options),
     _run(problem, implementation, tree_mask=full, **options),
   )
@@ -228,7 +223,7 @@ def test_a_new_token_that_none_sees_leaves_no_trace(
     poisoned = _poison(poisoned, seq, columns)
   clean = _run(problem, implementation, tree_mask=mask, **options)
   assert np.isfinite(clean[0].astype(np.float32)).all()
-  _assert_same_bits(
+  cases.assert_same_bits(
     clean, _run(poisoned, implementation, tree_mask=mask, **options)
   )
 
