@@ -138,10 +138,7 @@ def test_a_token_is_stored_the_same_whatever_comes_with_it(dtype):
 
 
 def _assert_same(pool, expected):
-  for a, b in zip(
-    jax.tree.leaves(pool), jax.tree.leaves(expected), strict=True
-  ):
-    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+  cases.assert_same_bits(jax.tree.leaves(pool), jax.tree.leaves(expected))
 
 
 def _filled(dtype):

@@ -162,8 +162,7 @@ def test_decode_figures_are_those_of_the_results():
   records = list(_records(_result("rivals")))
   again = list(_records(_result("rivals_flashinfer")))
   ceiling = _ceiling(records)
-  longs = _result("decode_long_batches")["cases"]
-  longs = {r["case"]: r["us"] for r in longs}
+  longs = {r["case"]: r for r in _result("decode_long_batches")["cases"]}
   assert f"{ceiling:.0f} GB/s at which" in words
   assert f"reads such pages at {_ceiling(again):.0f} GB/s" in words
   ratios = []
@@ -172,12 +171,24 @@ def test_decode_figures_are_those_of_the_results():
     for side in SIDES:
       us, speed = _best(records, f"d_{case}", side, "GBps")
       cells.append(f"{us:.0f} ({100 * speed / ceiling:.0f} %)")
-    us = longs[f"d_{case}"]
+    us = longs[f"d_{case}"]["us"]
     cells.insert(1, f"{us:.0f}")
     assert f"| {label} | {' | '.join(cells)} |" in TEXT
     ratios.append(us / _best(again, f"d_{case}", "fi_", "GBps")[0])
   span = f"{min(ratios):.2f} and {max(ratios):.2f} times what FlashInfer's"
   assert f"takes between {span}" in words
+  # How much later the host learns of the end of a batch than of a long one.
+  longer, late, a_call = [], [], []
+  for short in again:
+    long = longs.get(short.get("case"))
+    if short["type"] == "time" and short["peer"] == "ours" and long:
+      longer.append(long["n"] / short["n"])
+      a_call.append((short["us"] - long["us"]) / (1 - 1 / longer[-1]))
+      late.append(a_call[-1] * short["n"] / 1000)
+  bounds = lambda x, digits: f"{min(x):.{digits}f} to {max(x):.{digits}f}"
+  assert f"with batches {bounds(longer, 0)} times as long" in words
+  span = f"{bounds(late, 1)} ms late, {bounds(a_call, 0)} us a call"
+  assert f"learns it {span}" in words
 
 
 def test_prefill_figures_are_those_of_the_results():
