@@ -313,7 +313,7 @@ def _prefill(
 
   def step(_, state, llama, tokens, lens):
     cache = paged_cache.release(state[0], lens > 0)
-    return loop.prefill(llama, cache, tokens, lens, chunk=chunk)
+    return loop.prefill(llama, cache, tokens, lens, chunk=chunk)[:2]
 
   def verify(state):
     expected.append(np.asarray(state[1]))  # the state is donated

@@ -106,7 +106,7 @@ def search(
   flat = np.zeros(-(-lens.sum() // CHUNK) * CHUNK, np.int32)
   flat[: lens.sum()] = np.concatenate(prompts)
   prefill = jax.jit(loop.prefill, static_argnames="chunk", donate_argnums=1)
-  cache, logits = prefill(
+  cache, logits, _ = prefill(
     model, cache, jnp.asarray(flat), jnp.asarray(lens), chunk=CHUNK
   )
   scores = np.full((num_prompts, WIDTH), -np.inf, np.float32)

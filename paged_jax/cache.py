@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
-from paged_jax import kv_pool, page_table
+from paged_jax import devices, kv_pool, page_table
 from paged_jax.kv_pool import KVPool
 from paged_jax.page_table import PageTable
 from paged_jax.pytree import Leaf
@@ -25,6 +25,10 @@ class PagedCache:
 
   table: PageTable
   pool: KVPool
+  # Of every op that reads, writes or copies pages; None chooses for each.
+  implementation: str | None = dataclasses.field(
+    default=None, metadata=dict(static=True)
+  )
 
 
 @jax.tree_util.register_dataclass
@@ -51,17 +55,23 @@ def init(
   num_kv_heads: int,
   head_dim: int,
   dtype: DTypeLike = jnp.bfloat16,
+  implementation: str | None = None,
 ) -> PagedCache:
   """Returns an empty cache; arguments as in `page_table` and `kv_pool`.
+
+  `implementation`, `"mosaic_gpu"` or `"xla"`, holds for every op on the cache:
+  attention, writes and page copies. None chooses for each op.
 
   Raises:
     ValueError: If an argument is out of its range.
   """
+  devices.check_implementation(implementation)
   return PagedCache(
     table=page_table.init(num_pages, page_size, num_seqs, pages_per_seq),
     pool=kv_pool.init(
       num_pages, num_layers, num_kv_heads, page_size, head_dim, dtype
     ),
+    implementation=implementation,
   )
 
 
@@ -69,6 +79,8 @@ def begin_step(
   cache: PagedCache,
   q_lens: Int[Array, " num_seqs"],
   num_tokens: int,
+  *,
+  rows: Bool[Array, " num_seqs"] | None = None,
 ) -> tuple[PagedCache, Step]:
   """Reserves room for the next tokens of every row: prefill, chunk or mixture.
 
@@ -78,6 +90,8 @@ def begin_step(
     cache: The cache.
     q_lens: i32[num_seqs], new tokens of each row, 0 for none.
     num_tokens: Length of the flat token axis, at least the sum of `q_lens`.
+    rows: bool[num_seqs], rows that take part, all if None. Tokens of the others
+      are padding.
 
   Returns:
     The cache with lengths advanced for the rows that were served, and the
@@ -87,10 +101,14 @@ def begin_step(
   Raises:
     ValueError: As `page_table.append`.
   """
-  cache, ok = _append(cache, q_lens, num_tokens)
+  wanted = jnp.asarray(q_lens, jnp.int32)
+  if rows is not None:
+    page_table.check_rows(cache.table, rows)
+    wanted = jnp.where(rows, wanted, 0)
+  cache, ok = _append(cache, wanted, num_tokens)
   q_lens = jnp.maximum(jnp.asarray(q_lens, jnp.int32), 0)
   table = cache.table
-  takes_part = ok & (q_lens > 0)
+  takes_part = ok & (wanted > 0)
   kv_lens = jnp.where(takes_part, table.kv_lens, 0)
 
   ends = jnp.cumsum(q_lens, dtype=jnp.int32)
@@ -159,5 +177,8 @@ def _append(
     cache.table, num_new_tokens, max_new_tokens=max_new_tokens
   )
   copies = appended.copies
-  pool = kv_pool.copy_pages(cache.pool, copies.src, copies.dst)
-  return PagedCache(table=appended.table, pool=pool), appended.ok
+  pool = kv_pool.copy_pages(
+    cache.pool, copies.src, copies.dst, implementation=cache.implementation
+  )
+  cache = dataclasses.replace(cache, table=appended.table, pool=pool)
+  return cache, appended.ok

@@ -254,34 +254,48 @@ def copy_pages(
   pool: KVPool,
   src: Int[Array, " num_copies"],
   dst: Int[Array, " num_copies"],
+  *,
+  implementation: str | None = None,
 ) -> KVPool:
   """Returns the pool with pages copied, in all layers.
 
-  In place when the pool is donated or carried by a loop. On a Hopper GPU by a
-  kernel; elsewhere one copy at a time, and only those that there are: most
-  steps have none, and gathering a page for every row, of all layers, would
-  take more memory than the step itself.
+  In place when the pool is donated or carried by a loop. XLA makes one copy at
+  a time, and only those that there are: most steps have none, and gathering a
+  page for every row, of all layers, would take more memory than the step.
 
   Args:
     pool: The pool; donate it, and do not read the old one after the copy.
     src: i32[num_copies], pages to copy; clipped to the pool.
     dst: i32[num_copies], where to; `num_pages` for nothing. The others must
       differ from one another, and none of them be a source.
+    implementation: `"mosaic_gpu"`, a kernel for Hopper GPUs, `"xla"`, or None
+      to take the kernel where it can serve the pool.
 
   Raises:
-    ValueError: If `src` and `dst` are not vectors of the same length.
+    ValueError: If `src` and `dst` are not vectors of the same length, or
+      `implementation` is unknown.
+    NotImplementedError: If `implementation` cannot serve this pool here.
   """
   if src.ndim != 1 or src.shape != dst.shape:
-    raise ValueError(f"{src.shape=} and {dst.shape=} must be one length.")
-  by_kernel = devices.why_not_hopper() is None and not any(
-    page_copy.unsupported(x.shape[1:], x.dtype) for x in jax.tree.leaves(pool)
+    raise ValueError(
+      f"{src.shape=} and {dst.shape=} must be 1-D and of equal length."
+    )
+  implementation = devices.choose(
+    implementation, lambda: _why_not_copy_by_kernel(pool)
   )
-  if not by_kernel:
+  if implementation == "xla":
     return _copy_in_a_loop(pool, src, dst)
   # A process with a GPU may still compile for its CPU.
   return lax.platform_dependent(
     pool, src, dst, cuda=_copy_by_kernel, default=_copy_in_a_loop
   )
+
+
+def _why_not_copy_by_kernel(pool: KVPool) -> str | None:
+  reasons = (
+    page_copy.unsupported(x.shape[1:], x.dtype) for x in jax.tree.leaves(pool)
+  )
+  return devices.why_not_hopper() or next(filter(None, reasons), None)
 
 
 def _copy_by_kernel(pool: KVPool, src: Array, dst: Array) -> KVPool:

@@ -117,7 +117,7 @@ def untouched(monkeypatch):
     ),
     (
       [*PROMPT, "--implementation", "mosaic_gpu", "--dtype", "float32"],
-      "argument --implementation: 'mosaic_gpu' is not available: ",
+      "argument --implementation: 'mosaic_gpu' is not available for decode: ",
     ),
   ],
 )

@@ -12,6 +12,7 @@ import pytest
 import tiny_llama
 
 from paged_jax import cache as paged_cache
+from paged_jax import devices
 from paged_jax.generation import (
   CacheConfig,
   SamplingParams,
@@ -157,6 +158,61 @@ def test_a_prompt_without_pages_stops_and_the_others_go_on():
   assert list(result[2].token_ids) == _expected(1)[0][:3]
 
 
+def test_a_prompt_that_is_refused_on_the_device_never_samples():
+  # Of 4 pages, the first prompt needs 2 and the second 3: its second chunk is
+  # refused, and no later chunk is stored in its place.
+  run = _Loop([9, 23, 5], [3, 3, 3], num_pages=4, chunk=16)
+  state = run.prefilled()
+  assert state.status.tolist()[:3] == [
+    loop.RUNNING,
+    loop.OUT_OF_PAGES,
+    loop.RUNNING,
+  ]
+  assert state.num_new.tolist() == [1, 0, 1, 0]
+  assert state.cache.table.kv_lens.tolist() == [9, 0, 5, 0]
+  state = loop.decode(*run.decode_args(state))
+  for row, length in ((0, 9), (2, 5)):
+    assert state.tokens[row, :3].tolist() == _expected(length)[0][:3]
+  assert not state.tokens[1].any()
+
+
+def _kernels(implementation):
+  config = dataclasses.replace(tiny_llama.CONFIG, head_dim=64)
+  run = _Loop([9], [3], config=config, implementation=implementation)
+  state = jax.eval_shape(run.prefilled)
+  programs = (
+    jax.jit(loop.prefill, static_argnames="chunk").trace(
+      run.model, run.cache, run.tokens, run.lens, chunk=32
+    ),
+    jax.jit(loop.decode).trace(*run.decode_args(state)),
+  )
+  texts = [
+    program.lower(lowering_platforms=("cuda",)).as_text()
+    for program in programs
+  ]
+  names = "ragged_attention", "paged_decode", "write_tokens", "copy_pages"
+  return tuple({n for n in names if n in text} for text in texts)
+
+
+def test_the_implementation_of_the_cache_is_that_of_every_op(monkeypatch):
+  monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
+  with jax.numpy_dtype_promotion("standard"):  # Flax promotes in its norms
+    assert _kernels("xla") == (set(), set())
+    both = {"write_tokens", "copy_pages"}
+    for implementation in (None, "mosaic_gpu"):
+      assert _kernels(implementation) == (
+        both | {"ragged_attention"},
+        both | {"paged_decode"},
+      )
+
+
+def test_generate_hands_the_implementation_to_its_cache():
+  with pytest.raises(NotImplementedError, match="'mosaic_gpu' is not avail"):
+    _greedy([9], implementation="mosaic_gpu")
+  with pytest.raises(ValueError, match="implementation='cuda'"):
+    CacheConfig(implementation="cuda")
+
+
 def test_stream_grows_to_what_generate_returns():
   whole = _greedy()
   params = SamplingParams(max_new_tokens=NUM_NEW)
@@ -190,7 +246,15 @@ class _Loop:
   """The compiled loops on the tiny model, as `generate` runs them."""
 
   def __init__(
-    self, lens, num_new, num_pages=64, rows=4, config=None, kv_dtype=None
+    self,
+    lens,
+    num_new,
+    num_pages=64,
+    rows=4,
+    config=None,
+    kv_dtype=None,
+    chunk=32,
+    implementation=None,
   ):
     dtype = "float32" if config is None else "bfloat16"
     config = config or tiny_llama.CONFIG
@@ -207,19 +271,22 @@ class _Loop:
       num_kv_heads=config.num_kv_heads,
       head_dim=config.head_dim,
       dtype=kv_dtype or dtype,
+      implementation=implementation,
     )
+    self.chunk = chunk
     flat = [token for prompt in _prompts(lens) for token in prompt]
     self.tokens = (
       jnp.zeros(64, jnp.int32).at[: len(flat)].set(jnp.asarray(flat, jnp.int32))
     )
 
   def prefilled(self):
-    cache, logits = jax.jit(loop.prefill, static_argnames="chunk")(
-      self.model, self.cache, self.tokens, self.lens, chunk=32
+    cache, logits, ok = jax.jit(loop.prefill, static_argnames="chunk")(
+      self.model, self.cache, self.tokens, self.lens, chunk=self.chunk
     )
     return loop.start(
       cache,
       logits,
+      ok,
       jnp.where(self.lens > 0, loop.RUNNING, loop.LENGTH),
       self.max_new,
       self.how,

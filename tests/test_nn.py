@@ -28,7 +28,7 @@ def _module(layer=0, **options):
   )
 
 
-def _cache(num_seqs=2, num_pages=12, dtype=jnp.float32):
+def _cache(num_seqs=2, num_pages=12, dtype=jnp.float32, **options):
   return paged_cache.init(
     num_pages=num_pages,
     page_size=8,
@@ -38,6 +38,7 @@ def _cache(num_seqs=2, num_pages=12, dtype=jnp.float32):
     num_kv_heads=NUM_KV,
     head_dim=HEAD_DIM,
     dtype=dtype,
+    **options,
   )
 
 
@@ -272,4 +273,4 @@ def test_batch_invariance_reaches_the_op():
 
 def test_an_unknown_implementation_is_named():
   with pytest.raises(ValueError, match="implementation='cuda'"):
-    _module(implementation="cuda")
+    _cache(implementation="cuda")

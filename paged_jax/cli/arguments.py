@@ -203,7 +203,8 @@ def _add_cache(group) -> None:
     "--implementation",
     choices=("auto", *IMPLEMENTATIONS),
     default="auto",
-    help="of the attention (default: auto, the fastest that runs here)",
+    help="of attention, writes and page copies (default: auto, the fastest "
+    "that runs here)",
   )
 
 

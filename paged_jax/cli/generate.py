@@ -19,7 +19,7 @@ import numpy as np
 from paged_jax import generation
 from paged_jax.cli import output, prompts
 from paged_jax.cli.errors import CommandError
-from paged_jax.cli.info import default_device, why_not_kernel
+from paged_jax.cli.info import ATTENTION_OPS, default_device, why_not_kernel
 from paged_jax.cli.timing import timed
 from paged_jax.generation import CacheConfig, Completion, SamplingParams
 from paged_jax.models import demo, extras, gguf, llama
@@ -56,13 +56,7 @@ def run(args: argparse.Namespace) -> None:
     token_ids = prompts.encode(args, given, tokenizer, config)
     _check_kernel(args, dtype, config)
     _keep_compiled_programs()
-    implementation = args.implementation
-    model = llama.from_weights(
-      config,
-      checkpoint.weights,
-      param_dtype=dtype,
-      implementation=None if implementation == "auto" else implementation,
-    )
+    model = llama.from_weights(config, checkpoint.weights, param_dtype=dtype)
     _say("compiling, then reading the prompts")
     steps = timed(_stream(args, model, token_ids, tokenizer.stop_token_ids))
     _print(args, steps, tokenizer, given)
@@ -97,17 +91,19 @@ def _check_kernel(
   if config is not None:
     names = ("head_dim", "num_q_heads", "num_kv_heads")
     shape = {name: getattr(config, name) for name in names}
-  reason = why_not_kernel(
-    "decode",
-    dtype=dtype,
-    kv_dtype=args.kv_dtype,
-    page_size=args.page_size,
-    **shape,
-  )
-  if reason is not None:
-    raise CommandError(
-      f"argument --implementation: 'mosaic_gpu' is not available: {reason}"
+  for op in ATTENTION_OPS:
+    reason = why_not_kernel(
+      op,
+      dtype=dtype,
+      kv_dtype=args.kv_dtype,
+      page_size=args.page_size,
+      **shape,
     )
+    if reason is not None:
+      raise CommandError(
+        "argument --implementation: 'mosaic_gpu' is not available for "
+        f"{op}: {reason}"
+      )
 
 
 def _keep_compiled_programs() -> None:
@@ -161,6 +157,9 @@ def _stream(
     max_len=args.max_len,
     dtype=args.kv_dtype,
     prefill_chunk=args.prefill_chunk,
+    implementation=(
+      None if args.implementation == "auto" else args.implementation
+    ),
   )
   interval = _BATCH_INTERVAL
   if len(token_ids) == 1 and not args.json:

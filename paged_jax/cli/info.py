@@ -15,6 +15,7 @@ from paged_jax.models import demo
 
 _KERNEL = "mosaic_gpu"
 _MAX_Q_LENS = {"decode": 1, "prefill": None}  # query tokens of a sequence
+ATTENTION_OPS = tuple(_MAX_Q_LENS)
 _PACKAGES = ("paged-jax", "jax", "jaxlib", "flax", "gguf", "tokenizers")
 
 
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
   )
   found = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
   print(f"devices: {found}")
-  for op in _MAX_Q_LENS:
+  for op in ATTENTION_OPS:
     reason = why_not_kernel(op, dtype=jnp.bfloat16)
     if reason is None:
       print(

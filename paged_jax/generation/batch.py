@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from paged_jax import kv_pool
+from paged_jax import devices, kv_pool
 from paged_jax.generation import loop
 from paged_jax.generation.sampling import SamplingParams
 from paged_jax.models.llama import Llama
@@ -35,6 +35,8 @@ class CacheConfig:
     dtype: Of K and V; None is that of the model. int8 and float8_e4m3fn are
       quantised, and take half the memory of bfloat16.
     prefill_chunk: Prompt tokens a step, at least 1.
+    implementation: Of every op on the cache: attention, writes and page
+      copies. `"mosaic_gpu"`, `"xla"`, or None to choose for each.
   """
 
   page_size: int = 16
@@ -42,8 +44,10 @@ class CacheConfig:
   max_len: int | None = None
   dtype: DTypeLike | None = None
   prefill_chunk: int = 512
+  implementation: str | None = None
 
   def __post_init__(self):
+    devices.check_implementation(self.implementation)
     if self.page_size < 1 or self.page_size % 8:
       raise ValueError(f"{self.page_size=} must be a positive multiple of 8.")
     if self.dtype is not None and jnp.dtype(self.dtype) not in kv_pool.DTYPES:

@@ -133,13 +133,15 @@ def _run(model, batch, config, num_pages, with_logprobs, interval):
     num_pages=num_pages,
     num_seqs=len(batch.params),
     pages_per_seq=-(-batch.max_len // config.page_size),
+    implementation=config.implementation,
     **_pool_layout(model, config),
   )
   tokens, lens, chunk = batch.flatten(status, config.prefill_chunk)
-  cache, logits = _prefill(model, cache, tokens, lens, chunk=chunk)
+  cache, logits, ok = _prefill(model, cache, tokens, lens, chunk=chunk)
   state = _start(
     cache,
     logits,
+    ok,
     jnp.asarray(status),
     max_new,
     how,

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from paged_jax import cache as paged_cache
 from paged_jax.cache import PagedCache
@@ -43,49 +43,57 @@ def prefill(
   prompt_lens: Int[Array, " num_seqs"],
   *,
   chunk: int,
-) -> tuple[PagedCache, Float[Array, "num_seqs vocab_size"]]:
+) -> tuple[
+  PagedCache, Float[Array, "num_seqs vocab_size"], Bool[Array, " num_seqs"]
+]:
   """Writes the prompts of a batch into an empty cache, chunk by chunk.
 
   The prompts lie one after the other on the token axis; a chunk is the next
-  `chunk` tokens of it, of however many sequences.
+  `chunk` tokens of it, of however many sequences. A row whose chunk finds no
+  pages gives back what it has and takes no part in later chunks.
 
   Args:
     model: The model.
-    cache: The cache, with room for all prompts; donate it.
+    cache: The cache; donate it.
     tokens: i32[num_tokens], all prompts, padded to a multiple of `chunk`.
     prompt_lens: i32[num_seqs], 0 for rows without a prompt.
     chunk: Tokens a step.
 
   Returns:
-    The cache, and f32[num_seqs, vocab_size] logits at the end of each prompt.
+    The cache, f32[num_seqs, vocab_size] logits at the end of each prompt, and
+    `ok` bool[num_seqs], False for rows whose prompt did not get its pages.
   """
   ends = jnp.cumsum(prompt_lens, dtype=jnp.int32)
   starts = ends - prompt_lens
 
   def step_body(i, carry):
-    cache, last_hidden = carry
+    cache, last_hidden, served = carry
     first = i * chunk
     q_lens = jnp.minimum(ends, first + chunk) - jnp.maximum(starts, first)
     q_lens = jnp.maximum(q_lens, 0)
-    cache, step = paged_cache.begin_step(cache, q_lens, chunk)
+    cache, step = paged_cache.begin_step(cache, q_lens, chunk, rows=served)
+    refused = served & (q_lens > 0) & ~step.ok
     chunk_tokens = lax.dynamic_slice(tokens, (first,), (chunk,))
     hidden, cache = model(chunk_tokens, cache, step)
     last = ends - 1 - first
     ends_here = (last >= 0) & (last < chunk) & (q_lens > 0)
     here = hidden.at[last].get(mode="clip")
-    return cache, jnp.where(ends_here[:, None], here, last_hidden)
+    last_hidden = jnp.where(ends_here[:, None], here, last_hidden)
+    return paged_cache.release(cache, refused), last_hidden, served & ~refused
 
   width = model.config.hidden_size
   dtype = jax.eval_shape(model.embed_tokens, tokens[:1]).dtype
   num_chunks = (ends[-1] + chunk - 1) // chunk
-  hidden = jnp.zeros((prompt_lens.shape[0], width), dtype)
-  cache, hidden = lax.fori_loop(0, num_chunks, step_body, (cache, hidden))
-  return cache, model.logits(hidden)
+  num_seqs = prompt_lens.shape[0]
+  carry = cache, jnp.zeros((num_seqs, width), dtype), jnp.ones(num_seqs, bool)
+  cache, hidden, ok = lax.fori_loop(0, num_chunks, step_body, carry)
+  return cache, model.logits(hidden), ok
 
 
 def start(
   cache: PagedCache,
   logits: Float[Array, "num_seqs vocab_size"],
+  ok: Bool[Array, " num_seqs"],
   status: Int[Array, " num_seqs"],
   max_new: Int[Array, " num_seqs"],
   how: SamplingArrays,
@@ -98,6 +106,7 @@ def start(
   Args:
     cache: From `prefill`.
     logits: From `prefill`.
+    ok: From `prefill`; other rows that should run end with `OUT_OF_PAGES`.
     status: i32[num_seqs], RUNNING for the rows that have a prompt.
     max_new: i32[num_seqs], most new tokens of each row, at most `capacity`.
     how: How each row samples.
@@ -105,6 +114,7 @@ def start(
     with_logprobs: Whether to keep the log-probability of each token.
   """
   num_seqs = status.shape[0]
+  status = jnp.where((status == RUNNING) & ~ok, OUT_OF_PAGES, status)
   state = Generation(
     cache=cache,
     last_tokens=jnp.zeros(num_seqs, jnp.int32),

@@ -81,7 +81,6 @@ class Llama(nnx.Module):
     config: LlamaConfig,
     *,
     param_dtype: DTypeLike = jnp.bfloat16,
-    implementation: str | None = None,
     batch_invariant: bool = False,
     rngs: nnx.Rngs,
   ):
@@ -90,8 +89,7 @@ class Llama(nnx.Module):
     Args:
       config: The shape of the model.
       param_dtype: Of the parameters and of the computation.
-      implementation: Of the attention; see `paged_jax.paged_attention`.
-      batch_invariant: The same.
+      batch_invariant: See `paged_jax.paged_attention`.
       rngs: For the initial parameters.
     """
     self.config = config
@@ -104,7 +102,6 @@ class Llama(nnx.Module):
         layer,
         param_dtype=param_dtype,
         rngs=rngs,
-        implementation=implementation,
         batch_invariant=batch_invariant,
       )
       for layer in range(config.num_layers)
@@ -158,7 +155,6 @@ def from_weights(
   weights: Mapping[str, np.ndarray],
   *,
   param_dtype: DTypeLike = jnp.bfloat16,
-  implementation: str | None = None,
   batch_invariant: bool = False,
 ) -> Llama:
   """Returns a model with the parameters of a checkpoint.
@@ -167,8 +163,7 @@ def from_weights(
     config: The shape of the model.
     weights: Arrays by their Hugging Face names, products as [out, in].
     param_dtype: Of the parameters and of the computation.
-    implementation: Of the attention; see `paged_jax.paged_attention`.
-    batch_invariant: The same.
+    batch_invariant: See `paged_jax.paged_attention`.
 
   Raises:
     ValueError: If a weight is missing or has another shape than `config` says.
@@ -176,7 +171,6 @@ def from_weights(
   build = lambda: Llama(
     config,
     param_dtype=param_dtype,
-    implementation=implementation,
     batch_invariant=batch_invariant,
     rngs=nnx.Rngs(0),
   )

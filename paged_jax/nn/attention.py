@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from paged_jax import attention, devices, kv_pool, quantised
+from paged_jax import attention, kv_pool, quantised
 from paged_jax.cache import PagedCache, Step
 from paged_jax.nn.rotary import apply_rotary
 
@@ -18,7 +18,7 @@ class PagedAttention(nnx.Module):
   """Grouped-query causal attention whose K and V live in pages.
 
   The cache is passed in and returned, never mutated: jit, scan and while_loop
-  see an ordinary value.
+  see an ordinary value. It says by which implementation it is written and read.
 
   Example:
     cache, step = begin_step(cache, q_lens, num_tokens=x.shape[0])
@@ -40,7 +40,6 @@ class PagedAttention(nnx.Module):
     scale: float | None = None,
     alibi_slopes: Sequence[float] | None = None,
     batch_invariant: bool = False,
-    implementation: str | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
@@ -63,17 +62,14 @@ class PagedAttention(nnx.Module):
         of two, has `2 ** (-8 * (i + 1) / n)` in the paper on ALiBi. Models that
         have them have no rotary embedding.
       batch_invariant: Whether a row must not depend on other rows.
-      implementation: Of decode: `"mosaic_gpu"`, `"xla"`, or None to choose.
-        Prefill chooses.
       dtype: Of the computation; that of the input and parameters if None.
       param_dtype: Of the parameters.
       rngs: For the initial parameters.
 
     Raises:
-      ValueError: If the heads do not divide, `head_dim` is odd, there is not
-        one slope for each head, or `implementation` is unknown.
+      ValueError: If the heads do not divide, `head_dim` is odd, or there is
+        not one slope for each head.
     """
-    devices.check_implementation(implementation)
     if num_q_heads % num_kv_heads:
       raise ValueError(f"{num_q_heads=} must be a multiple of {num_kv_heads=}.")
     if head_dim % 2:
@@ -87,7 +83,6 @@ class PagedAttention(nnx.Module):
     self.head_dim = head_dim
     self.layer = layer
     self.rope_theta = rope_theta
-    self.implementation = implementation
     self.scale = scale
     self.sliding_window = sliding_window
     self.num_sink_tokens = num_sink_tokens
@@ -129,7 +124,13 @@ class PagedAttention(nnx.Module):
       q = apply_rotary(q, step.positions, self.rope_theta)
       k = apply_rotary(k, step.positions, self.rope_theta)
     pool = kv_pool.write(
-      cache.pool, self.layer, k, v, step.slots, debug=cache.table.debug
+      cache.pool,
+      self.layer,
+      k,
+      v,
+      step.slots,
+      debug=cache.table.debug,
+      implementation=cache.implementation,
     )
     cache = dataclasses.replace(cache, pool=pool)
     q = q.astype(quantised.query_dtype(q.dtype, pool.k.dtype))
@@ -153,12 +154,11 @@ class PagedAttention(nnx.Module):
       logits_soft_cap=self.logits_soft_cap,
       batch_invariant=self.batch_invariant,
       alibi_slopes=slopes,
+      implementation=cache.implementation,
     )
     paged = (pages.k_pages, pages.v_pages, step.kv_lens, pages.page_indices)
     if step.is_decode:
-      out = attention.paged_attention(
-        q, *paged, implementation=self.implementation, **options
-      )
+      out = attention.paged_attention(q, *paged, **options)
     else:
       num_active = cache.table.num_seqs
       out = attention.ragged_paged_attention(
