@@ -23,7 +23,7 @@ import sys
 
 import harness
 
-from paged_jax.models import demo
+from paged_jax.checkpoints import demo
 
 HERE = pathlib.Path(__file__).parent
 BATCHES = (1, 8)

@@ -30,8 +30,9 @@ from decode_parts import attempt
 from jax import lax
 from kv_write_batch import FULL, SMALL, Batch, Sizes, make
 
-from paged_jax import kv_pool, quantised
-from pallas_kernels import page_write
+from paged_jax.kv import pool as kv_pool
+from paged_jax.kv import quantised
+from pallas_kernels.pages import write as page_write
 
 PACKAGES = [
   "jax",

@@ -39,8 +39,8 @@ from flax import nnx
 from jax import lax
 
 import paged_jax
-from paged_jax import cache as paged_cache
 from paged_jax.generation import loop
+from paged_jax.kv import cache as paged_cache
 from paged_jax.models.config import LlamaConfig
 from paged_jax.models.llama import Llama
 

@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_jax import cache as paged_cache
-from paged_jax import kv_pool
-from paged_jax.models import demo, gguf, llama
+from paged_jax.checkpoints import demo, gguf
+from paged_jax.kv import cache as paged_cache
+from paged_jax.kv import pool as kv_pool
+from paged_jax.models import llama
 
 TEXT = (
   pathlib.Path(__file__).parent

@@ -38,9 +38,9 @@ from decode_loop import (
 from decode_parts import attempt
 
 import paged_jax
-from paged_jax.quantised import DTYPES, quantise
-from pallas_kernels import ragged_attention
-from pallas_kernels.ragged_config import Config, default_config, padded_group
+from paged_jax.kv.quantised import DTYPES, quantise
+from pallas_kernels.ragged import kernel as ragged_kernel
+from pallas_kernels.ragged.config import Config, default_config, padded_group
 
 PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy"]
 GUESS = 5e8  # FLOP in a microsecond, to choose how often to call
@@ -195,7 +195,7 @@ def kernel(case: Case, config: Config) -> Callable[..., jax.Array]:
   """Returns attention by the kernel, as `plain` does."""
   return _output(
     functools.partial(
-      ragged_attention.attend,
+      ragged_kernel.attend,
       scale=case.head_dim**-0.5,
       sliding_window=case.sliding_window,
       num_sink_tokens=0,

@@ -34,7 +34,7 @@ from decode_loop import (
 from jax import lax
 
 import paged_jax
-from paged_jax.quantised import quantise
+from paged_jax.kv.quantised import quantise
 
 RIVAL = "pallas.ops.gpu.paged_attention"  # of JAX
 MAX_RIVAL_ERROR = 5e-2  # the rival merges in bfloat16

@@ -45,8 +45,9 @@ def main() -> None:
 def _load_paged_jax(path: str):
   import jax.numpy as jnp
 
+  from paged_jax.checkpoints import gguf
   from paged_jax.generation import CacheConfig, SamplingParams, generate
-  from paged_jax.models import gguf, llama
+  from paged_jax.models import llama
 
   checkpoint = gguf.load(path)
   model = llama.from_weights(

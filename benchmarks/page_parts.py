@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from page_workload import Sizes, check, filled
 
-from paged_jax import kv_pool, page_table
+from paged_jax import page_table
+from paged_jax.kv import pool as kv_pool
 
 
 def transitions(sizes: Sizes) -> dict[str, dict]:

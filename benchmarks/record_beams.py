@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_jax import cache as paged_cache
 from paged_jax import page_table
-from paged_jax.cache import PagedCache
+from paged_jax.checkpoints import demo, gguf
 from paged_jax.generation import loop
-from paged_jax.models import demo, gguf, llama
+from paged_jax.kv import cache as paged_cache
+from paged_jax.kv.cache import PagedCache
+from paged_jax.models import llama
 
 WIDTH = 4
 NUM_NEW = 96

@@ -24,8 +24,11 @@ from decode_batches import FULL, SMALL, Batch, Sizes, make, same
 from decode_loop import MAX_ERROR, decode, reference, relative_error, timed
 from decode_parts import attempt
 
-from pallas_kernels import decode_config, decode_table, gpu, paged_decode
-from pallas_kernels.decode_config import Config
+from pallas_kernels.common import gpu
+from pallas_kernels.decode import config as decode_config
+from pallas_kernels.decode import kernel as decode_kernel
+from pallas_kernels.decode import table as decode_table
+from pallas_kernels.decode.config import Config
 
 PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy"]
 TABLE = pathlib.Path(decode_table.__file__)
@@ -262,7 +265,7 @@ def failures(record: dict) -> list[str]:
 
 def _attend(config, scale, interpret):
   def attend(*args):
-    out, _ = paged_decode.paged_decode(
+    out, _ = decode_kernel.paged_decode(
       *args,
       scale=scale,
       sliding_window=None,

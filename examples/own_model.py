@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from paged_jax import cache as paged_cache
+from paged_jax.kv import cache as paged_cache
 from paged_jax.nn import PagedAttention
 
 

@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from paged_jax import devices
-from paged_jax.models import demo
+from paged_jax.checkpoints import demo
 
 # Interpreted warpgroups wait for each other. XLA has a thread for each core,
 # and a machine may have fewer cores than a kernel has warpgroups.

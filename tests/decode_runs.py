@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 
-from pallas_kernels import paged_decode
-from pallas_kernels.decode_config import Config
+from pallas_kernels.decode import kernel as decode_kernel
+from pallas_kernels.decode.config import Config
 
 # The default has a program for each multiprocessor, which takes the
 # interpreter minutes.
@@ -57,7 +57,7 @@ def run(
 ):
   """Returns output and LSE of the kernel."""
   per_head = lambda x: None if x is None else jnp.asarray(x, jnp.float32)
-  out, lse = paged_decode.paged_decode(
+  out, lse = decode_kernel.paged_decode(
     *problem.decode_args(),
     sinks=per_head(sinks),
     alibi_slopes=per_head(alibi_slopes),

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from page_model import PageModel
 
-from paged_jax import kv_pool, page_table
+from paged_jax import page_table
+from paged_jax.kv import pool as kv_pool
 
 MOST_NEW = 72  # tokens that a row can be given in one step
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 
-from pallas_kernels import ragged_attention
-from pallas_kernels.ragged_config import Config
+from pallas_kernels.ragged import kernel as ragged_kernel
+from pallas_kernels.ragged.config import Config
 
 # The default has a program for each multiprocessor, which takes the
 # interpreter minutes.
@@ -31,7 +31,7 @@ def run(
   """Returns output and LSE of the kernel."""
   scales = {name: jnp.asarray(x) for name, x in (scales or {}).items()}
   options = cases.on_device(options)
-  out, lse = ragged_attention.attend(
+  out, lse = ragged_kernel.attend(
     *problem.args(),
     sinks=None if sinks is None else jnp.asarray(sinks, jnp.float32),
     tree_mask=None if tree_mask is None else jnp.asarray(tree_mask),

@@ -10,7 +10,7 @@ import kv_write_rival
 import numpy as np
 import pytest
 
-from paged_jax import kv_pool
+from paged_jax.kv import pool as kv_pool
 
 SIZES = kv_write_batch.SMALL
 

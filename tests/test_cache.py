@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from pages import i32
 
-from paged_jax import cache as paged_cache
-from paged_jax import kv_pool, page_table
+from paged_jax import page_table
+from paged_jax.kv import cache as paged_cache
+from paged_jax.kv import pool as kv_pool
 
 SIZES = dict(
   num_pages=8,

@@ -10,7 +10,7 @@ import prefixes
 import pytest
 
 import paged_jax
-from paged_jax import cascade
+from paged_jax.ops import cascade
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.RUNS)

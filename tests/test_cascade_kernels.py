@@ -8,14 +8,13 @@ import prefixes
 import pytest
 
 import paged_jax
-from paged_jax import cascade, devices
-from pallas_kernels import (
-  decode_config,
-  gpu,
-  paged_decode,
-  ragged_attention,
-  ragged_config,
-)
+from paged_jax import devices
+from paged_jax.ops import cascade
+from pallas_kernels.common import gpu
+from pallas_kernels.decode import config as decode_config
+from pallas_kernels.decode import kernel as decode_kernel
+from pallas_kernels.ragged import config as ragged_config
+from pallas_kernels.ragged import kernel as ragged_kernel
 
 pytestmark = pytest.mark.sampled
 
@@ -29,7 +28,7 @@ def _with_kernels(monkeypatch):
   def run(kernel, config):
     def attend(*args, return_lse, implementation, **options):
       del return_lse, implementation
-      if kernel is ragged_attention.attend:
+      if kernel is ragged_kernel.attend:
         del options["k_scales"], options["v_scales"]
       return kernel(
         *args[:6],
@@ -43,8 +42,8 @@ def _with_kernels(monkeypatch):
     return attend
 
   for name, kernel, config in (
-    ("paged_attention", paged_decode.paged_decode, DECODE_CONFIG),
-    ("ragged_paged_attention", ragged_attention.attend, RAGGED_CONFIG),
+    ("paged_attention", decode_kernel.paged_decode, DECODE_CONFIG),
+    ("ragged_paged_attention", ragged_kernel.attend, RAGGED_CONFIG),
   ):
     monkeypatch.setattr(cascade, name, run(kernel, config))
 

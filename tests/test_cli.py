@@ -11,10 +11,10 @@ from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
 from paged_jax import devices, generation
+from paged_jax.checkpoints import gguf
 from paged_jax.cli import main
 from paged_jax.cli.timing import Timing, timed
 from paged_jax.generation import CacheConfig, Completion, SamplingParams
-from paged_jax.models import gguf
 
 # Six tokens each. Whatever runs, runs in one shape: it is compiled once.
 PROMPT = ["--prompt", "abcdef"]

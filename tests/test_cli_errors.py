@@ -8,8 +8,8 @@ import pytest
 import tiny_gguf
 
 from paged_jax import devices
+from paged_jax.checkpoints import demo
 from paged_jax.cli import main
-from paged_jax.models import demo
 
 PROMPT = ["--prompt", "hello"]
 

@@ -9,8 +9,8 @@ import pytest
 import tiny_gguf
 
 from paged_jax import devices, generation
+from paged_jax.checkpoints import demo, gguf
 from paged_jax.cli import main
-from paged_jax.models import demo, gguf
 
 PROMPT = ["--prompt", "hello"]
 

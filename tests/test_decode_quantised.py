@@ -9,8 +9,8 @@ import numpy as np
 import oracle
 import pytest
 
-from pallas_kernels import decode_config
-from pallas_kernels.decode_config import Config
+from pallas_kernels.decode import config as decode_config
+from pallas_kernels.decode.config import Config
 
 pytestmark = pytest.mark.sampled
 

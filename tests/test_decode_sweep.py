@@ -14,7 +14,7 @@ import oracle
 import pytest
 
 import paged_jax
-from pallas_kernels import decode_config
+from pallas_kernels.decode import config as decode_config
 
 pytestmark = pytest.mark.gpu
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from paged_jax.models import demo
-from paged_jax.models.metadata import ModelFileError
+from paged_jax.checkpoints import demo
+from paged_jax.checkpoints.metadata import ModelFileError
 
 MODEL = b"GGUF" + bytes(range(256)) * 64
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from paged_jax import cache as paged_cache
+from paged_jax.checkpoints import gguf
 from paged_jax.generation import CacheConfig, SamplingParams, generate, loop
-from paged_jax.models import gguf, llama
+from paged_jax.kv import cache as paged_cache
+from paged_jax.models import llama
 
 pytestmark = pytest.mark.model
 

@@ -10,8 +10,10 @@ from jax.extend import backend
 import paged_jax
 from paged_jax import devices
 from paged_jax.cli import info, main
-from pallas_kernels import decode_config, decode_table, gpu
-from pallas_kernels.decode_config import Config
+from pallas_kernels.common import gpu
+from pallas_kernels.decode import config as decode_config
+from pallas_kernels.decode import table as decode_table
+from pallas_kernels.decode.config import Config
 
 OTHERS = [
   ("NVIDIA A100-SXM4-80GB", "8.0"),

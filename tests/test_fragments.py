@@ -7,9 +7,9 @@ swizzles of TMA are those of NVIDIA's PTX ISA.
 import numpy as np
 import pytest
 
-from pallas_kernels import fragments
-from pallas_kernels.decode_config import HEAD_DIMS
-from pallas_kernels.online_softmax import row_blocks
+from pallas_kernels.decode import fragments
+from pallas_kernels.decode.config import HEAD_DIMS
+from pallas_kernels.decode.softmax import row_blocks
 
 THREADS = np.arange(128)
 WARP, LANE = THREADS // 32, THREADS % 32

@@ -11,16 +11,15 @@ import oracle
 import pytest
 import tiny_llama
 
-from paged_jax import cache as paged_cache
-from paged_jax import devices
+from paged_jax import devices, sampling
 from paged_jax.generation import (
   CacheConfig,
   SamplingParams,
   generate,
   loop,
-  sampling,
   stream,
 )
+from paged_jax.kv import cache as paged_cache
 from paged_jax.models import llama
 
 LENS = [1, 7, 8, 9, 17, 30]
@@ -328,7 +327,7 @@ def test_every_page_is_free_when_all_have_ended():
 
 
 def test_batches_of_a_bucket_share_their_programs():
-  generation = importlib.import_module("paged_jax.generation.generate")
+  generation = importlib.import_module("paged_jax.generation.driver")
   programs = lambda: [
     f._cache_size()
     for f in (generation._prefill, generation._start, generation._decode)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny_gguf
 
-from paged_jax.models import gguf
+from paged_jax.checkpoints import gguf
 from paged_jax.models.config import LlamaConfig
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tiny_gguf
 
-from paged_jax.models import gguf
-from paged_jax.models.metadata import ModelFileError
+from paged_jax.checkpoints import gguf
+from paged_jax.checkpoints.metadata import ModelFileError
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 
-from paged_jax import devices, kv_pool
+from paged_jax import devices
+from paged_jax.kv import pool as kv_pool
 
 SHAPE = dict(
   num_pages=3, num_layers=2, num_kv_heads=2, page_size=8, head_dim=16

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import kv_tiles
+from pallas_kernels.common import kv_tiles
 
 BLOCK_KV, CAPACITY = 64, 640
 KV_LENS = (-1, 0, 1, 64, 65, 128, 333, 639, 640, 1000)

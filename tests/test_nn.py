@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.experimental import checkify
 
-from paged_jax import cache as paged_cache
+from paged_jax.kv import cache as paged_cache
 from paged_jax.nn import PagedAttention, apply_rotary
 
 HIDDEN, NUM_Q, NUM_KV, HEAD_DIM = 24, 4, 2, 16

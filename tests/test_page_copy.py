@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import page_copy
+from pallas_kernels.pages import copy as page_copy
 
 # The data and the scales of K and V, or the data alone.
 QUANTISED = [((3, 3, 8, 64), None), ((3, 3, 8), "float32")]

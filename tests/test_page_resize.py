@@ -14,7 +14,8 @@ from pages import (
   release,
 )
 
-from paged_jax import kv_pool, page_table
+from paged_jax import page_table
+from paged_jax.kv import pool as kv_pool
 
 NOTHING = 12
 

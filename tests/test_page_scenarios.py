@@ -20,7 +20,8 @@ from pages import (
   release,
 )
 
-from paged_jax import kv_pool, page_table
+from paged_jax import page_table
+from paged_jax.kv import pool as kv_pool
 
 
 def _adopt(table, row, entries, kv_len):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import page_write
+from pallas_kernels.pages import write as page_write
 
 NUM_PAGES, NUM_LAYERS = 5, 2
 # num_kv_heads, page_size, head_dim, dtype: rows of 4 to 64 pieces, of 16 bytes

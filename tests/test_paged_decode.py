@@ -12,8 +12,8 @@ import numpy as np
 import oracle
 import pytest
 
-from pallas_kernels import paged_decode
-from pallas_kernels.decode_config import Config
+from pallas_kernels.decode import kernel as decode_kernel
+from pallas_kernels.decode.config import Config
 
 pytestmark = pytest.mark.sampled
 
@@ -273,7 +273,7 @@ def test_all_lengths_share_one_trace():
   @jax.jit
   def attend(*args):
     traces.append(args)
-    return paged_decode.paged_decode(
+    return decode_kernel.paged_decode(
       *args,
       sinks=None,
       config=decode_runs.SMALL,

@@ -6,14 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import (
-  decode_config,
-  decode_table,
-  gpu,
-  paged_decode,
-  short_queries,
-)
-from pallas_kernels.decode_config import Config
+from pallas_kernels.common import gpu
+from pallas_kernels.decode import config as decode_config
+from pallas_kernels.decode import kernel as decode_kernel
+from pallas_kernels.decode import short_queries
+from pallas_kernels.decode import table as decode_table
+from pallas_kernels.decode.config import Config
 
 pytestmark = pytest.mark.sampled
 
@@ -43,7 +41,7 @@ def _lower(
 
   def run(*args):
     *args, sinks, alibi_slopes, k_scales, v_scales = args
-    return paged_decode.paged_decode(
+    return decode_kernel.paged_decode(
       *args,
       sinks=sinks,
       alibi_slopes=alibi_slopes,

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged_jax import kv_pool, quantised
+from paged_jax.kv import pool as kv_pool
+from paged_jax.kv import quantised
 
 SHAPE = dict(
   num_pages=3, num_layers=2, num_kv_heads=2, page_size=8, head_dim=16

@@ -11,7 +11,7 @@ import pytest
 from test_attention import LENS, OPTIONS
 
 import paged_jax
-from paged_jax import kv_pool
+from paged_jax.kv import pool as kv_pool
 
 pytestmark = pytest.mark.sampled
 

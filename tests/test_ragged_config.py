@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.mosaic.gpu import core as mosaic
 
-from pallas_kernels import gpu, ragged_attention, ragged_config
-from pallas_kernels.decode_config import (
-  HEAD_DIMS,
-  QUANTISED_DTYPES,
-  SMEM_LIMIT,
-)
-from pallas_kernels.ragged_config import Config, default_config
+from pallas_kernels.common import gpu
+from pallas_kernels.decode.config import HEAD_DIMS, QUANTISED_DTYPES, SMEM_LIMIT
+from pallas_kernels.ragged import config as ragged_config
+from pallas_kernels.ragged import kernel as ragged_kernel
+from pallas_kernels.ragged.config import Config, default_config
 
 pytestmark = pytest.mark.sampled
 
@@ -40,7 +38,7 @@ def _lower(
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   return (
     jax.jit(
-      lambda *args: ragged_attention.attend(
+      lambda *args: ragged_kernel.attend(
         *args[:7],
         sinks=args[7],
         k_scales=args[8],

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import ragged_runs
 
-from pallas_kernels import ragged_attention
-from pallas_kernels.ragged_config import Config
+from pallas_kernels.ragged import kernel as ragged_kernel
+from pallas_kernels.ragged.config import Config
 
 pytestmark = pytest.mark.sampled
 
@@ -292,7 +292,7 @@ def test_all_lengths_share_one_trace():
   @jax.jit
   def attend(*args):
     traces.append(args)
-    return ragged_attention.attend(
+    return ragged_kernel.attend(
       *args,
       sinks=None,
       config=ragged_runs.SMALL,
@@ -313,7 +313,7 @@ def test_no_sequences_and_no_tokens_are_fine():
   q, k, v, kv_lens, table, _, _ = problem.args()
   nobody = kv_lens[:0], table[:0], jnp.zeros(1, jnp.int32), jnp.int32(0)
   for queries in (q, q[:0]):
-    out, lse = ragged_attention.attend(
+    out, lse = ragged_kernel.attend(
       queries, k, v, *nobody, sinks=None, **cases.PLAIN
     )
     assert not out.any()

@@ -8,9 +8,9 @@ import oracle
 import pytest
 import ragged_runs
 
-from pallas_kernels import widen
-from pallas_kernels.decode_config import QUANTISED_DTYPES
-from pallas_kernels.ragged_config import Config
+from pallas_kernels.decode.config import QUANTISED_DTYPES
+from pallas_kernels.ragged import widen
+from pallas_kernels.ragged.config import Config
 
 pytestmark = pytest.mark.sampled
 both = pytest.mark.parametrize("kv_dtype", QUANTISED_DTYPES)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import ragged_schedule
-from pallas_kernels.ragged_schedule import Sizes, Tile
+from pallas_kernels.ragged import query_tiles
+from pallas_kernels.ragged.query_tiles import Sizes, Tile
 
 NUM_TOKENS, TILE_TOKENS = 40, 8
 
@@ -22,7 +22,7 @@ def _plan(q_lens, kv_lens, num_active, *, causal=True):
   cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)])
   i32 = lambda x: jnp.asarray(x, jnp.int32)
   plan, places = jax.jit(
-    lambda *args: ragged_schedule.plan(sizes, *args, lambda n, _: n)
+    lambda *args: query_tiles.plan(sizes, *args, lambda n, _: n)
   )(i32(kv_lens), i32(cu_q_lens), i32(num_active))
   num_tiles = int(plan.num_items[0]) // 2
   assert num_tiles <= sizes.num_tiles

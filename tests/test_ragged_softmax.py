@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import ragged_runs
 
-from pallas_kernels import online_softmax, ragged_softmax
-from pallas_kernels.ragged_config import Config
+from pallas_kernels.decode import softmax as decode_softmax
+from pallas_kernels.ragged import softmax as ragged_softmax
+from pallas_kernels.ragged.config import Config
 
 SMALL = Config(64, 2, num_programs=2, num_q_stages=2)
 SPLIT = dataclasses.replace(SMALL, num_programs=3, splits=True)
@@ -25,7 +26,7 @@ def _growing(growth, dtype):
   problem = cases.make(
     kv_lens=[210, 140], q_lens=[70, 3], num_q_heads=4, dtype=dtype
   )
-  scale = cases.PLAIN["scale"] * online_softmax.LOG2_E
+  scale = cases.PLAIN["scale"] * decode_softmax.LOG2_E
   q, k = (np.array(x) for x in (problem.q, problem.k_pages))
   q[..., 0] = [1, 0.1, -1, 0.5]
   q[8:16, :, 0] = 0

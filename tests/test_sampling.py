@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged_jax.generation import sampling
-from paged_jax.generation.sampling import SamplingParams
+from paged_jax import sampling
+from paged_jax.sampling import SamplingParams
 
 LOGITS = np.array([2.0, 1.0, 0.5, -1.0, -4.0], np.float32)
 

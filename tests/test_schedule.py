@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import schedule
-from pallas_kernels.schedule import Line
+from pallas_kernels.common import schedule
+from pallas_kernels.common.schedule import Line
 
 
 def _line_up(num_tiles, num_kv_heads):

@@ -9,8 +9,9 @@ import oracle
 import pytest
 
 import paged_jax
-from pallas_kernels import decode_config, short_queries
-from pallas_kernels.decode_config import Config
+from pallas_kernels.decode import config as decode_config
+from pallas_kernels.decode import short_queries
+from pallas_kernels.decode.config import Config
 
 pytestmark = pytest.mark.sampled
 

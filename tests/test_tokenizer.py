@@ -10,8 +10,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_jax.models import gguf
-from paged_jax.models.tokenizer import Tokenizer
+from paged_jax.checkpoints import gguf
+from paged_jax.text.tokenizer import Tokenizer
 
 REFERENCE = Path(__file__).parent / "data" / "demo_reference.json"
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import tree_bits
+from pallas_kernels.common import tree_bits
 
 CU_Q_LENS = [0, 3, 3, 10, 40, 45]  # the last is of nobody, as are 2 more tokens
 NUM_ACTIVE, NUM_TOKENS = 4, 47

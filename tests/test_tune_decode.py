@@ -9,8 +9,10 @@ import pytest
 import tune_decode
 from decode_loop import decode
 
-from pallas_kernels import decode_config, decode_table, gpu
-from pallas_kernels.decode_config import Config
+from pallas_kernels.common import gpu
+from pallas_kernels.decode import config as decode_config
+from pallas_kernels.decode import table as decode_table
+from pallas_kernels.decode.config import Config
 
 SMALL = tune_decode.small()
 H200 = gpu.Gpu("NVIDIA H200", 132)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from pallas_kernels import gpu, warps
+from pallas_kernels.common import gpu, warps
 
 
 # As many chunks and columns of Q as there may be, and fewer than warps.

@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable
 from typing import NoReturn
 
-from paged_jax import kv_pool
 from paged_jax.cli.errors import CommandError
 from paged_jax.devices import IMPLEMENTATIONS
+from paged_jax.kv import pool as kv_pool
 
 _MOST = 2**31 - 1  # of whatever becomes an i32
 

@@ -16,16 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paged_jax import generation
+from paged_jax import extras, generation
+from paged_jax.checkpoints import demo, gguf
+from paged_jax.checkpoints.metadata import ModelFileError
 from paged_jax.cli import output, prompts
 from paged_jax.cli.errors import CommandError
 from paged_jax.cli.info import ATTENTION_OPS, default_device, why_not_kernel
 from paged_jax.cli.timing import timed
 from paged_jax.generation import CacheConfig, Completion, SamplingParams
-from paged_jax.models import demo, extras, gguf, llama
+from paged_jax.models import llama
 from paged_jax.models.config import LlamaConfig
-from paged_jax.models.metadata import ModelFileError
-from paged_jax.models.tokenizer import Tokenizer
+from paged_jax.text.tokenizer import Tokenizer
 
 # Steps between two looks at the batch; Ctrl-C is noticed at the next one. A
 # look costs a millisecond on a GPU, as much as a step of a small model (H200),

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from paged_jax import attention, devices, quantised
+from paged_jax import devices
+from paged_jax.checkpoints import demo
 from paged_jax.cli.errors import CommandError
-from paged_jax.models import demo
+from paged_jax.kv import quantised
+from paged_jax.ops import attention
 
 _KERNEL = "mosaic_gpu"
 _MAX_Q_LENS = {"decode": 1, "prefill": None}  # query tokens of a sequence

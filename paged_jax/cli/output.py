@@ -8,7 +8,7 @@ from typing import Any
 from paged_jax.cli.prompts import Prompt
 from paged_jax.cli.timing import Timing
 from paged_jax.generation import Completion
-from paged_jax.models.tokenizer import Tokenizer
+from paged_jax.text.tokenizer import Tokenizer
 
 type Steps = Iterable[tuple[list[Completion], Timing]]  # never empty
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from paged_jax.cli.errors import CommandError
 from paged_jax.models.config import LlamaConfig
-from paged_jax.models.tokenizer import Tokenizer
+from paged_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

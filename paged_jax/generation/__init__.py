@@ -1,12 +1,12 @@
 """Generation from prompts, in loops that run inside jit."""
 
-from paged_jax.generation.generate import (
+from paged_jax.generation.driver import (
   CacheConfig,
   Completion,
   generate,
   stream,
 )
-from paged_jax.generation.sampling import SamplingParams
+from paged_jax.sampling import SamplingParams
 
 __all__ = [
   "CacheConfig",

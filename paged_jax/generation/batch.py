@@ -9,10 +9,11 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from paged_jax import devices, kv_pool
+from paged_jax import devices
 from paged_jax.generation import loop
-from paged_jax.generation.sampling import SamplingParams
+from paged_jax.kv import pool as kv_pool
 from paged_jax.models.llama import Llama
+from paged_jax.sampling import SamplingParams
 
 # The least that is compiled for: most short calls then share their programs.
 _LEAST_CHUNK = 64

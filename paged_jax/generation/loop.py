@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from paged_jax import cache as paged_cache
-from paged_jax.cache import PagedCache
-from paged_jax.generation import sampling
-from paged_jax.generation.sampling import SamplingArrays
+from paged_jax import sampling
+from paged_jax.kv import cache as paged_cache
+from paged_jax.kv.cache import PagedCache
 from paged_jax.models.llama import Llama
-from paged_jax.pytree import Leaf
+from paged_jax.sampling import SamplingArrays
+from paged_jax.typing import Leaf
 
 # Values of `Generation.status`.
 RUNNING, STOP, LENGTH, OUT_OF_PAGES = range(4)

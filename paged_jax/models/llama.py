@@ -9,9 +9,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from paged_jax.cache import PagedCache, Step
+from paged_jax.kv.cache import PagedCache, Step
 from paged_jax.models.config import LlamaConfig
-from paged_jax.nn.attention import PagedAttention
+from paged_jax.nn.nnx import PagedAttention
 
 
 class GatedMLP(nnx.Module):

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int
 from paged_jax.page_table import _quota
 from paged_jax.page_table._check import checked
 from paged_jax.page_table._state import PageTable, integers, pages_for
-from paged_jax.pytree import Leaf
+from paged_jax.typing import Leaf
 
 
 @jax.tree_util.register_dataclass

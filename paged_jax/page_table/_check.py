@@ -11,7 +11,7 @@ from jax.experimental import checkify
 from jaxtyping import Array
 
 from paged_jax.page_table._state import PageTable, mapped, pages_for
-from paged_jax.pytree import Leaf
+from paged_jax.typing import Leaf
 
 
 @jax.tree_util.register_dataclass

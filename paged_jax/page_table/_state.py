@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from paged_jax.pytree import Leaf
+from paged_jax.typing import Leaf
 
 
 @jax.tree_util.register_dataclass

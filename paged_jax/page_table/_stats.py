@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from paged_jax.page_table._quota import tenant_pages
 from paged_jax.page_table._state import PageTable, mapped
-from paged_jax.pytree import Leaf
+from paged_jax.typing import Leaf
 
 
 @jax.tree_util.register_dataclass

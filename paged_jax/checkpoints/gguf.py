@@ -1,0 +1,271 @@
+"""Reads Llama-architecture GGUF files, the format of llama.cpp.
+
+Everything that can be wrong with a file is found from its header, before any
+weight is dequantised.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paged_jax.checkpoints.metadata import ModelFileError, optional, require
+from paged_jax.extras import import_demo
+from paged_jax.models.config import LlamaConfig
+from paged_jax.text.tokenizer import Tokenizer
+
+_MAGIC = b"GGUF"
+_ARCHITECTURE = "llama"
+# Features that change the arithmetic and are not implemented. A file may name
+# them with a value that turns them off.
+_UNSUPPORTED_KEYS = (
+  "llama.rope.scal",
+  "llama.expert_",
+  "llama.attention.sliding_window",
+)
+_OFF = (0, "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """A model file, its weights still on disk.
+
+  Attributes:
+    config: Hyperparameters.
+    weights: Float32 arrays by their Hugging Face names, projections as
+      `[out, in]`, queries and keys in the order of half-split rotary
+      embeddings. `lm_head.weight` is absent if the embeddings are tied. Each
+      access dequantises anew: the whole model in float32 may not fit. The
+      file may be removed meanwhile, but not written to.
+    tokenizer: The tokenizer the model was trained with.
+  """
+
+  config: LlamaConfig
+  weights: Mapping[str, np.ndarray]
+  tokenizer: Tokenizer
+
+
+class _Weights(Mapping[str, np.ndarray]):
+  """The weights of a mapped file, dequantised one by one."""
+
+  def __init__(self, tensors: Mapping[str, tuple[Any, "_Tensor"]]):
+    self._tensors = tensors
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return _weight(*self._tensors[name])
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._tensors)
+
+  def __len__(self) -> int:
+    return len(self._tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+  """What a tensor of the file becomes: name, shape and heads to reorder."""
+
+  name: str
+  shape: tuple[int, ...]
+  num_heads: int | None = None
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+  """Returns the configuration, weights and tokenizer of a GGUF file.
+
+  Args:
+    path: The file. Any tensor type that the `gguf` package can dequantise.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ModelFileError: if it is not a GGUF file, is truncated, or lacks metadata
+      or tensors or has them in the wrong shape. A ValueError.
+    NotImplementedError: if it needs what is not implemented: another
+      architecture, RoPE scaling, experts, biases, another tokenizer.
+    ModuleNotFoundError: if the `demo` extra is not installed.
+  """
+  path = Path(path)
+  with _naming(path):
+    reader = _open(path)
+    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    _check_supported(metadata)
+    tokenizer = Tokenizer(metadata)
+    config = _config(
+      metadata, tokenizer.vocab_size, tied="output.weight" not in tensors
+    )
+    plan = _plan(config)
+    _check_tensors(tensors, plan)
+    for name in plan:
+      _dequantise(tensors[name], slice(1))  # a row tells if its type is known
+    weights = _Weights(
+      {target.name: (tensors[name], target) for name, target in plan.items()}
+    )
+  return Checkpoint(config, weights, tokenizer)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Generator[None]:
+  """Puts the path in front of what is wrong with the file."""
+  try:
+    yield
+  except NotImplementedError as error:
+    raise NotImplementedError(f"{path}: {error}") from error
+  except ValueError as error:
+    raise ModelFileError(f"{path}: {error}") from error
+
+
+def _open(path: Path) -> Any:
+  """Returns a `gguf.GGUFReader`, which maps the file into memory."""
+  gguf = import_demo("gguf")
+  if not path.exists():
+    raise FileNotFoundError(f"{path}: no such file.")
+  if not path.is_file():
+    raise ModelFileError("is not a regular file.")
+  with path.open("rb") as file:
+    if file.read(len(_MAGIC)) != _MAGIC:
+      raise ModelFileError("is not a GGUF file.")
+  try:
+    reader = gguf.GGUFReader(path)
+  # What the reader trips over when data run past the end of the file.
+  except (IndexError, KeyError, ValueError) as error:
+    raise ModelFileError(
+      f"is a truncated or damaged GGUF file ({error})."
+    ) from error
+  if reader.byte_order == "S":
+    raise NotImplementedError("big-endian GGUF files are not supported.")
+  return reader
+
+
+def _check_supported(metadata: Mapping[str, Any]) -> None:
+  architecture = require(metadata, "general.architecture", str)
+  if architecture != _ARCHITECTURE:
+    raise NotImplementedError(
+      f"{architecture=} is not supported: only {_ARCHITECTURE!r} is."
+    )
+  for key, value in metadata.items():
+    if key.startswith(_UNSUPPORTED_KEYS) and value not in _OFF:
+      raise NotImplementedError(f"metadata {key}={value!r} is not supported.")
+
+
+def _config(
+  metadata: Mapping[str, Any], vocab_size: int, tied: bool
+) -> LlamaConfig:
+  def integer(key: str) -> int:
+    return require(metadata, f"llama.{key}", int)
+
+  hidden_size = integer("embedding_length")
+  num_q_heads = integer("attention.head_count")
+  head_dim = optional(metadata, "llama.attention.key_length", None, int)
+  if head_dim is None:
+    if num_q_heads <= 0 or hidden_size % num_q_heads:
+      raise ModelFileError(
+        f"{hidden_size=} must be a multiple of {num_q_heads=}."
+      )
+    head_dim = hidden_size // num_q_heads
+  for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+    if metadata.get(key, head_dim) != head_dim:
+      raise NotImplementedError(
+        f"metadata {key}={metadata[key]!r} is not supported: only "
+        f"{head_dim=} is."
+      )
+  return LlamaConfig(
+    vocab_size=vocab_size,
+    hidden_size=hidden_size,
+    intermediate_size=integer("feed_forward_length"),
+    num_layers=integer("block_count"),
+    num_q_heads=num_q_heads,
+    num_kv_heads=optional(
+      metadata, "llama.attention.head_count_kv", num_q_heads, int
+    ),
+    head_dim=head_dim,
+    rope_theta=optional(metadata, "llama.rope.freq_base", 10000.0, float),
+    rms_norm_eps=require(
+      metadata, "llama.attention.layer_norm_rms_epsilon", float
+    ),
+    max_len=integer("context_length"),
+    tie_word_embeddings=tied,
+  )
+
+
+def _plan(config: LlamaConfig) -> dict[str, _Tensor]:
+  """Returns what each tensor of the file becomes, by its name there."""
+  hidden = config.hidden_size
+  q_size = config.num_q_heads * config.head_dim
+  kv_size = config.num_kv_heads * config.head_dim
+  mlp = config.intermediate_size
+  table = (config.vocab_size, hidden)
+  plan = {
+    "token_embd.weight": _Tensor("model.embed_tokens.weight", table),
+    "output_norm.weight": _Tensor("model.norm.weight", (hidden,)),
+  }
+  if not config.tie_word_embeddings:
+    plan["output.weight"] = _Tensor("lm_head.weight", table)
+  layer = {
+    "attn_norm": _Tensor("input_layernorm", (hidden,)),
+    "attn_q": _Tensor("self_attn.q_proj", (q_size, hidden), config.num_q_heads),
+    "attn_k": _Tensor(
+      "self_attn.k_proj", (kv_size, hidden), config.num_kv_heads
+    ),
+    "attn_v": _Tensor("self_attn.v_proj", (kv_size, hidden)),
+    "attn_output": _Tensor("self_attn.o_proj", (hidden, q_size)),
+    "ffn_norm": _Tensor("post_attention_layernorm", (hidden,)),
+    "ffn_gate": _Tensor("mlp.gate_proj", (mlp, hidden)),
+    "ffn_up": _Tensor("mlp.up_proj", (mlp, hidden)),
+    "ffn_down": _Tensor("mlp.down_proj", (hidden, mlp)),
+  }
+  for i in range(config.num_layers):
+    for name, target in layer.items():
+      plan[f"blk.{i}.{name}.weight"] = dataclasses.replace(
+        target, name=f"model.layers.{i}.{target.name}.weight"
+      )
+  return plan
+
+
+def _check_tensors(
+  tensors: Mapping[str, Any], plan: Mapping[str, _Tensor]
+) -> None:
+  for name, target in plan.items():
+    if name not in tensors:
+      raise ModelFileError(f"tensor {name!r} is missing.")
+    # GGUF states the fastest axis first.
+    shape = tuple(reversed(tensors[name].shape.tolist()))
+    if shape != target.shape:
+      raise ModelFileError(
+        f"tensor {name!r} has {shape=}, expected {target.shape}."
+      )
+  unknown = tensors.keys() - plan.keys()
+  if unknown:
+    raise NotImplementedError(f"tensor {min(unknown)!r} is not supported.")
+
+
+def _dequantise(tensor: Any, rows: slice) -> np.ndarray:
+  quants = import_demo("gguf.quants")
+  try:
+    return quants.dequantize(tensor.data[rows], tensor.tensor_type)
+  except NotImplementedError as error:
+    raise NotImplementedError(f"tensor {tensor.name!r}: {error}") from error
+
+
+def _weight(tensor: Any, target: _Tensor) -> np.ndarray:
+  # A copy: float32 tensors come back as views of the mapped file.
+  weight = np.array(_dequantise(tensor, slice(None)), np.float32)
+  if target.num_heads is None:
+    return weight
+  return _half_split(weight, target.num_heads)
+
+
+def _half_split(weight: np.ndarray, num_heads: int) -> np.ndarray:
+  """Undoes llama.cpp's interleaving of the rotary pairs.
+
+  The file holds the rows of a head as pairs (0, d/2), (1, d/2 + 1), ...,
+  next to each other; half-split rotary embeddings want all the first members
+  and then all the second.
+  """
+  num_rows, hidden_size = weight.shape
+  pairs = weight.reshape(num_heads, -1, 2, hidden_size)
+  return pairs.swapaxes(1, 2).reshape(num_rows, hidden_size)

@@ -1,0 +1,1 @@
+"""The paged KV cache: the pool, its pages, and the cache of a model."""

@@ -1,0 +1,169 @@
+"""Self-attention over a paged KV cache, as a Flax NNX module."""
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from paged_jax.kv import pool as kv_pool
+from paged_jax.kv import quantised
+from paged_jax.kv.cache import PagedCache, Step
+from paged_jax.nn.rotary import apply_rotary
+from paged_jax.ops import attention
+
+
+class PagedAttention(nnx.Module):
+  """Grouped-query causal attention whose K and V live in pages.
+
+  The cache is passed in and returned, never mutated: jit, scan and while_loop
+  see an ordinary value. It says by which implementation it is written and read.
+
+  Example:
+    cache, step = begin_step(cache, q_lens, num_tokens=x.shape[0])
+    y, cache = attention(x, cache, step)
+  """
+
+  def __init__(
+    self,
+    hidden_size: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    layer: int,
+    rope_theta: float | None = 10_000.0,
+    sliding_window: int | None = None,
+    num_sink_tokens: int = 0,
+    logits_soft_cap: float | None = None,
+    scale: float | None = None,
+    alibi_slopes: Sequence[float] | None = None,
+    batch_invariant: bool = False,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    """Creates the projections.
+
+    Args:
+      hidden_size: Width of the input and the output.
+      num_q_heads: Query heads, a multiple of `num_kv_heads`.
+      num_kv_heads: Key and value heads.
+      head_dim: Width of one head, even.
+      layer: Which layer of the pool this module writes and reads.
+      rope_theta: Base of the rotary frequencies; None leaves q and k as they
+        are.
+      sliding_window: See `paged_jax.paged_attention`, as for the next six.
+      num_sink_tokens: First tokens that stay visible besides the window.
+      logits_soft_cap: Soft cap of the logits.
+      scale: Multiplies the logits; `head_dim ** -0.5` if None.
+      alibi_slopes: Constants, one for each query head: head `i` of `n`, a power
+        of two, has `2 ** (-8 * (i + 1) / n)` in the paper on ALiBi. Models that
+        have them have no rotary embedding.
+      batch_invariant: Whether a row must not depend on other rows.
+      dtype: Of the computation; that of the input and parameters if None.
+      param_dtype: Of the parameters.
+      rngs: For the initial parameters.
+
+    Raises:
+      ValueError: If the heads do not divide, `head_dim` is odd, or there is
+        not one slope for each head.
+    """
+    if num_q_heads % num_kv_heads:
+      raise ValueError(f"{num_q_heads=} must be a multiple of {num_kv_heads=}.")
+    if head_dim % 2:
+      raise ValueError(f"{head_dim=} must be even.")
+    if alibi_slopes is not None and len(alibi_slopes) != num_q_heads:
+      raise ValueError(
+        f"{alibi_slopes=} must be one for each of {num_q_heads=}."
+      )
+    self.num_q_heads = num_q_heads
+    self.num_kv_heads = num_kv_heads
+    self.head_dim = head_dim
+    self.layer = layer
+    self.rope_theta = rope_theta
+    self.scale = scale
+    self.sliding_window = sliding_window
+    self.num_sink_tokens = num_sink_tokens
+    self.logits_soft_cap = logits_soft_cap
+    # Numbers, not an array: no optimiser, checkpoint or cast may touch them.
+    self.alibi_slopes = None
+    if alibi_slopes is not None:
+      self.alibi_slopes = tuple(map(float, alibi_slopes))
+    self.batch_invariant = batch_invariant
+    linear = dict(
+      use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+    )
+    num_heads = num_q_heads + 2 * num_kv_heads
+    # One product for q, k and v: three small ones cost more at decode.
+    self.qkv_proj = nnx.Linear(hidden_size, num_heads * head_dim, **linear)
+    self.o_proj = nnx.Linear(num_q_heads * head_dim, hidden_size, **linear)
+
+  def __call__(
+    self,
+    x: Float[Array, "num_tokens hidden_size"],
+    cache: PagedCache,
+    step: Step,
+  ) -> tuple[Array, PagedCache]:
+    """Returns the output, and the cache with this layer's K and V written.
+
+    Args:
+      x: [num_tokens, hidden_size], the flat tokens of the step.
+      cache: The cache, after `begin_step` or `begin_decode`.
+      step: What they returned.
+
+    Returns:
+      [num_tokens, hidden_size] and the next cache.
+    """
+    num_tokens = x.shape[0]
+    qkv = self.qkv_proj(x).reshape(num_tokens, -1, self.head_dim)
+    ends = (self.num_q_heads, self.num_q_heads + self.num_kv_heads)
+    q, k, v = jnp.split(qkv, ends, axis=1)
+    if self.rope_theta is not None:
+      q = apply_rotary(q, step.positions, self.rope_theta)
+      k = apply_rotary(k, step.positions, self.rope_theta)
+    pool = kv_pool.write(
+      cache.pool,
+      self.layer,
+      k,
+      v,
+      step.slots,
+      debug=cache.table.debug,
+      implementation=cache.implementation,
+    )
+    cache = dataclasses.replace(cache, pool=pool)
+    q = q.astype(quantised.query_dtype(q.dtype, pool.k.dtype))
+    out = self._attend(q, cache, step)
+    out = out.astype(x.dtype).reshape(num_tokens, -1)
+    return self.o_proj(out), cache
+
+  def _attend(self, q: Array, cache: PagedCache, step: Step) -> Array:
+    pages = kv_pool.layer_pages(
+      cache.pool, self.layer, cache.table.page_indices
+    )
+    slopes = self.alibi_slopes
+    if slopes is not None:
+      slopes = jnp.asarray(slopes, jnp.float32)
+    options = dict(
+      k_scales=pages.k_scales,
+      v_scales=pages.v_scales,
+      scale=self.scale,
+      sliding_window=self.sliding_window,
+      num_sink_tokens=self.num_sink_tokens,
+      logits_soft_cap=self.logits_soft_cap,
+      batch_invariant=self.batch_invariant,
+      alibi_slopes=slopes,
+      implementation=cache.implementation,
+    )
+    paged = (pages.k_pages, pages.v_pages, step.kv_lens, pages.page_indices)
+    if step.is_decode:
+      out = attention.paged_attention(q, *paged, **options)
+    else:
+      num_active = cache.table.num_seqs
+      out = attention.ragged_paged_attention(
+        q, *paged, step.cu_q_lens, num_active, **options
+      )
+    return typing.cast(Array, out)  # no LSE asked for

@@ -1,0 +1,102 @@
+"""Checks of the arguments of the public attention ops."""
+
+import jax.numpy as jnp
+
+from paged_jax.kv import pool as kv_pool
+from paged_jax.kv import quantised
+
+
+def check_pools(q, k_pages, v_pages, kv_lens, page_indices) -> None:
+  """Raises a ValueError if queries, pools or tables do not fit together."""
+  ranks = dict(q=(q, 3), k_pages=(k_pages, 4), v_pages=(v_pages, 4))
+  ranks |= dict(kv_lens=(kv_lens, 1), page_indices=(page_indices, 2))
+  check_arrays(**{name: x for name, (x, _) in ranks.items()})
+  for name, (x, ndim) in ranks.items():
+    if jnp.ndim(x) != ndim:
+      raise ValueError(f"{name}.shape={jnp.shape(x)} must have {ndim} axes.")
+  _check_dtypes(q, k_pages, v_pages)
+  for name, x in (("k_pages", k_pages), ("v_pages", v_pages), ("q", q)):
+    if 0 in x.shape[1:]:
+      raise ValueError(f"{name}.shape={x.shape} has an empty axis.")
+  if k_pages.shape != v_pages.shape:
+    raise ValueError(f"{k_pages.shape=} must equal {v_pages.shape=}.")
+  num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
+  if num_pages < 1:
+    raise ValueError(f"{k_pages.shape=} has no pages.")
+  if page_indices.shape[1] < 1:
+    raise ValueError(f"{page_indices.shape=} has no columns.")
+  if page_size % 8:
+    raise ValueError(f"{page_size=} must be a multiple of 8.")
+  if q.shape[2] != head_dim:
+    raise ValueError(f"{q.shape=} must have head_dim {head_dim} of k_pages.")
+  if q.shape[1] % num_kv_heads:
+    raise ValueError(
+      f"num_q_heads={q.shape[1]} must be a multiple of {num_kv_heads=}."
+    )
+  check_ints(kv_lens=kv_lens, page_indices=page_indices)
+  if page_indices.shape[0] != kv_lens.shape[0]:
+    raise ValueError(
+      f"{page_indices.shape=} must have one row for each of {kv_lens.shape=}."
+    )
+
+
+def check_one_query_each(q, kv_lens) -> None:
+  """Raises a ValueError if there is not one query for each sequence."""
+  if q.shape[0] != kv_lens.shape[0]:
+    raise ValueError(
+      f"q.shape={q.shape} must have one query for each of "
+      f"kv_lens.shape={kv_lens.shape}."
+    )
+
+
+def _check_dtypes(q, k_pages, v_pages) -> None:
+  for name, x in (("k_pages", k_pages), ("v_pages", v_pages)):
+    if x.dtype not in kv_pool.DTYPES:
+      raise ValueError(f"{name}.dtype={x.dtype} must be {kv_pool.DTYPE_NAMES}.")
+  if q.dtype not in kv_pool.FLOAT_DTYPES:
+    raise ValueError(f"q.dtype={q.dtype} must be float32, bfloat16 or float16.")
+  alike = dict(v_pages=v_pages)
+  if not quantised.is_quantised(k_pages.dtype):
+    alike |= dict(q=q)
+  for name, x in alike.items():
+    if x.dtype != k_pages.dtype:
+      raise ValueError(
+        f"{name}.dtype={x.dtype} must be that of {k_pages.dtype=}."
+      )
+
+
+def check_arrays(**arrays) -> None:
+  """Raises a ValueError if one of the arguments is no array."""
+  for name, x in arrays.items():
+    if not hasattr(x, "dtype"):
+      raise ValueError(f"{name} must be an array, got {type(x).__name__}.")
+
+
+def check_ints(**arrays) -> None:
+  """Raises a ValueError if one of the arguments is not an i32 array."""
+  check_arrays(**arrays)
+  for name, x in arrays.items():
+    if x.dtype != jnp.int32:
+      raise ValueError(f"{name}.dtype={x.dtype} must be int32.")
+
+
+def check_per_head(q, **arrays) -> None:
+  """Raises a ValueError if one is not a number for each query head of `q`."""
+  check_arrays(**arrays)
+  for name, x in arrays.items():
+    if jnp.shape(x) != (q.shape[1],):
+      raise ValueError(
+        f"{name}.shape={jnp.shape(x)} must be ({q.shape[1]},): num_q_heads."
+      )
+    if x.dtype not in kv_pool.FLOAT_DTYPES:
+      raise ValueError(
+        f"{name}.dtype={x.dtype} must be float32, bfloat16 or float16."
+      )
+
+
+def check_count(name: str, value: object, least: int) -> None:
+  """Raises a ValueError if a value is no integer of at least `least`."""
+  if isinstance(value, bool) or not isinstance(value, int):
+    raise ValueError(f"{name}={value!r} must be a Python integer.")
+  if not least <= value < 2**31:
+    raise ValueError(f"{name}={value} must be in [{least}, 2**31).")

@@ -1,0 +1,1 @@
+"""What the kernels share: schedules, masks, barriers and checks."""

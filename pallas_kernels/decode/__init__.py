@@ -1,0 +1,1 @@
+"""Paged decode attention: few query tokens of each sequence."""

@@ -1,0 +1,1 @@
+"""Writes tokens into pages, and copies pages."""

@@ -1,0 +1,1 @@
+"""Paged attention of any number of query tokens of each sequence."""

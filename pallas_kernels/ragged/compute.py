@@ -1,0 +1,285 @@
+"""The warpgroups of the ragged kernel that compute, 64 rows each.
+
+A warpgroup starts Q K^T of a tile and P V of the one before together. The
+softmax of the tile comes as soon as its scores are there, while P V and the
+products of other warpgroups go on. One that has no queries of an item only
+waits for its tiles and gives them back.
+"""
+
+import functools
+import math
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.common import tree_bits
+from pallas_kernels.decode import softmax as decode_softmax
+from pallas_kernels.ragged import output, softmax
+from pallas_kernels.ragged.config import ROWS
+from pallas_kernels.ragged.load import page_ids
+from pallas_kernels.ragged.problem import Problem
+from pallas_kernels.ragged.softmax import State
+
+_COLUMNS = 64  # of V that are rewritten at once, to spare registers
+
+
+def run(problem: Problem, smem, walk) -> None:
+  """Attends all items of a program.
+
+  Args:
+    problem: what is static.
+    smem: shared memory and barriers.
+    walk: calls a function with each `Work`.
+  """
+  walk(_attend_item)
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _attend_item(work):
+  """Attends the tiles of an item, and writes its output or its partial."""
+  problem, tile = work.problem, work.item.tile
+  nothing = softmax.init(ROWS, problem.head_dim)
+  first_row = lax.axis_index("warpgroup") * ROWS
+  has_queries = first_row >> _log2(problem.group) < tile.num_tokens
+
+  def pass_on():
+    _pass_tiles(work)
+    return nothing
+
+  state = lax.cond(
+    has_queries & (work.item.num_tiles > 0),
+    lambda: _attend_tiles(work, nothing),
+    pass_on,
+  )
+  output.write(work, state)
+
+
+def _pass_tiles(work):
+  """Gives Q and all tiles of an item back, if it has any, unused."""
+  smem, num_tiles = work.smem, work.item.num_tiles
+
+  @pl.when(num_tiles > 0)
+  def _():
+    plgpu.barrier_wait(smem.q_loaded.at[work.q_slot])
+    plgpu.barrier_arrive(smem.q_consumed.at[work.q_slot])
+
+  @pl.loop(0, num_tiles)
+  def _(i):
+    slot = work.slot(i)
+    plgpu.barrier_wait(smem.k_loaded.at[slot])
+    plgpu.barrier_arrive(smem.k_consumed.at[slot])
+    _await_values(work, i)
+    plgpu.barrier_arrive(smem.v_consumed.at[slot])
+
+
+def _attend_tiles(work, state):
+  """Folds the tiles of an item, which are one or more, into the softmax."""
+  problem, smem, last = work.problem, work.smem, work.item.num_tiles - 1
+  wg, q_slot = lax.axis_index("warpgroup"), work.q_slot
+  by_token, by_row = (x.at[q_slot, wg] for x in smem.q_smem)
+
+  def give_back_keys(i):
+    plgpu.barrier_arrive(smem.k_consumed.at[work.slot(i)])
+    pl.when(i == last)(lambda: plgpu.barrier_arrive(smem.q_consumed.at[q_slot]))
+
+  slopes = None
+  if problem.has_alibi:
+    slopes = output.load_rows(work.gmem.alibi_slopes, work.item.head)
+  weigh_scores = functools.partial(_weigh_scores, work, slopes)
+
+  plgpu.barrier_wait(smem.q_loaded.at[q_slot])
+  problem.reinterpret(by_token, by_row)
+  plgpu.barrier_wait(smem.k_loaded.at[work.slot(0)])
+  qk = softmax.matmul(_operands(work, by_row, 0))
+  give_back_keys(jnp.int32(0))
+  l = decode_softmax.tile(0.0, (ROWS, 8))
+  m, l, _, p = weigh_scores(0, state.m, l, qk)
+  p = p.astype(problem.dtype)
+
+  def fold(i, carry):
+    state, p = carry
+    _await_values(work, i)
+    plgpu.barrier_wait(smem.k_loaded.at[work.slot(i + 1)])
+
+    def weigh(qk):
+      give_back_keys(i + 1)
+      return weigh_scores(i + 1, state.m, state.l, qk)
+
+    acc, (m, l, alpha, next_p) = softmax.matmul_and_accumulate(
+      _operands(work, by_row, i + 1),
+      state.acc,
+      _left_operand(work, p),
+      smem.v_smem.at[work.slot(i)],
+      weigh,
+      interpreted=problem.interpret is not None,
+    )
+    plgpu.barrier_arrive(smem.v_consumed.at[work.slot(i)])
+    acc, p = lax.optimization_barrier((acc, next_p))
+    acc = softmax.rescale(acc, alpha, interpreted=problem.interpret is not None)
+    return State(acc, m, l), p.astype(problem.dtype)
+
+  state, p = lax.fori_loop(0, last, fold, (State(state.acc, m, l), p))
+  _await_values(work, last)
+  acc = decode_softmax.accumulate(
+    state.acc,
+    _left_operand(work, p),
+    smem.v_smem.at[work.slot(last)],
+    interpreted=problem.interpret is not None,
+  )
+  plgpu.barrier_arrive(smem.v_consumed.at[work.slot(last)])
+  return State(acc, state.m, state.l.sum(axis=1))
+
+
+def _operands(work, q_smem, i):
+  """Returns the operands of Q K^T for the i-th tile, by columns of tiles."""
+  k_smem, width = work.smem.k_smem.at[work.slot(i)], work.problem.columns
+  return [
+    (q_smem.at[j], k_smem.at[:, pl.ds(j * width, width)].T)
+    for j in range(q_smem.shape[0])
+  ]
+
+
+def _weigh_scores(work, slopes, i, m, l, qk):
+  """Returns m, l, the factor of acc, and P, when the i-th tile is folded in."""
+  problem, base = work.problem, work.base(i)
+  s = problem.scores(qk)
+  if slopes is not None:
+    s = _add_distances(work, slopes, base, s)
+  sees_all = work.tiles.sees_all(base) & (work.item.tile.has_holes == 0)
+  s = lax.cond(
+    sees_all,
+    lambda s: s,
+    lambda s: _mask_scores(work, base, s),
+    s,
+  )
+  # All of the softmax belongs to this half of the step.
+  return lax.optimization_barrier(softmax.weigh(m, l, s, problem.factor))
+
+
+def _left_operand(work, p):
+  """Returns P as wgmma takes it: as it is, or in shared memory."""
+  if not work.problem.p_in_smem:
+    return p
+  p_smem = work.smem.p_smem.at[lax.axis_index("warpgroup")]
+  p_smem[...] = p
+  plgpu.commit_smem()
+  return p_smem
+
+
+def _iota(shape, axis):
+  return plgpu.broadcasted_iota(
+    jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA
+  )
+
+
+def _mask_scores(work, base, s):
+  """Returns the scores, -inf where the key of a column is not seen."""
+  column = _iota(s.shape, 1)
+  before, sees_new = 0, None
+  if work.problem.has_tree:
+    before, sees_new = _tree_of_rows(work, base, column)
+  elif work.problem.causal:
+    before = _before(work, _iota(s.shape, 0))
+  sees = work.tiles.sees(base + column, before, sees_new)
+  sees &= _are_mapped(work, base, column)
+  return jnp.where(sees, s, -jnp.inf)
+
+
+def _before(work, rows):
+  """Returns how many tokens before the last of the item queries are."""
+  first_row = lax.axis_index("warpgroup") * ROWS
+  token = (rows + first_row) >> _log2(work.problem.group)
+  return work.item.tile.num_earlier - token
+
+
+def _add_distances(work, slopes, base, s):
+  """Adds slopes times positions of keys minus those of the queries."""
+  rows = plgpu.broadcasted_iota(
+    jnp.int32, s.shape[:1], 0, layout=softmax.QUERIES
+  )
+  first = _before(work, rows) + (base - (work.item.tile.kv_len - 1))
+  # Distances that were worked out before there are scores would spill.
+  s, first = lax.optimization_barrier((s, first))
+  distances = _iota(s.shape, 1) + softmax.across(first, s.shape)
+  slopes = softmax.across(slopes, s.shape)
+  return s + slopes * distances.astype(jnp.float32)
+
+
+def _tree_of_rows(work, base, column):
+  """Returns what `kv_tiles.Tiles.sees` asks for, from a mask."""
+  problem, tree = work.problem, work.gmem.tree
+  row = work.item.tile.token * problem.group
+  rows = pl.ds(row + lax.axis_index("warpgroup") * ROWS, ROWS)
+  load = lambda i: plgpu.load(
+    tree.at[i, rows], layout=softmax.QUERIES, optimized=False
+  )
+  last, first = tree.shape[0] - 1, work.tiles.nth_new(base)
+  words = tree_bits.aligned(load, last, first, problem.config.block_kv)
+  before = 0
+  if problem.sliding_window is not None:
+    before = softmax.across(load(last), column.shape)
+  return before, tree_bits.spread(words, column, [0])
+
+
+def _tree_of_seq(work, base, rows):
+  """Tells which new tokens some query sees; the others are of any value."""
+  words_gmem, seq = work.gmem.tree_of_seqs, work.item.tile.seq
+  load = lambda i: words_gmem[seq, i]
+  words = tree_bits.aligned(
+    load,
+    words_gmem.shape[1],
+    work.tiles.nth_new(base),
+    work.problem.config.block_kv,
+  )
+  return tree_bits.spread(words, rows, [])
+
+
+def _are_mapped(work, base, positions):
+  """Tells of which positions of the tile at base the page is mapped."""
+  ids, num_pages = page_ids(work, base), work.problem.num_pages
+  mapped = [(page >= 0) & (page < num_pages) for page in ids]
+  bits = sum(bit.astype(jnp.int32) << j for j, bit in enumerate(mapped))
+  bits = lax.broadcast_in_dim(bits, positions.shape, [])
+  return ((bits >> (positions >> _log2(work.problem.chunk))) & 1) != 0
+
+
+def _log2(power: int) -> int:
+  return int(math.log2(power))
+
+
+def _await_values(work, i):
+  """Waits for V of the i-th tile, without what no query of the item sees."""
+  problem, tiles, base = work.problem, work.tiles, work.base(i)
+  slot, wg = work.slot(i), lax.axis_index("warpgroup")
+  end = base + problem.config.block_kv
+  is_clean = (end <= tiles.kv_end) & (work.item.tile.has_holes == 0)
+  if problem.has_tree:
+    is_clean &= end <= tiles.kv_len - tiles.num_new
+  if problem.sliding_window is not None:
+    first = tiles.kv_len - tiles.num_earlier - problem.sliding_window
+    is_clean &= (base >= first) | (end <= problem.num_sink_tokens)
+  plgpu.barrier_wait(work.smem.v_loaded.at[slot])
+
+  @pl.when(jnp.logical_not(is_clean))
+  def _():
+    pl.when(wg == 0)(lambda: _zero_unseen_rows(work, slot, base))
+    if problem.config.num_compute_wgs > 1:
+      # One for each slot, as the first warpgroup may be a tile ahead.
+      cleaned = work.smem.v_cleaned.at[slot]
+      pl.when(wg == 0)(lambda: plgpu.barrier_arrive(cleaned))
+      pl.when(wg > 0)(lambda: plgpu.barrier_wait(cleaned))
+
+
+def _zero_unseen_rows(work, slot, base):
+  """Zeroes the rows of V that no query of the item sees."""
+  v_smem, head_dim = work.smem.v_smem.at[slot], work.problem.head_dim
+  for column in range(0, head_dim, _COLUMNS):
+    v = v_smem.at[:, pl.ds(column, min(_COLUMNS, head_dim - column))]
+    rows = _iota(v.shape, 0)
+    sees_new = _tree_of_seq(work, base, rows) if work.problem.has_tree else None
+    sees = work.tiles.are_seen(base + rows, sees_new)
+    sees &= _are_mapped(work, base, rows)
+    v[...] = jnp.where(sees, v[...], 0.0)
+  plgpu.commit_smem()
