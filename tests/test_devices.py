@@ -12,8 +12,6 @@ from paged_jax import devices
 from paged_jax.cli import info, main
 from pallas_kernels.common import gpu
 from pallas_kernels.decode import config as decode_config
-from pallas_kernels.decode import table as decode_table
-from pallas_kernels.decode.config import Config
 
 OTHERS = [
   ("NVIDIA A100-SXM4-80GB", "8.0"),
@@ -63,9 +61,8 @@ def test_other_gpus_take_xla_for_want_of_wgmma(
 
 @pytest.mark.parametrize(("kind", "num_sms"), HOPPERS)
 def test_hopper_takes_the_kernel_for_its_multiprocessors(
-  become, capsys, monkeypatch, kind, num_sms
+  become, capsys, kind, num_sms
 ):
-  monkeypatch.setattr(decode_table, "CONFIGS", {})
   become(kind, compute_capability="9.0", core_count=num_sms)
   assert _info(capsys)["decode attention"] == (
     "mosaic_gpu, since its kernel serves bfloat16 with head_dim=64 on "
@@ -115,42 +112,3 @@ def test_the_kernel_of_prefill_takes_few_queries_that_decode_cannot(become):
   traced = jax.jit(attend).trace(q, pages, pages, *lens)
   text = traced.lower(lowering_platforms=("cuda",)).as_text()
   assert text.count("custom_call @mosaic_gpu") >= 1
-
-
-def test_the_table_comes_before_the_rule_for_its_own_keys_alone(
-  become, monkeypatch
-):
-  found, h200 = Config(128, 2, 7), gpu.Gpu("NVIDIA H200", 132)
-  tables = {h200.kind: {(512, 8, 128, "bfloat16"): (128, 2, 7)}}
-  monkeypatch.setattr(decode_table, "CONFIGS", tables)
-
-  def config(num_seqs, num_queries=4, head_dim=128, dtype="bfloat16", on=h200):
-    return decode_config.default_config(
-      8 * num_seqs, num_queries, head_dim, dtype, device=on
-    )
-
-  # 257 to 512 items, and 1 to 8 queries, have one key.
-  for same in (config(64), config(33), config(64, 1), config(64, 8)):
-    assert same == found
-  for other in (
-    config(32),
-    config(65),
-    config(64, 9),
-    config(64, head_dim=96),
-    config(64, dtype="float16"),
-    config(64, on=gpu.Gpu("NVIDIA H100 PCIe", 132)),
-    config(64, on=gpu.Gpu()),
-  ):
-    assert other != found
-  become(h200.kind, compute_capability="9.0", core_count=132)
-  assert config(64, on=None) == found
-  become("cpu", platform="cpu")
-  assert config(64, on=None) != found
-
-
-@pytest.mark.parametrize(
-  ("num_items", "bucket"), [(1, 1), (2, 2), (3, 4), (512, 512), (513, 1024)]
-)
-def test_items_are_rounded_up_to_powers_of_two(num_items, bucket):
-  key = decode_table.key(num_items, 8, 64, "float16")
-  assert key == (bucket, 8, 64, "float16")

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.common import gpu
-from pallas_kernels.decode import table as decode_table
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 SMEM_LIMIT = 232_448  # bytes a program may have on Hopper
@@ -47,36 +46,8 @@ def default_config(
 ) -> Config:
   """Returns a good Config for these shapes; it does not depend on lengths.
 
-  It is that of `decode_table` if there is one, and else that of `default_rule`.
-
-  Args:
-    num_items: KV heads of all sequences.
-    num_queries: queries of each of them.
-    head_dim: width of a head.
-    dtype: of the pool.
-    device: the GPU; that at hand if None.
-  """
-  device = device or gpu.at_hand()
-  key = decode_table.key(
-    num_items, padded_queries(num_queries), head_dim, jnp.dtype(dtype).name
-  )
-  fields = decode_table.CONFIGS.get(device.kind, {}).get(key)
-  if fields is not None:
-    return Config(*fields)
-  return default_rule(num_items, num_queries, head_dim, dtype, device=device)
-
-
-def default_rule(
-  num_items: int,
-  num_queries: int,
-  head_dim: int,
-  dtype: DTypeLike,
-  *,
-  device: gpu.Gpu | None = None,
-) -> Config:
-  """Returns a Config that is good for many shapes.
-
-  Its tiles depend on the width and the dtype alone.
+  Its tiles depend on the width and the dtype alone, so that the order in which
+  keys are folded does not depend on the number of items.
 
   Args:
     num_items: KV heads of all sequences.

@@ -48,7 +48,6 @@ from pallas_kernels.decode.config import (
   REDUCTION_BYTES,
   Config,
   default_config,
-  default_rule,
   unsupported,
 )
 from pallas_kernels.decode.problem import Problem, scratch
@@ -202,10 +201,8 @@ def attend(
   if 0 in (num_seqs, k_pages.shape[0], page_indices.shape[1]):
     return jnp.zeros_like(q), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
   if config is None:
-    # The rule cuts tiles alike whatever the number of items.
-    choose = default_rule if batch_invariant else default_config
     shape = num_seqs * num_kv_heads, num_queries, head_dim
-    config = choose(*shape, k_pages.dtype)
+    config = default_config(*shape, k_pages.dtype)
   group = num_queries // max_q_len
   problem = Problem(
     config=config,
