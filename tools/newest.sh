@@ -5,9 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # The transitions, the module, and every kernel lowered for a GPU: a minute.
-quick=(tests/test_page_table.py tests/test_kv_pool.py tests/test_nn.py
-  tests/test_sampling.py tests/test_schedule.py tests/test_kv_tiles.py
-  tests/test_paged_decode_config.py)
+quick=(tests/page_table/test_append.py tests/kv/test_pool.py
+  tests/nn/test_nnx.py tests/sampling/test_sampling.py
+  tests/pallas_kernels/common/test_schedule.py
+  tests/pallas_kernels/common/test_kv_tiles.py
+  tests/pallas_kernels/decode/test_config.py)
 
 range=$(.venv/bin/python - <<'EOF'
 import tomllib

@@ -18,7 +18,7 @@ from paged_jax.models import llama
 pytestmark = pytest.mark.model
 
 REFERENCE = json.loads(
-  (pathlib.Path(__file__).parent / "data/demo_reference.json").read_text()
+  (pathlib.Path(__file__).parents[1] / "data/demo_reference.json").read_text()
 )
 NUM_NEW = 48
 NAMES = [prompt["name"] for prompt in REFERENCE["prompts"]]

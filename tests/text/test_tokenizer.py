@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from paged_jax.checkpoints import gguf
 from paged_jax.text.tokenizer import Tokenizer
 
-REFERENCE = Path(__file__).parent / "data" / "demo_reference.json"
+REFERENCE = Path(__file__).parents[1] / "data" / "demo_reference.json"
 
 
 def _tokenizer(changes=None):

@@ -10,7 +10,7 @@ import oracle
 import pytest
 import tiny_llama
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 RESULT = json.loads(
   (ROOT / "benchmarks/results/cpu/quantised.json").read_text()
 )

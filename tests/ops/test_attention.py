@@ -8,22 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from cases import LENS, OPTIONS
 
 import paged_jax
 
-LENS = [0, 1, 15, 16, 17, 40, 300]
-OPTIONS = {
-  "plain": {},
-  "scale": dict(scale=0.3),
-  "window": dict(sliding_window=20),
-  "window_of_one": dict(sliding_window=1),
-  "window_and_sink_tokens": dict(sliding_window=20, num_sink_tokens=5),
-  "far_window_and_sink_tokens": dict(sliding_window=16, num_sink_tokens=20),
-  "soft_cap": dict(logits_soft_cap=1.5),
-  "all": dict(
-    scale=0.2, sliding_window=33, num_sink_tokens=4, logits_soft_cap=2.0
-  ),
-}
 # The dtypes that each implementation takes.
 RUNS = [
   pytest.param("xla", "float32", id="xla-float32"),

@@ -19,6 +19,21 @@ PLAIN = dict(
   scale=0.125, sliding_window=None, num_sink_tokens=0, logits_soft_cap=None
 )
 
+# Given to the attention ops, whatever their pages hold.
+LENS = [0, 1, 15, 16, 17, 40, 300]
+OPTIONS = {
+  "plain": {},
+  "scale": dict(scale=0.3),
+  "window": dict(sliding_window=20),
+  "window_of_one": dict(sliding_window=1),
+  "window_and_sink_tokens": dict(sliding_window=20, num_sink_tokens=5),
+  "far_window_and_sink_tokens": dict(sliding_window=16, num_sink_tokens=20),
+  "soft_cap": dict(logits_soft_cap=1.5),
+  "all": dict(
+    scale=0.2, sliding_window=33, num_sink_tokens=4, logits_soft_cap=2.0
+  ),
+}
+
 
 @dataclasses.dataclass
 class Problem:

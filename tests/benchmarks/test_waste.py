@@ -9,7 +9,7 @@ import pytest
 import waste_count
 import waste_replay
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 RESULT = json.loads((ROOT / "benchmarks/results/cpu/waste.json").read_text())
 SIZES = [8, 16]
 

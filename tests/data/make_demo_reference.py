@@ -3,7 +3,7 @@
 Needs torch, transformers >= 5.23, accelerate and gguf, in an environment of
 its own, and no network:
 
-  HF_HUB_OFFLINE=1 python tests/make_demo_reference.py path/to/model.gguf
+  HF_HUB_OFFLINE=1 python tests/data/make_demo_reference.py path/to/model.gguf
 
 The same GGUF file is loaded by transformers in float32 on the CPU, and every
 prompt is continued greedily, alone, end tokens ignored. `min_margin` is the
@@ -28,7 +28,7 @@ MIN_MARGIN = 1e-3
 NUM_LOGITS = 64
 LOGITS_PROMPT = "prose"
 LOGITS_STEPS = (0, 1, 2, 7, 23, 47)
-OUTPUT = Path(__file__).parent / "data" / "demo_reference.json"
+OUTPUT = Path(__file__).parent / "demo_reference.json"
 
 CONVERSATION = [
   {"role": "user", "content": "What is the capital of France?"},

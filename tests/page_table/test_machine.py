@@ -1,6 +1,7 @@
 """Random programs of all transitions, beside the plain model.
 
-`PAGED_JAX_PROGRAMS=100000 pytest tests/test_page_machine.py` runs as many.
+`PAGED_JAX_PROGRAMS=100000 pytest tests/page_table/test_machine.py` runs as
+many.
 """
 
 import os

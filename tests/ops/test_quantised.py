@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from test_attention import LENS, OPTIONS
+from cases import LENS, OPTIONS
 
 import paged_jax
 from paged_jax.kv import pool as kv_pool
