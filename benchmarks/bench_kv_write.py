@@ -30,8 +30,8 @@ from decode_parts import attempt
 from jax import lax
 from kv_write_batch import FULL, SMALL, Batch, Sizes, make
 
+from paged_jax.kv import dtypes, layout, quantised
 from paged_jax.kv import pool as kv_pool
-from paged_jax.kv import quantised
 from pallas_kernels.pages import write as page_write
 
 PACKAGES = [
@@ -170,7 +170,7 @@ def written(
       pool = write_layer(pool, layer, *tokens)
     return pool
 
-  row = kv_pool.page_bytes(1, sizes.num_kv_heads, 1, sizes.head_dim, dtype)
+  row = layout.page_bytes(1, sizes.num_kv_heads, 1, sizes.head_dim, dtype)
   side = measured(
     sizes,
     step,
@@ -207,7 +207,7 @@ def check(batch: Batch, pool: kv_pool.KVPool) -> None:
   for name in ("k", "v"):
     rows, pages = getattr(batch, name), getattr(pool, name)
     pairs = [(rows, pages)]
-    if quantised.is_quantised(pages.dtype):
+    if dtypes.is_quantised(pages.dtype):
       rows, scales = jax.jit(quantised.quantise, static_argnums=1)(
         rows, pages.dtype
       )

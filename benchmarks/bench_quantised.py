@@ -24,7 +24,7 @@ import numpy as np
 
 from paged_jax.checkpoints import demo, gguf
 from paged_jax.kv import cache as paged_cache
-from paged_jax.kv import pool as kv_pool
+from paged_jax.kv import layout
 from paged_jax.models import llama
 
 TEXT = (
@@ -134,7 +134,7 @@ def figures(config, losses: dict[str, np.ndarray]) -> dict:
   result = {}
   baseline = losses[BASELINE]
   for dtype, loss in losses.items():
-    page_bytes = kv_pool.page_bytes(
+    page_bytes = layout.page_bytes(
       config.num_layers,
       config.num_kv_heads,
       PAGE_SIZE,

@@ -38,7 +38,8 @@ from decode_loop import (
 from decode_parts import attempt
 
 import paged_jax
-from paged_jax.kv.quantised import DTYPES, quantise
+from paged_jax.kv.dtypes import QUANTISED_DTYPES
+from paged_jax.kv.quantised import quantise
 from pallas_kernels.ragged import kernel as ragged_kernel
 from pallas_kernels.ragged.config import Config, default_config, padded_group
 
@@ -75,7 +76,7 @@ def _quantised(name: str, case: Case) -> dict[str, Case]:
   """Returns a case over quantised pages, by name."""
   return {
     f"{name}, {dtype}": dataclasses.replace(case, kv_dtype=dtype.name)
-    for dtype in DTYPES
+    for dtype in QUANTISED_DTYPES
   }
 
 

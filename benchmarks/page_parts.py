@@ -10,6 +10,7 @@ import numpy as np
 from page_workload import Sizes, check, filled
 
 from paged_jax import page_table
+from paged_jax.kv import layout
 from paged_jax.kv import pool as kv_pool
 
 
@@ -165,7 +166,7 @@ def copies(sizes: Sizes) -> dict[str, dict]:
   """Times `copy_pages`, from one half of the pool to the other."""
   half, num_slots = sizes.num_kv_pages // 2, sizes.num_slots
   pool = kv_pool.init(2 * half, *sizes.kv_page, jnp.bfloat16)
-  page_bytes = kv_pool.page_bytes(*sizes.kv_page, jnp.bfloat16)
+  page_bytes = layout.page_bytes(*sizes.kv_page, jnp.bfloat16)
   # The slots of the rows that copy are anywhere.
   slots = np.random.default_rng(0).permutation(num_slots)
   inputs = (jnp.asarray(slots, jnp.int32),)

@@ -1,11 +1,7 @@
-"""What the machine at hand can run, and what of it is chosen."""
-
-from collections.abc import Callable
+"""The device at hand: whether it runs the kernels, and its free memory."""
 
 import jax
 from jax.extend import backend
-
-IMPLEMENTATIONS = ("mosaic_gpu", "xla")
 
 
 def default_device() -> jax.Device:
@@ -25,43 +21,6 @@ def why_not_hopper() -> str | None:
       "kernels multiply with wgmma, which only Hopper (9.0) has."
     )
   return None
-
-
-def choose(
-  implementation: str | None,
-  why_not: Callable[[], str | None],
-  *,
-  by_default: bool = True,
-) -> str:
-  """Returns the implementation of an op to take.
-
-  Args:
-    implementation: What the caller names; None to choose.
-    why_not: Returns why the kernel cannot serve, or None.
-    by_default: Whether None takes the kernel where it can serve. A kernel that
-      was not measured on a GPU, or was slower, waits for being named.
-
-  Raises:
-    ValueError: If there is no such implementation.
-    NotImplementedError: If it is the kernel, and it cannot serve.
-  """
-  check_implementation(implementation)
-  if implementation == "xla" or (implementation is None and not by_default):
-    return "xla"
-  reason = why_not()
-  if implementation is None:
-    return "mosaic_gpu" if reason is None else "xla"
-  if reason is not None:
-    raise NotImplementedError(f"{implementation=} is not available: {reason}")
-  return implementation
-
-
-def check_implementation(implementation: str | None) -> None:
-  """Raises a ValueError if there is no such implementation."""
-  if implementation is not None and implementation not in IMPLEMENTATIONS:
-    raise ValueError(
-      f"{implementation=} must be None or one of {IMPLEMENTATIONS}."
-    )
 
 
 def free_bytes(device: jax.Device) -> int | None:

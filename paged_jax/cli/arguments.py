@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from paged_jax.cli.errors import CommandError
-from paged_jax.devices import IMPLEMENTATIONS
-from paged_jax.kv import pool as kv_pool
+from paged_jax.dispatch import IMPLEMENTATIONS
+from paged_jax.kv import dtypes
 
 _MOST = 2**31 - 1  # of whatever becomes an i32
 
@@ -195,7 +195,7 @@ def _add_cache(group) -> None:
   )
   group.add_argument(
     "--kv-dtype",
-    choices=tuple(dtype.name for dtype in kv_pool.DTYPES),
+    choices=tuple(dtype.name for dtype in dtypes.DTYPES),
     help="of the cache; int8 and float8_e4m3fn are quantised, in half the "
     "memory of bfloat16 (default: that of the model)",
   )

@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from paged_jax import devices
+from paged_jax import devices, dispatch
 from paged_jax.checkpoints import demo
 from paged_jax.cli.errors import CommandError
-from paged_jax.kv import quantised
-from paged_jax.ops import attention
+from paged_jax.kv import dtypes
 
 _KERNEL = "mosaic_gpu"
-_MAX_Q_LENS = {"decode": 1, "prefill": None}  # query tokens of a sequence
-ATTENTION_OPS = tuple(_MAX_Q_LENS)
+ATTENTION_OPS = {
+  "decode": dispatch.decode_attention,
+  "prefill": dispatch.ragged_attention,
+}
 _PACKAGES = ("paged-jax", "jax", "jaxlib", "flax", "gguf", "tokenizers")
 
 
@@ -77,7 +78,7 @@ def why_not_kernel(
   """Returns why the Pallas kernel cannot serve these shapes here, or None.
 
   Args:
-    op: `"decode"` or `"prefill"`.
+    op: One of `ATTENTION_OPS`.
     dtype: Of the model.
     kv_dtype: Of the pages; None is that of the model.
     head_dim: Width of one head.
@@ -86,11 +87,15 @@ def why_not_kernel(
     page_size: Tokens a page.
   """
   kv_dtype = jnp.dtype(kv_dtype or dtype)
-  q = jax.ShapeDtypeStruct(
-    (1, num_q_heads, head_dim), quantised.query_dtype(dtype, kv_dtype)
+  shapes = dispatch.AttentionShapes(
+    num_q_heads=num_q_heads,
+    num_kv_heads=num_kv_heads,
+    head_dim=head_dim,
+    page_size=page_size,
+    dtype=dtypes.query_dtype(dtype, kv_dtype),
+    kv_dtype=kv_dtype,
   )
-  pages = jax.ShapeDtypeStruct((1, num_kv_heads, page_size, head_dim), kv_dtype)
-  return attention.why_not_mosaic_gpu(q, pages, _MAX_Q_LENS[op])
+  return ATTENTION_OPS[op](None, shapes).reason
 
 
 def _version(package: str) -> str:

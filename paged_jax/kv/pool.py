@@ -2,12 +2,11 @@
 
 Page-major: `[num_pages, num_layers, num_kv_heads, page_size, head_dim]`, one
 array for K and one for V. Seen flat, layer `l` of page `p` is row
-`p * num_layers + l`, so that an attention op reads a layer through the same
-flat array, with its page indices moved: no slice of a layer is ever made, and
-the sentinel `num_pages` stays out of range in every layer.
+`p * num_layers + l`, so that an attention op reads every layer through the same
+array and the same page table: no slice of a layer is ever made.
 
-A pool of a quantised dtype holds a scale for each token and KV head besides
-(`quantised`), laid out like the pages and treated with them.
+A pool of a quantised dtype also holds a scale for each token and KV head
+(`quantised`), laid out like the pages.
 
 A step writes first, then attends, and never reads the old pool again: XLA then
 updates the donated pool in place.
@@ -24,15 +23,10 @@ from jax.experimental import checkify
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from paged_jax import devices
-from paged_jax.kv import quantised
+from paged_jax import dispatch
+from paged_jax.kv import dtypes, quantised
 from paged_jax.typing import Leaf
-from pallas_kernels.pages import copy as page_copy
-from pallas_kernels.pages import write as page_write
-
-FLOAT_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
-DTYPES = FLOAT_DTYPES + quantised.DTYPES
-DTYPE_NAMES = "bfloat16, float16, float32, int8 or float8_e4m3fn"
+from pallas_kernels.common.paged_kv import PagedKV
 
 
 @jax.tree_util.register_dataclass
@@ -55,18 +49,6 @@ class KVPool:
   def page_size(self) -> int:
     """Tokens a page holds."""
     return self.k.shape[3]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerPages:
-  """The pages of one layer, as the attention ops take them."""
-
-  k_pages: Leaf  # [num_pages, num_kv_heads, page_size, head_dim]
-  v_pages: Leaf  # [num_pages, num_kv_heads, page_size, head_dim]
-  k_scales: Leaf | None  # f32[num_pages, num_kv_heads, page_size] if quantised
-  v_scales: Leaf | None  # f32[num_pages, num_kv_heads, page_size] if quantised
-  page_indices: Leaf  # i32[num_seqs, pages_per_seq]
 
 
 def init(
@@ -95,24 +77,10 @@ def init(
   shape = (num_pages, num_layers, num_kv_heads, page_size, head_dim)
   _check_sizes(shape, dtype)
   zeros = lambda: jnp.zeros(shape, dtype)
-  if not quantised.is_quantised(dtype):
+  if not dtypes.is_quantised(dtype):
     return KVPool(k=zeros(), v=zeros())
-  scales = lambda: jnp.zeros(shape[:-1], quantised.SCALE_DTYPE)
+  scales = lambda: jnp.zeros(shape[:-1], dtypes.SCALE_DTYPE)
   return KVPool(k=zeros(), v=zeros(), k_scales=scales(), v_scales=scales())
-
-
-def page_bytes(
-  num_layers: int,
-  num_kv_heads: int,
-  page_size: int,
-  head_dim: int,
-  dtype: DTypeLike,
-) -> int:
-  """Returns the bytes of one page: K and V of all layers, and their scales."""
-  row = head_dim * jnp.dtype(dtype).itemsize
-  if quantised.is_quantised(dtype):
-    row += quantised.SCALE_DTYPE.itemsize
-  return 2 * num_layers * num_kv_heads * page_size * row
 
 
 def write(
@@ -157,20 +125,18 @@ def write(
         f"{name}.shape={x.shape} must be "
         f"{(num_tokens, num_kv_heads, head_dim)}."
       )
-  implementation = devices.choose(
-    implementation,
-    lambda: (
-      devices.why_not_hopper()
-      or page_write.unsupported(pool.k.shape, pool.k.dtype, num_tokens)
-    ),
-    # With quantised tokens it takes 12 to 15 % longer than scatters (H200,
-    # bench_kv_write); float32 was not measured.
-    by_default=pool.k.dtype.itemsize == 2,
+  choice = dispatch.kv_write(
+    implementation, pool.k.shape, pool.k.dtype, num_tokens
   )
   if debug:
     _assert_distinct(slots, pool.num_pages * pool.page_size)
   return _write(
-    pool, k, v, slots, np.int32(layer), implementation=implementation
+    pool,
+    k,
+    v,
+    slots,
+    np.int32(layer),
+    implementation=choice.implementation,
   )
 
 
@@ -196,8 +162,10 @@ def _write(
 def _write_by_kernel(
   pool: KVPool, tokens: KVPool, slots: Array, layer: Array
 ) -> KVPool:
+  from pallas_kernels.pages.write import write_tokens
+
   arrays, structure = jax.tree.flatten(pool)
-  written = page_write.write_tokens(
+  written = write_tokens(
     tuple(arrays), tuple(jax.tree.leaves(tokens)), slots, layer
   )
   return jax.tree.unflatten(structure, written)
@@ -220,35 +188,32 @@ def _scatter(
   return jax.tree.map(put, pool, tokens)
 
 
-def layer_pages(
+def paged_kv(
   pool: KVPool,
   layer: int,
+  kv_lens: Int[Array, " num_seqs"],
   page_indices: Int[Array, "num_seqs pages_per_seq"],
-) -> LayerPages:
-  """Returns the pages, scales and page indices by which to read a layer.
+) -> PagedKV:
+  """Returns one layer's keys and values, as attention reads them.
 
   Args:
     pool: The pool.
     layer: Which layer, in `[0, num_layers)`.
+    kv_lens: i32[num_seqs], tokens stored.
     page_indices: i32[num_seqs, pages_per_seq] of the page table.
-
-  Returns:
-    K and V as [num_pages * num_layers, num_kv_heads, page_size, head_dim] (a
-    view of the whole pool), their scales in the same way, and the indices of
-    this layer's pages in them.
 
   Raises:
     ValueError: If `layer` is out of range.
   """
   _check_layer(pool, layer)
-  num_layers = pool.k.shape[1]
-  flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pool)
-  return LayerPages(
-    k_pages=flat.k,
-    v_pages=flat.v,
-    k_scales=flat.k_scales,
-    v_scales=flat.v_scales,
-    page_indices=page_indices * num_layers + layer,
+  return PagedKV(
+    k=pool.k,
+    v=pool.v,
+    k_scales=pool.k_scales,
+    v_scales=pool.v_scales,
+    layer=jnp.int32(layer),
+    kv_lens=kv_lens,
+    page_indices=page_indices,
   )
 
 
@@ -282,10 +247,8 @@ def copy_pages(
     raise ValueError(
       f"{src.shape=} and {dst.shape=} must be 1-D and of equal length."
     )
-  implementation = devices.choose(
-    implementation, lambda: _why_not_copy_by_kernel(pool)
-  )
-  if implementation == "xla":
+  choice = dispatch.page_copy(implementation, jax.tree.leaves(pool))
+  if choice.implementation == "xla":
     return _copy_in_a_loop(pool, src, dst)
   # A process with a GPU may still compile for its CPU.
   return lax.platform_dependent(
@@ -293,16 +256,11 @@ def copy_pages(
   )
 
 
-def _why_not_copy_by_kernel(pool: KVPool) -> str | None:
-  reasons = (
-    page_copy.unsupported(x.shape[1:], x.dtype) for x in jax.tree.leaves(pool)
-  )
-  return devices.why_not_hopper() or next(filter(None, reasons), None)
-
-
 def _copy_by_kernel(pool: KVPool, src: Array, dst: Array) -> KVPool:
+  from pallas_kernels.pages.copy import copy_pages as copy_by_kernel
+
   arrays, structure = jax.tree.flatten(pool)
-  copied = page_copy.copy_pages(tuple(arrays), src, dst)
+  copied = copy_by_kernel(tuple(arrays), src, dst)
   return jax.tree.unflatten(structure, copied)
 
 
@@ -337,7 +295,7 @@ def zero_pages(pool: KVPool, pages: Int[Array, " num_zeroed"]) -> KVPool:
     ValueError: If `pages` is not a vector.
   """
   if pages.ndim != 1:
-    raise ValueError(f"{pages.shape=} must be one length.")
+    raise ValueError(f"{pages.shape=} must be 1-D.")
   pages = _nowhere_if_outside(pages, pool.num_pages)
   zero = lambda x, pages: x.at[pages].set(0, mode="drop")
   return jax.tree.map(lambda x: quantised.move(zero, x, pages), pool)
@@ -373,8 +331,8 @@ def _check_sizes(shape: tuple[int, ...], dtype: DTypeLike) -> None:
       raise ValueError(f"{name}={value} must be at least 1.")
   if page_size % 8:
     raise ValueError(f"{page_size=} must be a multiple of 8.")
-  if jnp.dtype(dtype) not in DTYPES:
-    raise ValueError(f"{dtype=} must be {DTYPE_NAMES}.")
+  if jnp.dtype(dtype) not in dtypes.DTYPES:
+    raise ValueError(f"{dtype=} must be {dtypes.NAMES}.")
   num_rows = num_pages * num_layers * num_kv_heads * page_size
   if num_rows >= 2**31:
     raise ValueError(
@@ -384,14 +342,14 @@ def _check_sizes(shape: tuple[int, ...], dtype: DTypeLike) -> None:
 
 
 def _nowhere_if_outside(pages: Array, num_pages: int) -> Array:
-  """Returns `pages`, `num_pages` for all that are none: -1 would wrap."""
+  """Returns `pages`, with `num_pages` for those out of range: -1 would wrap."""
   return jnp.where((pages >= 0) & (pages < num_pages), pages, num_pages)
 
 
 def _stored(pool: KVPool, k: Array, v: Array) -> KVPool:
   """Returns tokens as the pool stores them: cast, or quantised."""
   dtype = pool.k.dtype
-  if not quantised.is_quantised(dtype):
+  if not dtypes.is_quantised(dtype):
     return KVPool(k=k.astype(dtype), v=v.astype(dtype))
   k, k_scales = quantised.quantise(k, dtype)
   v, v_scales = quantised.quantise(v, dtype)
@@ -412,7 +370,7 @@ def _assert_distinct(slots: Array, num_slots: int) -> None:
   same = (in_order[1:] == in_order[:-1]) & (in_order[1:] < num_slots)
   checkify.check(
     ~jnp.any(same),
-    "Several tokens have the slot {slot}.",
+    "The slot {slot} is assigned to more than one token.",
     slot=in_order[jnp.argmax(same)],
   )
 

@@ -1,9 +1,8 @@
 """Quantised keys and values: narrow numbers, and one scale for each row.
 
-A row is the head_dim numbers of one token and KV head. Its scale is the
-largest magnitude in it over the largest number of the narrow dtype; data times
-scale is the value. Each row stands for itself: a token is written once, and no
-other token's scale changes.
+A row is the head_dim numbers of one token and KV head. Its scale is the largest
+magnitude in it over the largest number of the narrow dtype; data times scale is
+the value. Rows are independent: writing a token changes no other token's scale.
 """
 
 from collections.abc import Callable
@@ -13,22 +12,6 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Real
-
-from pallas_kernels.decode import config as decode_config
-
-DTYPES = tuple(jnp.dtype(name) for name in decode_config.QUANTISED_DTYPES)
-SCALE_DTYPE = jnp.dtype(jnp.float32)
-is_quantised = decode_config.is_quantised
-
-
-def query_dtype(dtype: DTypeLike, kv_dtype: DTypeLike) -> np.dtype:
-  """Returns the dtype in which queries attend to pages of `kv_dtype`.
-
-  Args:
-    dtype: Of the computation around the attention.
-    kv_dtype: Of the pages.
-  """
-  return jnp.dtype(dtype if is_quantised(kv_dtype) else kv_dtype)
 
 
 def quantise(

@@ -5,7 +5,7 @@ Both check their arguments, choose an implementation and call it:
   * `"mosaic_gpu"`: Pallas kernels for Hopper GPUs (`pallas_kernels`).
   * `"xla"`: plain JAX that streams over KV tiles; every option, every device.
 
-The default takes the kernel where it exists for the shapes at hand.
+By default, the kernel is used wherever it takes the shapes at hand.
 """
 
 import functools
@@ -16,15 +16,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, Real
 
-from paged_jax import devices
-from paged_jax.ops import checks as attention_checks
-from paged_jax.ops import xla as attention_xla
-from paged_jax.ops.options import ArrayOptions, Options, check_tree_mask
-from pallas_kernels.decode import config as decode_config
-from pallas_kernels.decode import kernel as decode_kernel
-from pallas_kernels.decode import short_queries
-from pallas_kernels.ragged import config as ragged_config
-from pallas_kernels.ragged import kernel as ragged_kernel
+from paged_jax import dispatch
+from paged_jax.dispatch import AttentionShapes
+from paged_jax.ops import checks, xla
+from paged_jax.ops.options import check_arrays, make_spec
+from pallas_kernels.common.paged_kv import PagedKV
+from pallas_kernels.common.spec import (
+  AttentionArrays,
+  AttentionSpec,
+  check_count,
+)
 
 
 def paged_attention(
@@ -48,22 +49,22 @@ def paged_attention(
 ) -> Array | tuple[Array, Array]:
   """Attends with one query token per sequence (decode) over paged K and V.
 
-  The query of sequence `i` stands at position `kv_lens[i] - 1`: its own key is
-  in the pool already.
+  The query of sequence `i` stands at position `kv_lens[i] - 1`; its own key is
+  already in the pool.
 
   Args:
     q: [num_seqs, num_q_heads, head_dim], bfloat16, float16 or float32.
     k_pages: [num_pages, num_kv_heads, page_size, head_dim], dtype of `q`, or
       int8 or float8_e4m3fn with scales.
     v_pages: The same of the values.
-    kv_lens: i32[num_seqs], tokens stored; 0 or less gives an output of 0. Of
-      more than the table has room for, only what the table names is seen.
+    kv_lens: i32[num_seqs], tokens stored; 0 or less gives an output of 0.
+      Positions past the end of the table are not seen.
     page_indices: i32[num_seqs, pages_per_seq], physical page of each logical
       page. Pages out of `[0, num_pages)` are holes: their keys are not seen.
     k_scales: f32[num_pages, num_kv_heads, page_size], factors, at least
       0, of the keys of int8 or float8_e4m3fn pages; None for other pages. The
-      kernel of decode takes factors of values below 2**-100 for that; that of
-      prefill rounds keys and values, times their factors, to the dtype of `q`.
+      decode kernel clamps value scales to at least 2**-100. The ragged kernel
+      dequantises K and V to the dtype of `q` before multiplying.
     v_scales: The same of the values.
     scale: Multiplies the logits; `head_dim ** -0.5` if None.
     sliding_window: If given, a query at `pos` sees keys in
@@ -71,15 +72,15 @@ def paged_attention(
     num_sink_tokens: The first tokens of a sequence that stay visible besides
       the window.
     logits_soft_cap: If given, logits become `cap * tanh(logits / cap)`.
-    batch_invariant: Whether what a sequence gets must be the same, bit for bit,
-      whatever the other sequences are and however many. It costs the kernel
-      about a tenth of its speed, and memory for up to 16 partial results of
-      each sequence and KV head. Plain JAX folds the keys of each row in their
-      order anyway, and is as invariant as XLA's products are.
+    batch_invariant: If True, the output of a sequence does not depend on the
+      rest of the batch, bit for bit. It costs the kernel about 10 %, and memory
+      for up to 16 partial results of each sequence and KV head. The XLA
+      implementation is as invariant as XLA's matrix products are, either way.
     sinks: [num_q_heads], one more logit per head in the denominator.
     alibi_slopes: [num_q_heads]; ALiBi (Press et al., 2022, section 3): after
-      the soft cap, the logit of a key gets the head's slope times its position
-      minus that of the query, 0 or less. Slopes are cut at 2**95.
+      the soft cap, the head's slope times the position of the key minus that
+      of the query (0 or less) is added to the logit. Slopes are clamped to
+      2**95.
     return_lse: Whether to return the log-sum-exp too.
     implementation: `"mosaic_gpu"`, `"xla"`, or None to choose.
 
@@ -93,29 +94,22 @@ def paged_attention(
     ValueError: If a shape, dtype or option is wrong.
     NotImplementedError: If `implementation` cannot serve these arguments here.
   """
-  attention_checks.check_pools(q, k_pages, v_pages, kv_lens, page_indices)
-  options = Options(
-    scale=q.shape[-1] ** -0.5 if scale is None else scale,
+  kv = PagedKV(
+    k_pages, v_pages, k_scales, v_scales, None, kv_lens, page_indices
+  )
+  checks.check_paged(q, kv)
+  spec = make_spec(
+    q.shape[-1],
+    scale,
     sliding_window=sliding_window,
     num_sink_tokens=num_sink_tokens,
     logits_soft_cap=logits_soft_cap,
     batch_invariant=batch_invariant,
   )
-  arrays = ArrayOptions(k_scales, v_scales, sinks, alibi_slopes)
-  arrays.check(q, k_pages)
-  attention_checks.check_one_query_each(q, kv_lens)
-  out, lse = _paged_attention(
-    q,
-    k_pages,
-    v_pages,
-    kv_lens,
-    page_indices,
-    arrays,
-    options=options,
-    implementation=devices.choose(
-      implementation, lambda: why_not_mosaic_gpu(q, k_pages)
-    ),
-  )
+  arrays = AttentionArrays(sinks=sinks, alibi_slopes=alibi_slopes)
+  check_arrays(arrays, q, spec)
+  checks.check_one_query_each(q, kv_lens)
+  out, lse = attend_decode(q, kv, arrays, spec, implementation)
   return (out, lse) if return_lse else out
 
 
@@ -160,19 +154,19 @@ def ragged_paged_attention(
     cu_q_lens: i32[num_seqs + 1], offsets into the token axis, not decreasing,
       `cu_q_lens[0] == 0`.
     num_active: i32[] or i32[1]; sequences from this row on are ignored.
-    max_q_len: Most query tokens of a sequence, if it is known; up to 8, the
-      kernel of decode takes them, as for the verification of speculative
-      tokens. It is not checked: what a sequence has beyond it may be left at 0
-      and -inf, and counts as not there for `alibi_slopes` without `causal`.
+    max_q_len: Most query tokens of a sequence, if it is known. Up to 8 are
+      served by the decode kernel, as in the verification of speculative tokens.
+      It is not checked: tokens of a sequence beyond it may get 0 and -inf, and
+      do not count for `alibi_slopes` without `causal`.
     causal: Whether a query sees no key past its own; if not, it sees all keys
       of its sequence.
     tree_mask: bool[num_tokens, max_new], to verify a tree of speculative
-      tokens: `tree_mask[t, j]` says whether token `t` sees the j-th query token
-      of its sequence, whose key is at `kv_len - q_len + j`. It sees all keys
-      before these. The mask alone decides: no order, no causality and no token
-      that sees itself is assumed. Columns from `q_len` on are ignored; query
-      tokens past the last column are not seen. What a sequence has beyond
-      `max_q_len` may not be seen either.
+      tokens: `tree_mask[t, j]` is True if token `t` may attend to the j-th
+      query token of its sequence, whose key is at `kv_len - q_len + j`. All
+      query tokens attend to the keys before these. The mask alone decides: no
+      order, no causality and no self-attention is assumed. Columns from `q_len`
+      on are ignored; query tokens past the last column are not seen, and those
+      beyond `max_q_len` may not be seen either.
     k_scales: See `paged_attention`, as for the other options.
     v_scales: See `paged_attention`.
     scale: See `paged_attention`.
@@ -198,22 +192,25 @@ def ragged_paged_attention(
     ValueError: If a shape, dtype or option is wrong.
     NotImplementedError: If `implementation` cannot serve these arguments here.
   """
-  attention_checks.check_pools(q, k_pages, v_pages, kv_lens, page_indices)
-  options = Options(
-    scale=q.shape[-1] ** -0.5 if scale is None else scale,
+  kv = PagedKV(
+    k_pages, v_pages, k_scales, v_scales, None, kv_lens, page_indices
+  )
+  checks.check_paged(q, kv)
+  spec = make_spec(
+    q.shape[-1],
+    scale,
     sliding_window=sliding_window,
     num_sink_tokens=num_sink_tokens,
     logits_soft_cap=logits_soft_cap,
     batch_invariant=batch_invariant,
     causal=causal,
   )
-  arrays = ArrayOptions(k_scales, v_scales, sinks, alibi_slopes)
-  arrays.check(q, k_pages)
-  check_tree_mask(tree_mask, q, arrays, options)
+  arrays = AttentionArrays(sinks, alibi_slopes, tree_mask)
+  check_arrays(arrays, q, spec)
   active = num_active
   if isinstance(active, int):
     active = np.int32(max(0, min(active, kv_lens.shape[0])))
-  attention_checks.check_ints(cu_q_lens=cu_q_lens, num_active=active)
+  checks.check_ints(cu_q_lens=cu_q_lens, num_active=active)
   if cu_q_lens.shape != (kv_lens.shape[0] + 1,):
     raise ValueError(
       f"cu_q_lens.shape={cu_q_lens.shape} must be ({kv_lens.shape[0] + 1},): "
@@ -222,100 +219,97 @@ def ragged_paged_attention(
   if active.shape not in ((), (1,)):
     raise ValueError(f"num_active.shape={active.shape} must be () or (1,).")
   if max_q_len is not None:
-    attention_checks.check_count("max_q_len", max_q_len, 1)
-  are_few = _why_not_few(q, k_pages, max_q_len) is None
-
-  def why_not():
-    if not are_few and alibi_slopes is not None and not causal:
-      return "the kernel for prefill takes alibi_slopes with causal=True only."
-    return why_not_mosaic_gpu(q, k_pages, max_q_len)
-
-  out, lse = _ragged_paged_attention(
+    check_count("max_q_len", max_q_len, 1)
+  out, lse = attend_ragged(
     q,
-    k_pages,
-    v_pages,
-    kv_lens,
-    page_indices,
+    kv,
     cu_q_lens,
-    jnp.reshape(active, ()),
-    tree_mask,
+    jnp.asarray(active).reshape(()),
     arrays,
-    options=options,
-    max_q_len=max_q_len if are_few else None,
-    implementation=devices.choose(implementation, why_not),
+    spec,
+    implementation,
+    max_q_len=max_q_len,
   )
   return (out, lse) if return_lse else out
 
 
-# Jitted, so that the unrolled layers of a model lower one kernel, not many.
-@functools.partial(jax.jit, static_argnames=("options", "implementation"))
-def _paged_attention(*args, options: Options, implementation: str):
-  xla = functools.partial(attention_xla.paged_attention, options=options)
-  if implementation == "xla":
-    return xla(*args)
-
-  def mosaic(*args):
-    *args, arrays = args
-    return decode_kernel.paged_decode(
-      *args, **arrays._asdict(), **options.named(decode_kernel.OPTIONS)
-    )
-
-  # A process with a GPU may still compile for its CPU.
-  return lax.platform_dependent(*args, cuda=mosaic, default=xla)
-
-
-@functools.partial(
-  jax.jit, static_argnames=("options", "max_q_len", "implementation")
-)
-def _ragged_paged_attention(
-  *args, options: Options, max_q_len: int | None, implementation: str
-):
-  xla = functools.partial(attention_xla.ragged_paged_attention, options=options)
-  if implementation == "xla":
-    return xla(*args)
-
-  def mosaic(*args):
-    *args, tree_mask, arrays = args
-    more = dict(causal=options.causal, tree_mask=tree_mask)
-    if max_q_len is not None:
-      more |= arrays._asdict() | options.named(decode_kernel.OPTIONS)
-      return short_queries.attend(*args, max_q_len=max_q_len, **more)
-    more |= arrays._asdict() | options.named(ragged_kernel.OPTIONS)
-    return ragged_kernel.attend(*args, **more)
-
-  return lax.platform_dependent(*args, cuda=mosaic, default=xla)
-
-
-def why_not_mosaic_gpu(
-  q: Array | jax.ShapeDtypeStruct,
-  k_pages: Array | jax.ShapeDtypeStruct,
-  max_q_len: int | None = 1,
-) -> str | None:
-  """Returns why no kernel can serve these arrays here, or None.
-
-  Args:
-    q: As in the ops, or its shape and dtype.
-    k_pages: The same.
-    max_q_len: Most query tokens of a sequence, None if it is not known.
-  """
-  if device := devices.why_not_hopper():
-    return device
-  few = _why_not_few(q, k_pages, max_q_len)
-  if few is None or max_q_len == 1:
-    return few
-  return ragged_config.unsupported(*_shape(q, k_pages), kv_dtype=k_pages.dtype)
-
-
-def _why_not_few(q, k_pages, max_q_len: int | None) -> str | None:
-  """Returns why the kernel of decode cannot take the queries, or None."""
-  if max_q_len is None:
-    return "there may be any number of queries."
-  return decode_config.unsupported(
-    *_shape(q, k_pages), kv_dtype=k_pages.dtype, max_q_len=max_q_len
+def attend_decode(
+  q: Array,
+  kv: PagedKV,
+  arrays: AttentionArrays,
+  spec: AttentionSpec,
+  implementation: str | None,
+) -> tuple[Array, Array]:
+  """Returns output and LSE of checked arguments; see `paged_attention`."""
+  choice = dispatch.decode_attention(
+    implementation, AttentionShapes.of(q, kv.k)
+  )
+  return _attend_decode(
+    q, kv, arrays, spec=spec, implementation=choice.implementation
   )
 
 
-def _shape(q, k_pages):
-  """Returns what both kernels are asked about."""
-  _, num_kv_heads, page_size, head_dim = k_pages.shape
-  return head_dim, page_size, q.shape[1], num_kv_heads, q.dtype
+def attend_ragged(
+  q: Array,
+  kv: PagedKV,
+  cu_q_lens: Array,
+  num_active: Array,
+  arrays: AttentionArrays,
+  spec: AttentionSpec,
+  implementation: str | None,
+  *,
+  max_q_len: int | None,
+) -> tuple[Array, Array]:
+  """Returns output and LSE; see `ragged_paged_attention`."""
+  choice = dispatch.ragged_attention(
+    implementation,
+    AttentionShapes.of(q, kv.k),
+    max_q_len=max_q_len,
+    causal=spec.causal,
+    has_alibi=arrays.alibi_slopes is not None,
+  )
+  return _attend_ragged(
+    q,
+    kv,
+    cu_q_lens,
+    num_active,
+    arrays,
+    spec=spec,
+    max_q_len=max_q_len if choice.by_decode else None,
+    implementation=choice.implementation,
+  )
+
+
+# Jitted, so that the unrolled layers of a model lower one kernel, not many.
+@functools.partial(jax.jit, static_argnames=("spec", "implementation"))
+def _attend_decode(q, kv, arrays, *, spec, implementation):
+  kv = kv.with_layer_axis()
+  by_xla = functools.partial(xla.paged_attention, spec=spec)
+  if implementation == "xla":
+    return by_xla(q, kv, arrays)
+  from pallas_kernels.decode.kernel import paged_decode
+
+  by_kernel = functools.partial(paged_decode, spec=spec)
+  # A process with a GPU may still compile for its CPU.
+  return lax.platform_dependent(q, kv, arrays, cuda=by_kernel, default=by_xla)
+
+
+@functools.partial(
+  jax.jit, static_argnames=("spec", "max_q_len", "implementation")
+)
+def _attend_ragged(
+  q, kv, cu_q_lens, num_active, arrays, *, spec, max_q_len, implementation
+):
+  args = q, kv.with_layer_axis(), cu_q_lens, num_active, arrays
+  by_xla = functools.partial(xla.ragged_paged_attention, spec=spec)
+  if implementation == "xla":
+    return by_xla(*args)
+  if max_q_len is not None:
+    from pallas_kernels.decode.short_queries import attend
+
+    by_kernel = functools.partial(attend, spec=spec, max_q_len=max_q_len)
+  else:
+    from pallas_kernels.ragged.kernel import attend
+
+    by_kernel = functools.partial(attend, spec=spec)
+  return lax.platform_dependent(*args, cuda=by_kernel, default=by_xla)

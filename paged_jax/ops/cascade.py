@@ -1,16 +1,17 @@
-"""Attention of sequences that begin alike, and the merging of its parts.
+"""Cascade attention: read a shared prefix once, then merge.
 
-Sequences that were forked, or that found their prompt in a prefix cache, name
-the same pages first:
+Sequences that were forked, or that found their prompt in a prefix cache, begin
+with the same pages:
 
   seq 0   | 7 2 9 4 | 1 8 |
   seq 1   | 7 2 9 4 | 3 |     pages 7 2 9 4 are attended once, with the queries
   seq 2   | 7 2 9 4 | 5 6 |   of all; 1 8, 3 and 5 6 with one query each
 
-Queries that share keys fill the tensor cores, where one by one they would wait
-for the memory. What they get from both parts is merged by its log-sum-exp.
+Queries that share keys fill the tensor cores; one by one they would wait for
+memory. The outputs of both parts are merged by their log-sum-exp.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -19,74 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Real
 
-from paged_jax import devices
-from paged_jax.kv import pool as kv_pool
-from paged_jax.ops import checks as attention_checks
-from paged_jax.ops.attention import paged_attention, ragged_paged_attention
-from paged_jax.ops.options import ArrayOptions, Options
-
-
-def merge_attention(
-  *parts: tuple[
-    Float[Array, "num_tokens num_q_heads head_dim"],
-    Float32[Array, "num_tokens num_q_heads"],
-  ],
-  sinks: Float[Array, " num_q_heads"] | None = None,
-) -> tuple[
-  Float[Array, "num_tokens num_q_heads head_dim"],
-  Float32[Array, "num_tokens num_q_heads"],
-]:
-  """Merges what the same queries got from different keys.
-
-  Of keys that were cut into parts, whatever the cut, it gives what attention
-  over all of them would: `merge_attention(part, part)`, where each part is what
-  an op returns with `return_lse=True`.
-
-  Args:
-    parts: One or more pairs of an output [num_tokens, num_q_heads, head_dim],
-      all in one dtype, and its log-sum-exp f32[num_tokens, num_q_heads], a
-      natural logarithm. A part with -inf counts for nothing, whatever its
-      output holds; if it is all but one, that one is returned as it is (but
-      for -0, which becomes 0).
-    sinks: [num_q_heads], one more logit per head in the denominator. Attend
-      the parts without sinks and give them here: they must count once.
-
-  Returns:
-    The output in the dtype of the parts, and its log-sum-exp, sinks included.
-    Tokens that saw nothing in any part give 0 and -inf.
-
-  Raises:
-    ValueError: If a shape or dtype is wrong.
-  """
-  _check_parts(parts)
-  if sinks is not None:
-    attention_checks.check_per_head(parts[0][0], sinks=sinks)
-  return _merge(parts, sinks)
-
-
-@jax.jit
-def _merge(parts, sinks):
-  """Merges in float32; see `merge_attention`."""
-  outs, lses = zip(*parts, strict=True)
-  top = functools.reduce(jnp.maximum, lses)
-  empty = top == -jnp.inf
-  if sinks is not None:
-    sinks = sinks.astype(jnp.float32)[None]
-    top = jnp.maximum(top, sinks)
-  shift = jnp.where(empty, 0.0, top)
-  weights = [jnp.exp(lse - shift) for lse in lses]
-  total = functools.reduce(jnp.add, weights)
-  if sinks is not None:
-    total += jnp.exp(sinks - shift)
-  total = jnp.where(empty, 1.0, total)
-  out = jnp.zeros(outs[0].shape, jnp.float32)
-  for part, lse, weight in zip(outs, lses, weights, strict=True):
-    # Of a part that saw nothing, not even NaN is left.
-    weight = (weight / total)[..., None]
-    seen = (lse != -jnp.inf)[..., None]
-    out += jnp.where(seen, part.astype(jnp.float32) * weight, 0.0)
-  lse = jnp.where(empty, -jnp.inf, shift + jnp.log(total))
-  return out.astype(outs[0].dtype), lse
+from paged_jax import dispatch
+from paged_jax.ops import checks
+from paged_jax.ops.attention import attend_decode, attend_ragged
+from paged_jax.ops.merge import merge_attention
+from paged_jax.ops.options import check_arrays, make_spec
+from pallas_kernels.common.paged_kv import PagedKV
+from pallas_kernels.common.spec import AttentionArrays, check_count
 
 
 def cascade_attention(
@@ -150,52 +90,54 @@ def cascade_attention(
     ValueError: If a shape, dtype or option is wrong.
     NotImplementedError: If `implementation` cannot serve these arguments here.
   """
-  attention_checks.check_pools(q, k_pages, v_pages, kv_lens, page_indices)
-  attention_checks.check_one_query_each(q, kv_lens)
-  devices.check_implementation(implementation)
-  Options(
-    scale=q.shape[-1] ** -0.5 if scale is None else scale,
-    sliding_window=None,
-    num_sink_tokens=0,
+  kv = PagedKV(
+    k_pages, v_pages, k_scales, v_scales, None, kv_lens, page_indices
+  )
+  checks.check_paged(q, kv)
+  checks.check_one_query_each(q, kv_lens)
+  dispatch.check_implementation(implementation)
+  spec = make_spec(
+    q.shape[-1],
+    scale,
     logits_soft_cap=logits_soft_cap,
     batch_invariant=batch_invariant,
   )
-  ArrayOptions(k_scales, v_scales, sinks, None).check(q, k_pages)
+  check_arrays(AttentionArrays(sinks=sinks), q, spec)
   counts, groups = _groups(num_shared_pages, cu_group_lens, len(kv_lens))
-  options = dict(
-    k_scales=k_scales,
-    v_scales=v_scales,
-    scale=scale,
-    logits_soft_cap=logits_soft_cap,
-    batch_invariant=batch_invariant,
-    return_lse=True,
-    implementation=implementation,
-  )
   num_pages, _, page_size, _ = k_pages.shape
   sizes = dict(page_size=page_size, num_pages=num_pages)
   split = _split(kv_lens, page_indices, counts, groups, **sizes)
-  shared, shared_lse = ragged_paged_attention(
+
+  # 1. The shared keys, by all queries of a group.
+  shared, shared_lse = attend_ragged(
     q,
-    k_pages,
-    v_pages,
-    split.shared_lens,
-    split.shared_pages,
+    kv._replace(kv_lens=split.shared_lens, page_indices=split.shared_pages),
     groups,
-    len(groups) - 1,
-    causal=False,
-    **options,
+    jnp.int32(len(groups) - 1),
+    AttentionArrays(),
+    dataclasses.replace(spec, causal=False),
+    implementation,
+    max_q_len=None,
   )
   # Rows of no group were not written: what they hold must not be merged.
   shared_lse = jnp.where(split.joins[:, None], shared_lse, -jnp.inf)
-  own, own_lse = paged_attention(
-    q, k_pages, v_pages, split.own_lens, split.own_pages, **options
+
+  # 2. The keys of each row alone.
+  own = attend_decode(
+    q,
+    kv._replace(kv_lens=split.own_lens, page_indices=split.own_pages),
+    AttentionArrays(),
+    spec,
+    implementation,
   )
-  out, lse = merge_attention((shared, shared_lse), (own, own_lse), sinks=sinks)
+
+  # 3. Both.
+  out, lse = merge_attention((shared, shared_lse), own, sinks=sinks)
   return (out, lse) if return_lse else out
 
 
 class _Split(NamedTuple):
-  """A batch, cut into what its rows share and what they have for their own."""
+  """A batch, cut into the pages that rows share and those of each row."""
 
   joins: Array  # bool[num_seqs], whether a row shares
   shared_lens: Array  # i32[num_groups]
@@ -248,16 +190,16 @@ def _groups(num_shared_pages, cu_group_lens, num_seqs):
   """Checks and returns pages that are shared, and rows where groups begin."""
   if cu_group_lens is None:
     cu_group_lens = np.array([0, num_seqs], np.int32)
-  attention_checks.check_ints(cu_group_lens=cu_group_lens)
+  checks.check_ints(cu_group_lens=cu_group_lens)
   if cu_group_lens.ndim != 1 or len(cu_group_lens) < 2:
     raise ValueError(
       f"cu_group_lens.shape={cu_group_lens.shape} must be (num_groups + 1,)."
     )
   num_groups = len(cu_group_lens) - 1
   if isinstance(num_shared_pages, int):
-    attention_checks.check_count("num_shared_pages", num_shared_pages, 0)
+    check_count("num_shared_pages", num_shared_pages, 0)
     num_shared_pages = np.int32(num_shared_pages)
-  attention_checks.check_ints(num_shared_pages=num_shared_pages)
+  checks.check_ints(num_shared_pages=num_shared_pages)
   if num_shared_pages.shape not in ((), (num_groups,)):
     raise ValueError(
       f"num_shared_pages.shape={num_shared_pages.shape} must be () or "
@@ -265,27 +207,3 @@ def _groups(num_shared_pages, cu_group_lens, num_seqs):
     )
   counts = jnp.broadcast_to(num_shared_pages, (num_groups,))
   return counts, jnp.asarray(cu_group_lens)
-
-
-def _check_parts(parts) -> None:
-  """Raises a ValueError if parts cannot be merged."""
-  if not parts:
-    raise ValueError("parts is empty: there is nothing to merge.")
-  for i, (out, lse) in enumerate(parts):
-    name = f"parts[{i}]"
-    attention_checks.check_arrays(**{f"{name}[0]": out, f"{name}[1]": lse})
-    first = parts[0][0]
-    if out.dtype not in kv_pool.FLOAT_DTYPES or out.dtype != first.dtype:
-      raise ValueError(
-        f"{name}[0].dtype={out.dtype} must be float32, bfloat16 or float16, "
-        "and the same in all parts."
-      )
-    if out.ndim != 3 or out.shape != first.shape:
-      raise ValueError(
-        f"{name}[0].shape={out.shape} must have 3 axes, and be the same in all "
-        "parts."
-      )
-    if lse.dtype != jnp.float32:
-      raise ValueError(f"{name}[1].dtype={lse.dtype} must be float32.")
-    if lse.shape != out.shape[:2]:
-      raise ValueError(f"{name}[1].shape={lse.shape} must be {out.shape[:2]}.")

@@ -1,16 +1,25 @@
 """Checks of the arguments of the public attention ops."""
 
 import jax.numpy as jnp
+from jax import Array
 
-from paged_jax.kv import pool as kv_pool
-from paged_jax.kv import quantised
+from paged_jax.kv import dtypes
+from pallas_kernels.common.checks import check_scales
+from pallas_kernels.common.paged_kv import PagedKV
 
 
-def check_pools(q, k_pages, v_pages, kv_lens, page_indices) -> None:
-  """Raises a ValueError if queries, pools or tables do not fit together."""
+def check_paged(q: Array, kv: PagedKV) -> None:
+  """Raises a ValueError if queries, pages or tables do not fit together.
+
+  Args:
+    q: [num_tokens, num_q_heads, head_dim].
+    kv: The arguments of a public op: pages without an axis of layers.
+  """
+  k_pages, v_pages = kv.k, kv.v
+  kv_lens, page_indices = kv.kv_lens, kv.page_indices
   ranks = dict(q=(q, 3), k_pages=(k_pages, 4), v_pages=(v_pages, 4))
   ranks |= dict(kv_lens=(kv_lens, 1), page_indices=(page_indices, 2))
-  check_arrays(**{name: x for name, (x, _) in ranks.items()})
+  check_are_arrays(**{name: x for name, (x, _) in ranks.items()})
   for name, (x, ndim) in ranks.items():
     if jnp.ndim(x) != ndim:
       raise ValueError(f"{name}.shape={jnp.shape(x)} must have {ndim} axes.")
@@ -33,6 +42,9 @@ def check_pools(q, k_pages, v_pages, kv_lens, page_indices) -> None:
     raise ValueError(
       f"num_q_heads={q.shape[1]} must be a multiple of {num_kv_heads=}."
     )
+  scales = dict(k_scales=kv.k_scales, v_scales=kv.v_scales)
+  check_are_arrays(**{n: x for n, x in scales.items() if x is not None})
+  check_scales(k_pages, **scales)
   check_ints(kv_lens=kv_lens, page_indices=page_indices)
   if page_indices.shape[0] != kv_lens.shape[0]:
     raise ValueError(
@@ -51,12 +63,12 @@ def check_one_query_each(q, kv_lens) -> None:
 
 def _check_dtypes(q, k_pages, v_pages) -> None:
   for name, x in (("k_pages", k_pages), ("v_pages", v_pages)):
-    if x.dtype not in kv_pool.DTYPES:
-      raise ValueError(f"{name}.dtype={x.dtype} must be {kv_pool.DTYPE_NAMES}.")
-  if q.dtype not in kv_pool.FLOAT_DTYPES:
-    raise ValueError(f"q.dtype={q.dtype} must be float32, bfloat16 or float16.")
+    if x.dtype not in dtypes.DTYPES:
+      raise ValueError(f"{name}.dtype={x.dtype} must be {dtypes.NAMES}.")
+  if q.dtype not in dtypes.FLOAT_DTYPES:
+    raise ValueError(f"q.dtype={q.dtype} must be {dtypes.FLOAT_NAMES}.")
   alike = dict(v_pages=v_pages)
-  if not quantised.is_quantised(k_pages.dtype):
+  if not dtypes.is_quantised(k_pages.dtype):
     alike |= dict(q=q)
   for name, x in alike.items():
     if x.dtype != k_pages.dtype:
@@ -65,8 +77,8 @@ def _check_dtypes(q, k_pages, v_pages) -> None:
       )
 
 
-def check_arrays(**arrays) -> None:
-  """Raises a ValueError if one of the arguments is no array."""
+def check_are_arrays(**arrays) -> None:
+  """Raises a ValueError if one of the arguments is not an array."""
   for name, x in arrays.items():
     if not hasattr(x, "dtype"):
       raise ValueError(f"{name} must be an array, got {type(x).__name__}.")
@@ -74,29 +86,19 @@ def check_arrays(**arrays) -> None:
 
 def check_ints(**arrays) -> None:
   """Raises a ValueError if one of the arguments is not an i32 array."""
-  check_arrays(**arrays)
+  check_are_arrays(**arrays)
   for name, x in arrays.items():
     if x.dtype != jnp.int32:
       raise ValueError(f"{name}.dtype={x.dtype} must be int32.")
 
 
 def check_per_head(q, **arrays) -> None:
-  """Raises a ValueError if one is not a number for each query head of `q`."""
-  check_arrays(**arrays)
+  """Raises a ValueError if one does not have a number per query head."""
+  check_are_arrays(**arrays)
   for name, x in arrays.items():
     if jnp.shape(x) != (q.shape[1],):
       raise ValueError(
         f"{name}.shape={jnp.shape(x)} must be ({q.shape[1]},): num_q_heads."
       )
-    if x.dtype not in kv_pool.FLOAT_DTYPES:
-      raise ValueError(
-        f"{name}.dtype={x.dtype} must be float32, bfloat16 or float16."
-      )
-
-
-def check_count(name: str, value: object, least: int) -> None:
-  """Raises a ValueError if a value is no integer of at least `least`."""
-  if isinstance(value, bool) or not isinstance(value, int):
-    raise ValueError(f"{name}={value!r} must be a Python integer.")
-  if not least <= value < 2**31:
-    raise ValueError(f"{name}={value} must be in [{least}, 2**31).")
+    if x.dtype not in dtypes.FLOAT_DTYPES:
+      raise ValueError(f"{name}.dtype={x.dtype} must be {dtypes.FLOAT_NAMES}.")

@@ -1,99 +1,48 @@
-"""The options of the public attention ops, checked once and handed down."""
+"""Checks the options of the public ops, and makes the two values they become.
 
-import dataclasses
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+See `pallas_kernels.common.spec` for these values.
+"""
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array
+from jax import Array
 
-from paged_jax.ops import checks as attention_checks
-from pallas_kernels.common import checks as page_checks
-
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
-_PER_HEAD = ("sinks", "alibi_slopes")
+from paged_jax.ops import checks
+from pallas_kernels.common.spec import AttentionArrays, AttentionSpec
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-  """Options that a program is compiled for; see `paged_jax.paged_attention`."""
+def make_spec(head_dim: int, scale: float | None, **options) -> AttentionSpec:
+  """Returns the static options, with the default scale if there is none.
 
-  scale: float
-  sliding_window: int | None
-  num_sink_tokens: int
-  logits_soft_cap: float | None
-  batch_invariant: bool
-  causal: bool = True
-
-  def __post_init__(self):
-    for name in ("batch_invariant", "causal"):
-      value = getattr(self, name)
-      if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be True or False.")
-    for name in ("scale", "logits_soft_cap"):
-      value = getattr(self, name)
-      is_number = isinstance(value, int | float) and not isinstance(value, bool)
-      if value is not None and not is_number:
-        raise ValueError(f"{name}={value!r} must be a Python number.")
-    cap = self.logits_soft_cap
-    if cap is not None and not 0 < cap <= _FLOAT32_MAX:
-      raise ValueError(
-        f"logits_soft_cap={cap} must be positive, and finite in float32."
-      )
-    if not abs(self.scale) <= _FLOAT32_MAX:
-      raise ValueError(f"scale={self.scale} must be finite in float32.")
-    if self.sliding_window is not None:
-      attention_checks.check_count("sliding_window", self.sliding_window, 1)
-      if not self.causal:
-        raise ValueError(
-          f"sliding_window={self.sliding_window} must be None with "
-          "causal=False."
-        )
-    attention_checks.check_count("num_sink_tokens", self.num_sink_tokens, 0)
-    # A float of NumPy would widen what it meets.
-    object.__setattr__(self, "scale", float(self.scale))
-    if cap is not None:
-      object.__setattr__(self, "logits_soft_cap", float(cap))
-
-  def named(self, names: Iterable[str]) -> dict[str, Any]:
-    """Returns those of these names, as a kernel takes them."""
-    return {name: getattr(self, name) for name in names}
+  Raises:
+    ValueError: If an option is out of its range.
+  """
+  if scale is None:
+    scale = head_dim**-0.5
+  return AttentionSpec(scale=scale, **options)
 
 
-class ArrayOptions(NamedTuple):
-  """Options that are arrays, or None; see `paged_jax.paged_attention`."""
-
-  k_scales: Array | None
-  v_scales: Array | None
-  sinks: Array | None
-  alibi_slopes: Array | None
-
-  def check(self, q: Array, k_pages: Array) -> None:
-    """Raises a ValueError if one does not fit queries and pages."""
-    given = {name: x for name, x in self._asdict().items() if x is not None}
-    attention_checks.check_arrays(**given)
-    page_checks.check_scales(
-      k_pages, k_scales=self.k_scales, v_scales=self.v_scales
-    )
-    per_head = {name: given[name] for name in _PER_HEAD if name in given}
-    attention_checks.check_per_head(q, **per_head)
-
-
-def check_tree_mask(
-  tree_mask: Array | None, q: Array, arrays: ArrayOptions, options: Options
+def check_arrays(
+  arrays: AttentionArrays, q: Array, spec: AttentionSpec
 ) -> None:
-  """Raises a ValueError if a mask does not fit queries and other options."""
-  if tree_mask is None:
-    return
-  if not options.causal:
-    raise ValueError("causal=False must be True with a tree_mask.")
-  if arrays.alibi_slopes is not None:
+  """Raises a ValueError if one does not fit the queries or other options."""
+  per_head = dict(sinks=arrays.sinks, alibi_slopes=arrays.alibi_slopes)
+  given = {name: x for name, x in per_head.items() if x is not None}
+  checks.check_per_head(q, **given)
+  if arrays.tree_mask is not None:
+    _check_tree_mask(arrays.tree_mask, q, spec, arrays.alibi_slopes)
+
+
+def _check_tree_mask(
+  tree_mask: Array, q: Array, spec: AttentionSpec, alibi_slopes: Array | None
+) -> None:
+  if not spec.causal:
+    raise ValueError("tree_mask must be None with causal=False.")
+  if alibi_slopes is not None:
     raise ValueError(
-      "alibi_slopes must be None with a tree_mask: where the key of a token of "
-      "a tree is stored says nothing of distances along its path."
+      "alibi_slopes must be None with a tree_mask: the place where the key of "
+      "a token of a tree is stored says nothing of distances along its path."
     )
-  attention_checks.check_arrays(tree_mask=tree_mask)
+  checks.check_are_arrays(tree_mask=tree_mask)
   shape = jnp.shape(tree_mask)
   if tree_mask.dtype != jnp.bool_:
     raise ValueError(f"tree_mask.dtype={tree_mask.dtype} must be bool.")

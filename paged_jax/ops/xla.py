@@ -7,76 +7,70 @@ work are blocks of query tokens of one sequence: one token for decode, up to
 none of their queries sees.
 
 The narrow numbers of quantised pages are exact in the dtype of the queries.
-Their scales join in float32: those of K the scores, those of V the softmax.
+Their scales are applied in float32: those of K to the scores, those of V to the
+probabilities.
 
-Masking selects, it never multiplies: what lies in unread page tails, holes and
-other sequences' pages leaves no trace, not even NaN.
+Masking selects, it never multiplies: the contents of unread page tails, holes
+and other sequences' pages leave no trace, not even NaN.
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Real
+from jaxtyping import Array, Float, Int
 
 from paged_jax.kv import quantised
-from paged_jax.ops.options import ArrayOptions, Options
+from pallas_kernels.common.paged_kv import KVArrays, PagedKV
+from pallas_kernels.common.rounding import cdiv, next_power_of_two
+from pallas_kernels.common.spec import (
+  MAX_SLOPE,
+  AttentionArrays,
+  AttentionSpec,
+)
 
 _DECODE_TILE = 128  # tokens of K and V in flight for each row
 _PREFILL_TILE = 256
 _MAX_BLOCK_Q = 128
 _BLOCKS_PER_WAVE = 8
-_STEEPEST = 2.0**95  # times any distance between positions is a number
 
 
 def paged_attention(
   q: Float[Array, "num_seqs num_q_heads head_dim"],
-  k_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
-  v_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
-  kv_lens: Int[Array, " num_seqs"],
-  page_indices: Int[Array, "num_seqs pages_per_seq"],
-  arrays: ArrayOptions,
+  kv: PagedKV,
+  arrays: AttentionArrays,
   *,
-  options: Options,
+  spec: AttentionSpec,
 ) -> tuple[Array, Array]:
   """Returns output and LSE; see `paged_jax.paged_attention`."""
-  out, lse = _attend(
-    q[:, None],
-    k_pages,
-    v_pages,
-    page_indices,
-    jnp.arange(q.shape[0], dtype=jnp.int32),
-    kv_lens[:, None] - 1,
-    kv_lens[:, None],
-    arrays,
-    options,
+  queries = _Queries(
+    q=q[:, None],
+    seq_ids=jnp.arange(q.shape[0], dtype=jnp.int32),
+    positions=kv.kv_lens[:, None] - 1,
+    ends=kv.kv_lens[:, None],
     tree=None,
-    tile_tokens=_DECODE_TILE,
   )
+  out, lse = _attend(queries, kv, arrays, spec, tile_tokens=_DECODE_TILE)
   return out[:, 0].astype(q.dtype), lse[:, 0]
 
 
 def ragged_paged_attention(
   q: Float[Array, "num_tokens num_q_heads head_dim"],
-  k_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
-  v_pages: Real[Array, "num_pages num_kv_heads page_size head_dim"],
-  kv_lens: Int[Array, " num_seqs"],
-  page_indices: Int[Array, "num_seqs pages_per_seq"],
-  cu_q_lens: Int[Array, " num_seqs+1"],
+  kv: PagedKV,
+  cu_q_lens: Int[Array, " num_offsets"],
   num_active: Int[Array, ""],
-  tree_mask: Bool[Array, "num_tokens max_new"] | None,
-  arrays: ArrayOptions,
+  arrays: AttentionArrays,
   *,
-  options: Options,
+  spec: AttentionSpec,
 ) -> tuple[Array, Array]:
   """Returns output and LSE; see `paged_jax.ragged_paged_attention`."""
-  num_tokens, num_q_heads, head_dim = q.shape
-  num_seqs = kv_lens.shape[0]
+  num_tokens, num_q_heads, _ = q.shape
+  num_seqs, kv_lens = kv.num_seqs, kv.kv_lens
   out = jnp.zeros_like(q)
   lse = jnp.full((num_tokens, num_q_heads), -jnp.inf, jnp.float32)
   if num_tokens == 0 or num_seqs == 0:
     return out, lse
-  block_q = min(_MAX_BLOCK_Q, 1 << (num_tokens - 1).bit_length())
+  block_q = min(_MAX_BLOCK_Q, next_power_of_two(num_tokens))
   # Every block but the last of its sequence is full.
   most = min(num_tokens, num_tokens // block_q + num_seqs)
   wave = min(most, _BLOCKS_PER_WAVE)
@@ -87,23 +81,15 @@ def ragged_paged_attention(
     block = i * wave + jnp.arange(wave, dtype=jnp.int32)
     seq_ids, tokens, positions = blocks.at(block)
     ends, tree = positions + 1, None
-    if not options.causal or tree_mask is not None:
+    if not spec.causal or arrays.tree_mask is not None:
       ends = jnp.where(tokens < num_tokens, kv_lens[seq_ids][:, None], 0)
-    if tree_mask is not None:
-      tree = _Tree(tree_mask, tokens, blocks.context[seq_ids])
+    if arrays.tree_mask is not None:
+      tree = _Tree(arrays.tree_mask, tokens, blocks.context[seq_ids])
       positions = tree.positions(blocks.q_lens[seq_ids])
+    q_block = q.at[tokens].get(mode="clip")
+    queries = _Queries(q_block, seq_ids, positions, ends, tree)
     block_out, block_lse = _attend(
-      q.at[tokens].get(mode="clip"),
-      k_pages,
-      v_pages,
-      page_indices,
-      seq_ids,
-      positions,
-      ends,
-      arrays,
-      options,
-      tree=tree,
-      tile_tokens=_PREFILL_TILE,
+      queries, kv, arrays, spec, tile_tokens=_PREFILL_TILE
     )
     out = out.at[tokens].set(block_out.astype(q.dtype), mode="drop")
     return out, lse.at[tokens].set(block_lse, mode="drop")
@@ -156,7 +142,7 @@ class _QueryBlocks:
 
 
 class _Tree(NamedTuple):
-  """What the queries of blocks see of the new tokens of their sequences."""
+  """Which new tokens of their sequences the queries of blocks see."""
 
   mask: Array  # bool[num_tokens, max_new]
   tokens: Array  # i32[num_rows, block_q]
@@ -171,7 +157,7 @@ class _Tree(NamedTuple):
     return self.context[:, None] + num_seen - 1
 
   def select(self, visible: Array, key: Array, ends: Array) -> Array:
-    """Returns what is visible, where new tokens are as the mask says.
+    """Returns what is visible, with the mask applied to new tokens.
 
     Args:
       visible: bool[num_rows, block_q, pages_per_tile, page_size].
@@ -188,96 +174,73 @@ class _Tree(NamedTuple):
     return jnp.where((nth >= 0)[:, None], sees, visible)
 
 
+class _Queries(NamedTuple):
+  """Blocks of query tokens, each of one sequence."""
+
+  q: Array  # [num_rows, block_q, num_q_heads, head_dim]
+  seq_ids: Array  # i32[num_rows], row of the page table
+  positions: Array  # i32[num_rows, block_q], to which windows belong
+  ends: Array  # i32[num_rows, block_q]; a query sees no key from there on
+  tree: _Tree | None
+
+
+class _Tile(NamedTuple):
+  """A tile of keys for each row of queries."""
+
+  rows: Array  # i32[num_rows, pages_per_tile], pages in the pool seen flat
+  key: Array  # i32[num_rows, pages_per_tile, page_size], positions
+  visible: Array  # bool[num_rows, block_q, pages_per_tile, page_size]
+  seen: Array  # bool[num_rows, pages_per_tile, 1, page_size], by some query
+
+
 def _attend(
-  q,  # [num_rows, block_q, num_q_heads, head_dim]
-  k_pages,
-  v_pages,
-  page_indices,
-  seq_ids,  # i32[num_rows], row of page_indices
-  positions,  # i32[num_rows, block_q], to which a window belongs
-  ends,  # i32[num_rows, block_q]; a query sees no key from there on
-  arrays: ArrayOptions,
-  options: Options,
+  queries: _Queries,
+  kv: PagedKV,
+  arrays: AttentionArrays,
+  spec: AttentionSpec,
   *,
-  tree: _Tree | None,
   tile_tokens: int,
-):
+) -> tuple[Array, Array]:
   """Returns f32 output [rows, block_q, heads, head_dim] and LSE."""
-  num_rows, block_q, num_q_heads, head_dim = q.shape
-  num_pages, num_kv_heads, page_size, _ = k_pages.shape
-  group = num_q_heads // num_kv_heads
-  pages_per_tile = max(1, tile_tokens // page_size)
-  pages_per_tile = min(pages_per_tile, page_indices.shape[1])
+  num_rows, block_q, num_q_heads, head_dim = queries.q.shape
+  group = num_q_heads // kv.num_kv_heads
+  pages_per_tile = max(1, tile_tokens // kv.page_size)
+  pages_per_tile = min(pages_per_tile, kv.pages_per_seq)
   tiles = _Tiles(
-    positions,
-    ends,
-    None if tree is None else tree.context,
-    pages_per_tile * page_size,
-    -(-page_indices.shape[1] // pages_per_tile),
-    options,
+    queries,
+    pages_per_tile * kv.page_size,
+    cdiv(kv.pages_per_seq, pages_per_tile),
+    spec,
   )
-  k_scales, v_scales, sinks, alibi_slopes = arrays
-  q = q.reshape(num_rows, block_q, num_kv_heads, group, head_dim)
-  # Probabilities times scales of V can lie outside of what float16 holds.
-  narrow = v_scales is None or q.dtype == jnp.bfloat16
-  product_dtype = q.dtype if narrow else jnp.float32
+  per_head = (1, kv.num_kv_heads, group)
+  q = queries.q.reshape(num_rows, block_q, *per_head[1:], head_dim)
   slopes = None
-  if alibi_slopes is not None:
-    slopes = alibi_slopes.astype(jnp.float32)
-    slopes = jnp.clip(slopes, -_STEEPEST, _STEEPEST)
-    slopes = slopes.reshape(1, num_kv_heads, group, 1, 1, 1)
+  if arrays.alibi_slopes is not None:
+    slopes = arrays.alibi_slopes.astype(jnp.float32)
+    slopes = jnp.clip(slopes, -MAX_SLOPE, MAX_SLOPE)
+    slopes = slopes.reshape(*per_head, 1, 1, 1)
+  k, v = kv.flat()
+  # Probabilities times scales of V may exceed the range of float16.
+  is_narrow = v.scales is None or q.dtype == jnp.bfloat16
+  product_dtype = q.dtype if is_narrow else jnp.float32
 
   def fold(i, state):
     m, l, acc = state
-    column = tiles.at(i)[:, None] * pages_per_tile
-    column += jnp.arange(pages_per_tile, dtype=jnp.int32)[None]
-    page = page_indices.at[seq_ids[:, None], column].get(
-      mode="fill", fill_value=num_pages
-    )
-    key = column[:, :, None] * page_size
-    key += jnp.arange(page_size, dtype=jnp.int32)[None, None]
-    mapped = (page >= 0) & (page < num_pages)
-    visible = _visible(
-      positions[:, :, None, None],
-      ends[:, :, None, None],
-      key[:, None],
-      options,
-    )  # [num_rows, block_q, pages_per_tile, page_size]
-    if tree is not None:
-      visible = tree.select(visible, key, ends)
-    visible &= mapped[:, None, :, None]
-    # 0 * NaN is NaN: V that no query of the block sees is selected away.
-    seen = visible.any(1)[:, :, None]
-    page = jnp.where(mapped, page, 0)
-    k = _gather(k_pages, page).astype(q.dtype)
-    v = _gather(v_pages, page).astype(product_dtype)
-    v = jnp.where(seen[..., None], v, 0)
-    s = options.scale * jnp.einsum(
-      "rqhgd,rphsd->rhgqps", q, k, preferred_element_type=jnp.float32
-    )
-    if k_scales is not None:
-      s *= _by_key(k_scales, page, seen)
-    if (cap := options.logits_soft_cap) is not None:
-      s = cap * jnp.tanh(s / cap)
-    if slopes is not None:
-      distance = key[:, None] - positions[:, :, None, None]
-      s += slopes * distance[:, None, None].astype(jnp.float32)
-    s = jnp.where(visible[:, None, None], s, -jnp.inf)
+    # 1. The pages of the tile, and what of them is visible.
+    tile = _tile(queries, kv, spec, tiles.at(i), pages_per_tile)
+    # 2. Scores.
+    s = _scores(q, k, tile, queries.positions, slopes, spec)
+    # 3. The softmax, rescaled where the maximum grew.
     m_next = jnp.maximum(m, s.max((-2, -1)))
-    # Of a row that has seen no key yet, exp(-inf - 0) keeps everything 0.
+    # While a row has seen no key, exp(-inf - 0) keeps everything 0.
     shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)
     alpha = jnp.exp(m - shift)
     p = jnp.exp(s - shift[..., None, None])
-    weights = p if v_scales is None else p * _by_key(v_scales, page, seen)
-    acc = acc * alpha[..., None] + jnp.einsum(
-      "rhgqps,rphsd->rhgqd",
-      weights.astype(product_dtype),
-      v,
-      preferred_element_type=jnp.float32,
-    )
+    # 4. P V.
+    acc = acc * alpha[..., None] + _weigh_values(p, v, tile, product_dtype)
     return m_next, l * alpha + p.sum((-2, -1)), acc
 
-  shape = (num_rows, num_kv_heads, group, block_q)
+  shape = (num_rows, *per_head[1:], block_q)
   m, l, acc = lax.fori_loop(
     0,
     tiles.count,
@@ -288,30 +251,90 @@ def _attend(
       jnp.zeros((*shape, head_dim), jnp.float32),
     ),
   )
+  sinks = arrays.sinks
   if sinks is not None:
-    sinks = sinks.astype(jnp.float32).reshape(1, num_kv_heads, group, 1)
+    sinks = sinks.astype(jnp.float32).reshape(*per_head, 1)
   out, lse = _finish(m, l, acc, sinks)
-  out = jnp.moveaxis(out, 3, 1).reshape(
-    num_rows, block_q, num_q_heads, head_dim
-  )
+  out = jnp.moveaxis(out, 3, 1).reshape(queries.q.shape)
   return out, jnp.moveaxis(lse, 3, 1).reshape(num_rows, block_q, num_q_heads)
 
 
-def _gather(pages, page):
-  return quantised.move(lambda x, i: x.at[i].get(mode="clip"), pages, page)
+def _tile(
+  queries: _Queries,
+  kv: PagedKV,
+  spec: AttentionSpec,
+  tile: Array,
+  pages_per_tile: int,
+) -> _Tile:
+  """Returns i32[num_rows] tiles: their pages, positions and masks."""
+  column = tile[:, None] * pages_per_tile
+  column += jnp.arange(pages_per_tile, dtype=jnp.int32)[None]
+  page = kv.page_indices.at[queries.seq_ids[:, None], column].get(
+    mode="fill", fill_value=kv.num_pages
+  )
+  key = column[:, :, None] * kv.page_size
+  key += jnp.arange(kv.page_size, dtype=jnp.int32)[None, None]
+  mapped = (page >= 0) & (page < kv.num_pages)
+  visible = _visible(
+    queries.positions[:, :, None, None],
+    queries.ends[:, :, None, None],
+    key[:, None],
+    spec,
+  )
+  if queries.tree is not None:
+    visible = queries.tree.select(visible, key, queries.ends)
+  visible &= mapped[:, None, :, None]
+  row = jnp.where(mapped, page, 0) * kv.num_layers
+  if kv.layer is not None:
+    row += kv.layer
+  return _Tile(row, key, visible, visible.any(1)[:, :, None])
 
 
-def _by_key(scales, page, seen):
-  """Gathers scales, 0 where not `seen`, as factors of [r, h, g, q, p, s]."""
-  scales = jnp.where(seen, _gather(scales, page), 0.0)
+def _scores(q, k: KVArrays, tile: _Tile, positions, slopes, spec):
+  """Returns f32[rows, heads, group, block_q, pages, page_size], masked."""
+  keys = _gather(k.pages, tile.rows).astype(q.dtype)
+  s = spec.scale * jnp.einsum(
+    "rqhgd,rphsd->rhgqps", q, keys, preferred_element_type=jnp.float32
+  )
+  if k.scales is not None:
+    s *= _by_key(k.scales, tile)
+  if (cap := spec.logits_soft_cap) is not None:
+    s = cap * jnp.tanh(s / cap)
+  if slopes is not None:
+    distance = tile.key[:, None] - positions[:, :, None, None]
+    s += slopes * distance[:, None, None].astype(jnp.float32)
+  return jnp.where(tile.visible[:, None, None], s, -jnp.inf)
+
+
+def _weigh_values(p, v: KVArrays, tile: _Tile, product_dtype):
+  """Returns f32[rows, heads, group, block_q, head_dim], P V of a tile."""
+  values = _gather(v.pages, tile.rows).astype(product_dtype)
+  # 0 * NaN is NaN: V that no query of the block sees is selected away.
+  values = jnp.where(tile.seen[..., None], values, 0)
+  weights = p if v.scales is None else p * _by_key(v.scales, tile)
+  return jnp.einsum(
+    "rhgqps,rphsd->rhgqd",
+    weights.astype(product_dtype),
+    values,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _gather(pages, rows):
+  return quantised.move(lambda x, i: x.at[i].get(mode="clip"), pages, rows)
+
+
+def _by_key(scales, tile: _Tile):
+  """Gathers scales, 0 where not seen, as factors of [r, h, g, q, p, s]."""
+  scales = jnp.where(tile.seen, _gather(scales, tile.rows), 0.0)
   return scales.swapaxes(1, 2)[:, :, None, None]
 
 
-def _visible(pos, end, key, options):
-  """Whether a query at `pos` sees the key at position `key`, before `end`."""
+def _visible(pos, end, key, spec: AttentionSpec):
+  """Returns whether a query at `pos` sees the key at `key`, before `end`."""
   visible = key < end
-  if (window := options.sliding_window) is not None:
-    visible &= (key > pos - window) | (key < options.num_sink_tokens)
+  if (window := spec.sliding_window) is not None:
+    visible &= (key > pos - window) | (key < spec.num_sink_tokens)
   return visible
 
 
@@ -323,19 +346,22 @@ class _Tiles:
       last tile see no key.
   """
 
-  def __init__(self, positions, ends, context, tile, num_tiles, options):
+  def __init__(
+    self, queries: _Queries, tile: int, num_tiles: int, spec: AttentionSpec
+  ):
+    ends = queries.ends
     last = jnp.maximum(ends.max(1), 0) - 1
-    # Exclusive; 0 for a row that sees nothing; no more than the table has.
+    # Exclusive; 0 for a row that sees nothing; at most the tiles of the table.
     end = jnp.minimum(last // tile + 1, num_tiles)
-    if (window := options.sliding_window) is None:
+    if (window := spec.sliding_window) is None:
       self._num_sink_tiles = 0
       self._first = jnp.zeros_like(end)
     else:
-      self._num_sink_tiles = (options.num_sink_tokens + tile - 1) // tile
-      earliest = jnp.where(ends <= 0, last[:, None], positions).min(1)
+      self._num_sink_tiles = cdiv(spec.num_sink_tokens, tile)
+      earliest = jnp.where(ends <= 0, last[:, None], queries.positions).min(1)
       first = earliest - (window - 1)
-      if context is not None:  # windows do not bound new tokens
-        first = jnp.minimum(first, context)
+      if queries.tree is not None:  # windows do not bound new tokens
+        first = jnp.minimum(first, queries.tree.context)
       first = jnp.maximum(first, 0) // tile
       self._first = jnp.maximum(first, self._num_sink_tiles)
     sink_tiles = jnp.minimum(end, self._num_sink_tiles)

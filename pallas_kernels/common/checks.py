@@ -1,27 +1,28 @@
-"""What kernels ask of pages and of their scales."""
+"""Checks of pages and of their scales."""
 
 import jax.numpy as jnp
 
-from pallas_kernels.decode.config import is_quantised
+from pallas_kernels.common.limits import is_quantised
+from pallas_kernels.common.paged_kv import PagedKV
 
 
-def check_pages(k_pages, v_pages, k_scales, v_scales) -> None:
-  """Raises a ValueError if pages and scales do not go together."""
-  if (k_pages.dtype, k_pages.shape) != (v_pages.dtype, v_pages.shape):
+def check_pages(kv: PagedKV) -> None:
+  """Raises a ValueError if K, V and their scales do not go together."""
+  if (kv.k.dtype, kv.k.shape) != (kv.v.dtype, kv.v.shape):
     raise ValueError(
-      f"{k_pages.dtype}{k_pages.shape} and {v_pages.dtype}{v_pages.shape}, of "
-      "k_pages and v_pages, must be the same."
+      f"k_pages is {kv.k.dtype}{kv.k.shape}, v_pages is "
+      f"{kv.v.dtype}{kv.v.shape}: they must match."
     )
-  check_scales(k_pages, k_scales=k_scales, v_scales=v_scales)
+  check_scales(kv.k, k_scales=kv.k_scales, v_scales=kv.v_scales)
 
 
 def check_scales(k_pages, *, k_scales, v_scales) -> None:
   """Raises a ValueError if scales do not go with the pages.
 
   Args:
-    k_pages: of keys; those of values are alike.
-    k_scales: an array, or None.
-    v_scales: the same.
+    k_pages: Of keys; those of values are alike.
+    k_scales: An array, or None.
+    v_scales: The same.
   """
   needed = is_quantised(k_pages.dtype)
   for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):

@@ -1,8 +1,7 @@
-"""What kernels know of the GPU that they are made for."""
+"""The GPU that kernels are sized for. Imports no Pallas."""
 
 import dataclasses
 
-import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax.extend import backend
 
 WARPS = 4  # of a warpgroup
@@ -17,23 +16,13 @@ class Gpu:
 
 
 def at_hand() -> Gpu:
-  """Returns the default device, or one of no name where it is no GPU.
+  """Returns the default device, or a nameless one if it is not a GPU.
 
   A kernel can be lowered without a GPU, and it runs on any number of
-  multiprocessors, best on that which it is made for.
+  multiprocessors, best on the number it was sized for.
   """
   device = backend.get_default_device()
   if device.platform != "gpu":
     return Gpu()
   num_sms = getattr(device, "core_count", None)
   return Gpu(device.device_kind, num_sms or Gpu.num_sms)
-
-
-def follow_closely() -> None:
-  """Waits for the kernel before, while this one is launched already.
-
-  In a kernel, before it reads or writes memory of the GPU. The kernel after, if
-  it does the same, is launched while this one runs.
-  """
-  plgpu.griddepcontrol_launch_dependents()
-  plgpu.griddepcontrol_wait()

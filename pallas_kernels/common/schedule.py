@@ -1,4 +1,4 @@
-"""Deals the KV tiles of a ragged batch to programs, an equal share to each.
+"""Splits the KV tiles of a ragged batch evenly between programs.
 
 The tiles of all (sequence, KV head) pairs, the items, lie one after the other
 on a line, and program p of P attends the p-th of P shares of it:
@@ -9,12 +9,13 @@ on a line, and program p of P attends the p-th of P shares of it:
 Only items that cross an end of a share leave partial results: at most two a
 program, those of its first and of its last item.
 
-Where items are cut then depends on all of them. In fixed splits, an item is
-cut by its own length alone, into at most `MAX_SPLITS` parts; shares begin where
-a part does, and every part of an item that has several is a partial result.
+Where items are split then depends on all of them. With fixed splits, an item is
+split by its own length alone, into at most `MAX_SPLITS` splits; shares begin
+where a split does, and every split of an item that has several is a partial
+result.
 
-The line depends on lengths, so it is laid out on the device, and once for all
-layers of a step: they ask for the same, and the compiler computes it once.
+The schedule depends on lengths alone, so it is computed on the device, and once
+for all layers of a step: their computations are equal, and XLA merges them.
 """
 
 import dataclasses
@@ -27,24 +28,27 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
+from pallas_kernels.common.types import ArrayOrRef
+
 MAX_SPLITS = 16  # of an item: for a sequence alone to occupy the device
 LEAST_SPLIT = 4  # tiles
+FIRST, LAST = 0, 1  # which of a program's items a partial result is of
 
 
 def split_size(num_tiles):
-  """Returns the tiles of a part of an item, in fixed splits."""
-  parts = lax.div(num_tiles + (MAX_SPLITS - 1), jnp.int32(MAX_SPLITS))
-  return jnp.maximum(parts, LEAST_SPLIT)
+  """Returns the tiles of a split of an item, with fixed splits."""
+  size = lax.div(num_tiles + (MAX_SPLITS - 1), jnp.int32(MAX_SPLITS))
+  return jnp.maximum(size, LEAST_SPLIT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
   """Where on the line the shares of programs begin, without fixed splits.
 
-  Shares differ by one tile at most. To leave an eighth of the line to small
+  Shares differ by one tile at most. Leaving an eighth of the line to small
   programs, which start wherever a large one ended early, gained 0.4 % and cost
-  more in partials (H200): equal shares it is, although some multiprocessors
-  read a third faster than others.
+  more in partials (H200). Shares are therefore equal, although some
+  multiprocessors read a third faster than others.
   """
 
   num_tiles: ArrayLike  # of all items
@@ -77,28 +81,31 @@ class Line:
 
 
 class Plan(NamedTuple):
-  """What programs read of the schedule."""
+  """The schedule, as programs read it."""
 
-  starts: Int[Array, " num_seqs+1"]  # tiles of one KV head before a sequence
-  # Columns: the first tile on the line, its sequence, its KV head, its place in
-  # the item, the tiles of the item. The last row is past the end.
-  firsts: Int[Array, "num_programs+1 5"]
+  starts: (
+    ArrayOrRef  # i32[num_seqs + 1], tiles of one KV head before a sequence
+  )
+  # i32[num_programs + 1, 5]: the first tile on the line, its sequence, its KV
+  # head, its place in the item, the tiles of the item. The last row is past the
+  # end.
+  firsts: ArrayOrRef
 
 
-def deal(
+def split_evenly(
   num_tiles: Int[Array, " num_seqs"],
   num_kv_heads: int,
   num_programs: int,
   *,
   fixed_splits: bool = False,
 ) -> Plan:
-  """Lays out the line.
+  """Returns the schedule.
 
   Args:
-    num_tiles: tiles of each sequence, for one KV head; at least 1.
+    num_tiles: Tiles of each sequence, for one KV head; at least 1.
     num_kv_heads: KV heads.
-    num_programs: programs that share the tiles.
-    fixed_splits: whether items are cut by their own length.
+    num_programs: Programs that share the tiles.
+    fixed_splits: Whether items are split by their own length.
   """
   num_seqs = num_tiles.shape[0]
   # Sums over pairs are one kernel; a running sum would be a chain of them.
@@ -130,34 +137,34 @@ def _find(starts, num_kv_heads, first):
   return first, seq, lax.div(place, tiles), lax.rem(place, tiles), tiles
 
 
-class Piece(NamedTuple):
+class Split(NamedTuple):
   """A part of an item that lies in the share of a program."""
 
   seq: jax.Array
   head: jax.Array
-  nth: jax.Array  # piece of the program
+  nth: jax.Array  # number of the split in the program
   first: jax.Array  # tile of the item
   num_tiles: jax.Array
-  is_whole: jax.Array  # the item
-  split: jax.Array  # part of the item, in fixed splits
+  is_whole: jax.Array  # whether it is the whole item
+  nth_of_item: jax.Array  # number of the split in the item, if splits are fixed
 
 
-def for_each_piece[C](
+def for_each_split[C](
   plan: Plan,
   num_kv_heads: int,
   carry: C,
-  step: Callable[[Piece, C], C],
+  step: Callable[[Split, C], C],
   *,
   fixed_splits: bool = False,
 ) -> C:
-  """Folds `step(piece, carry)` over the pieces of a program, in a kernel.
+  """Folds `step(split, carry)` over the splits of a program, in a kernel.
 
   Args:
-    plan: the plan, in memory of the GPU.
-    num_kv_heads: as in `deal`.
-    carry: what is folded.
-    step: the function.
-    fixed_splits: as in `deal`.
+    plan: The schedule, in global memory.
+    num_kv_heads: As in `split_evenly`.
+    carry: The initial carry.
+    step: Returns the next carry.
+    fixed_splits: As in `split_evenly`.
   """
   starts_gmem, firsts_gmem = plan
   last_seq = starts_gmem.shape[0] - 2
@@ -167,15 +174,15 @@ def for_each_piece[C](
 
   def attend(state):
     begin, seq, head, tile, tiles, nth, carry = state
-    num_tiles, split = jnp.minimum(tiles - tile, end - begin), jnp.int32(0)
+    num_tiles, of_item = jnp.minimum(tiles - tile, end - begin), jnp.int32(0)
     if fixed_splits:
       size = split_size(tiles)
-      num_tiles, split = jnp.minimum(num_tiles, size), lax.div(tile, size)
+      num_tiles, of_item = jnp.minimum(num_tiles, size), lax.div(tile, size)
     is_whole = num_tiles == tiles
-    piece = Piece(seq, head, nth, tile, num_tiles, is_whole, split)
-    carry = step(piece, carry)
+    split = Split(seq, head, nth, tile, num_tiles, is_whole, of_item)
+    carry = step(split, carry)
     next_tile = tile + num_tiles
-    goes_on = next_tile < tiles  # in the next piece, or in the next share
+    goes_on = next_tile < tiles  # in the next split, or in the next share
     is_last_head = jnp.logical_not(goes_on) & (head == num_kv_heads - 1)
     next_head = jnp.where(goes_on, head, head + 1)
     next_seq = jnp.where(is_last_head, seq + 1, seq)

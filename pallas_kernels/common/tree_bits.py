@@ -1,42 +1,46 @@
 """Masks of what queries see of the new tokens of their sequences, as bits.
 
-Bit j of a word tells whether the j-th new token is seen, whose key is at
-position `context + j`. All positions of the context are seen, but for a window:
-a query counts as being at the end of a path, the context and the new tokens
-that it sees. That is so many tokens before the end of the sequence as there are
-new tokens that it does not see, which the kernels know as `before`.
+Bit j of a word is set if the j-th new token is seen, whose key is at position
+`context + j`. All positions of the context are seen, unless there is a window:
+a query then stands at the end of its path, the context and the new tokens that
+it sees. That is as many tokens before the end of the sequence as there are new
+tokens that it does not see, its `unseen`.
 
-Of a sequence, the word is the union of those of its queries, for the values
-that none of them sees, and `before` the greatest.
+The word of a sequence is the union of those of its queries, to tell which
+values none of them sees, and its `unseen` is the greatest.
 """
 
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels.decode import config as decode_config
+from pallas_kernels.common.limits import MAX_Q_LEN
+from pallas_kernels.common.rounding import cdiv
+from pallas_kernels.common.types import ArrayOrRef
 
 _WORD = 32  # bits
-_FEW = decode_config.MAX_Q_LEN  # bits of a word that has `before` above them
+_FEW = MAX_Q_LEN  # bits of a word that has `unseen` above them
 
 
 class Many(NamedTuple):
   """A mask of any number of new tokens: words, between two of zeros."""
 
-  of_rows: Any  # i32[num_words + 3, num_rows]; `before` is the last
-  of_seqs: Any  # i32[num_seqs, num_words + 2]
-  num_earlier: Any  # i32[num_seqs]: the greatest `before`, see `kv_tiles`
+  of_rows: ArrayOrRef  # i32[num_words + 3, num_rows]; `unseen` is the last
+  of_seqs: ArrayOrRef  # i32[num_seqs, num_words + 2]
+  num_earlier: Array  # i32[num_seqs], the greatest `unseen`, see `kv_tiles`
 
 
 class Few(NamedTuple):
-  """A mask of at most `_FEW` new tokens; `before` is in the same words."""
+  """A mask of at most `_FEW` new tokens; `unseen` is in the same words."""
 
-  of_queries: Any  # i32[num_seqs, max_q_len], or of the columns of a tile
-  of_seqs: Any  # i32[num_seqs], or of one
+  of_queries: (
+    ArrayOrRef  # i32[num_seqs, max_q_len], or of the columns of a tile
+  )
+  of_seqs: ArrayOrRef  # i32[num_seqs], or of one
 
 
 def pack_few(
@@ -47,9 +51,9 @@ def pack_few(
   """Packs the mask of the query tokens of sequences.
 
   Args:
-    mask: columns past `max_q_len` are cut, those past `q_lens` ignored.
-    q_lens: query tokens of each sequence, at most `max_q_len`.
-    sliding_window: positions that a query sees, or None.
+    mask: Columns past `max_q_len` are cut, those past `q_lens` ignored.
+    q_lens: Query tokens of each sequence, at most `max_q_len`.
+    sliding_window: Positions that a query sees, or None.
   """
   mask = mask[..., : mask.shape[1]]
   nth = jnp.arange(mask.shape[1], dtype=jnp.int32)
@@ -57,9 +61,9 @@ def pack_few(
   mask &= exists[:, :, None] & exists[:, None, : mask.shape[2]]
   num_seen = jnp.sum(mask, axis=2, dtype=jnp.int32)
   fewest = jnp.min(jnp.where(exists, num_seen, mask.shape[1]), axis=1)
-  before = q_lens[:, None] - num_seen
+  unseen = q_lens[:, None] - num_seen
   return Few(
-    _words(mask)[..., 0] | before << _FEW,
+    _words(mask)[..., 0] | unseen << _FEW,
     _words(mask.any(1))[..., 0]
     | (_num_earlier(q_lens, fewest, sliding_window) << _FEW),
   )
@@ -77,18 +81,18 @@ def pack(
   """Packs the mask of tokens, which belong to sequences.
 
   Args:
-    mask: columns past the query tokens of a sequence are ignored.
-    cu_q_lens: offsets of the sequences on the token axis.
-    num_active: sequences from this one on have no queries.
-    sliding_window: positions that a query sees, or None.
-    group: rows of a token.
-    more_rows: rows after those of the last token, which may be read.
+    mask: Columns past the query tokens of a sequence are ignored.
+    cu_q_lens: Offsets of the sequences on the token axis.
+    num_active: Sequences from this one on have no queries.
+    sliding_window: Positions that a query sees, or None.
+    group: Rows of a token.
+    more_rows: Rows after those of the last token, which may be read.
   """
   (num_tokens, max_new), num_seqs = mask.shape, cu_q_lens.shape[0] - 1
   token = jnp.arange(num_tokens, dtype=jnp.int32)
   passed = cu_q_lens[None, 1:] <= token[:, None]
   seq = jnp.sum(passed, axis=1, dtype=jnp.int32)
-  seq = jnp.where(seq < num_active, seq, num_seqs)  # of nobody
+  seq = jnp.where(seq < num_active, seq, num_seqs)  # num_seqs: no sequence
   q_lens = jnp.append(cu_q_lens[1:] - cu_q_lens[:-1], 0)
   mask &= jnp.arange(max_new, dtype=jnp.int32)[None] < q_lens[seq][:, None]
   num_seen = jnp.sum(mask, axis=1, dtype=jnp.int32)
@@ -120,31 +124,33 @@ def _num_earlier(q_lens, fewest, sliding_window):
 def _words(mask):
   """Packs the last axis into words."""
   max_new = mask.shape[-1]
-  num_words = -(-max_new // _WORD)
+  num_words = cdiv(max_new, _WORD)
   padding = [(0, 0)] * (mask.ndim - 1) + [(0, num_words * _WORD - max_new)]
   bits = jnp.pad(mask, padding).reshape(*mask.shape[:-1], num_words, _WORD)
   nth = lax.broadcasted_iota(jnp.int32, bits.shape, bits.ndim - 1)
   return jnp.sum(bits.astype(jnp.int32) << nth, axis=-1, dtype=jnp.int32)
 
 
-def before(words):
-  """Returns what is above the bits of `Few`."""
+def unseen(words):
+  """Returns `unseen`, which stands above the bits of `Few`."""
   return words >> _FEW
 
 
 def has(words, nth):
-  """Tells whether words have bits; those out of range are of any value."""
+  """Returns whether words have bits; any value for bits out of range."""
   return ((words >> (nth & (_WORD - 1))) & 1) != 0
 
 
-def aligned(load: Callable[[Any], Any], num_words: int, first, size: int):
+def aligned(
+  load: Callable[[Array], Array], num_words: int, first, size: int
+) -> list[Array]:
   """Returns the words of new tokens from the first-th, maybe negative, on.
 
   Args:
-    load: returns one of the words of `Many`, the zeros among them.
-    num_words: how many these are.
-    first: what the lowest bit is about.
-    size: bits, a multiple of 32.
+    load: Returns one of the words of `Many`, including those of zeros.
+    num_words: Their number.
+    first: The token of the lowest bit.
+    size: Bits, a multiple of 32.
   """
   at, shift = (first >> 5) + 1, first & (_WORD - 1)
   words = [
@@ -160,12 +166,12 @@ def aligned(load: Callable[[Any], Any], num_words: int, first, size: int):
 
 
 def spread(words, nth, axes: list[int]):
-  """Tells whether aligned words have bits.
+  """Returns whether aligned words have bits.
 
   Args:
-    words: each for 32 bits, of any shape.
+    words: Each for 32 bits, of any shape.
     nth: i32, of each bit, from 0 on.
-    axes: those of `nth` that are the axes of words.
+    axes: Axes of `nth` that are the axes of words.
   """
   which = nth >> 5
   word, *others = (lax.broadcast_in_dim(x, nth.shape, axes) for x in words)

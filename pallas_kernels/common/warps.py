@@ -1,9 +1,9 @@
-"""What each warp of a memory warpgroup copies.
+"""Splits the copies of a producer warpgroup between its warps.
 
-By the warpgroup, all of its warps would carry out what one thread needs, in the
-slots of those that compute, and wait for each other before each copy. So each
-goes its own way through the tiles of an item, or of a piece of one, and copies
-but a part:
+Issued by the whole warpgroup, each copy would run on four warps although one
+thread suffices, take issue slots from the warps that compute, and synchronise
+all four. So each warp runs its own loop over the tiles of an item, or of a
+split, and copies only a part:
 
   chunks   K 0   K 1   V 0   V 1   Q
   warp      0     1     2     3    0
@@ -11,7 +11,7 @@ but a part:
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -21,32 +21,32 @@ from pallas_kernels.common.gpu import WARPS
 
 
 class Share(NamedTuple):
-  """What of each tile, and of Q, a warp copies, or a warpgroup."""
+  """Which chunks of each tile, and parts of Q, a warp or a warpgroup copies."""
 
   k: list[int]  # chunks
   v: list[int]
-  q: list[Any]  # parts, whatever the caller makes of them
+  q: list[tuple[int, int]]  # parts, as the caller numbers them
 
   @property
   def chunks(self) -> list[int]:
     """Chunks of K or of V."""
     return sorted({*self.k, *self.v})
 
-  def pages(self, ids: list[Any]) -> tuple[dict[int, Any], dict[int, Any]]:
+  def pages[P](self, ids: list[P]) -> tuple[dict[int, P], dict[int, P]]:
     """Returns the page of each chunk of K, and of V; `ids` are of `chunks`."""
     page_of = dict(zip(self.chunks, ids, strict=True))
     return {j: page_of[j] for j in self.k}, {j: page_of[j] for j in self.v}
 
 
 def num_threads(interpret: plgpu.InterpretGPUParams | None) -> int:
-  """Returns how many threads of a kernel the warpgroup is.
+  """Returns how many threads of a kernel stand for the warpgroup.
 
-  The interpreter has one warp after the other, which would wait for ever. There
-  the warpgroup copies all, or, where races are looked for, a thread stands for
-  each warp, which takes longer.
+  The interpreter runs one warp after the other, which would deadlock. There the
+  warpgroup copies everything, or, where races are looked for, a thread stands
+  for each warp, which takes longer.
 
   Args:
-    interpret: parameters of the interpreter, None on a GPU.
+    interpret: Parameters of the interpreter, None on a GPU.
   """
   return WARPS if interpret is not None and interpret.detect_races else 1
 
@@ -58,16 +58,16 @@ def for_each_warp(
   first_thread: int,
   interpret: plgpu.InterpretGPUParams | None,
 ) -> None:
-  """Calls `step(part of the share)` in each warp, for it to go its own way.
+  """Calls `step(part of the share)` in each warp, without synchronising them.
 
-  A warp must not wait for a ring to which it copies nothing: nobody would wait
-  for it, and it could miss that a tile was taken twice.
+  A warp must not wait for a ring to which it copies nothing: no other thread
+  waits for that warp, so it could miss a phase of the barrier.
 
   Args:
-    share: what the warpgroup copies.
-    step: the function.
-    first_thread: of those that the warpgroup is, see `num_threads`.
-    interpret: parameters of the interpreter, None on a GPU.
+    share: What the warpgroup copies.
+    step: The function.
+    first_thread: The first of the warpgroup's threads, see `num_threads`.
+    interpret: Parameters of the interpreter, None on a GPU.
   """
 
   def go(warp):
@@ -84,7 +84,7 @@ def for_each_warp(
 
 
 def part_of(share: Share, warp: int) -> Share:
-  """Returns what a warp copies: all of it goes round."""
+  """Returns what a warp copies: chunks and parts are assigned in turn."""
 
   def own[T](tasks: list[T], num_before: int) -> list[T]:
     numbered = enumerate(tasks, num_before)

@@ -1,4 +1,4 @@
-"""The compute warpgroup of the decode kernel: its pieces, tile by tile."""
+"""Decode: the consumer warpgroup, which attends its splits tile by tile."""
 
 import functools
 from collections.abc import Callable
@@ -9,40 +9,46 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.common import tree_bits
+from pallas_kernels.common.schedule import FIRST, LAST
 from pallas_kernels.decode import fragments, load, partials, softmax, tile
-from pallas_kernels.decode.problem import Problem
+from pallas_kernels.decode.partials import load_queries
+from pallas_kernels.decode.problem import (
+  DecodeProblem,
+  Inputs,
+  Outputs,
+  Scratch,
+)
 
 
-def run(problem: Problem, gmem, smem, for_each_piece: Callable) -> None:
-  """Attends what a program has a share of; see `load.run`."""
-  for_each_piece(
-    jnp.int32(0), functools.partial(_attend_piece, problem, gmem, smem)
-  )
+def run(
+  problem: DecodeProblem,
+  inputs: Inputs,
+  outputs: Outputs,
+  smem: Scratch,
+  for_each_split: Callable,
+) -> None:
+  """Attends a program's share of the tiles; see `load.run`."""
+  attend = functools.partial(_attend_split, problem, inputs, outputs, smem)
+  for_each_split(jnp.int32(0), attend)
   plgpu.wait_smem_to_gmem(0)
 
 
-def _attend_piece(problem, gmem, smem, piece, num_before):
-  """Attends the tiles of a piece, and writes its output or its partial."""
-  tiles, num_tiles = load.visited(problem, gmem, piece)
+def _attend_split(problem, inputs, outputs, smem, split, num_before):
+  """Attends the tiles of a split, and writes its output or its partial."""
+  tiles, num_tiles = load.visited(problem, inputs, split)
+
+  # 1. Q, in tiles for wgmma.
   plgpu.barrier_wait(smem.q_loaded)
   if not problem.loads_tiles_of_q:
-    if problem.is_interleaved:
-      q = fragments.load_rows(smem.loaded_q_smem.T)
-    else:
-      q = plgpu.load(
-        smem.loaded_q_smem.T, layout=plgpu.Layout.WGMMA, optimized=False
-      )
-    smem.q_smem.T[...] = problem.as_operand(q)
-    # For wgmma to see it, and for the next Q not to overtake the load.
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(smem.q_consumed)
+    _tile_queries(problem, smem)
 
+  # 2. Fold the tiles into the softmax.
   slopes = tree = None
-  if problem.has_alibi:
-    slopes = partials.load_queries(gmem.alibi_slopes.at[piece.head])
-  if problem.has_tree:
-    words = partials.load_queries(gmem.tree.at[piece.seq])
-    tree = tree_bits.Few(words, gmem.tree_of_seqs[piece.seq])
+  if inputs.alibi_slopes is not None:
+    slopes = load_queries(inputs.alibi_slopes.at[split.head])
+  if inputs.tree is not None:
+    words = load_queries(inputs.tree.of_queries.at[split.seq])
+    tree = tree_bits.Few(words, inputs.tree.of_seqs[split.seq])
 
   def fold(i, base, ids, state):
     at = num_before + i, base, ids
@@ -52,29 +58,45 @@ def _attend_piece(problem, gmem, smem, piece, num_before):
     problem.head_dim, problem.config.block_kv, problem.num_queries
   )
   state = load.for_each_tile(
-    problem, gmem, piece, tiles, num_tiles, state, fold
+    problem, inputs, split, tiles, num_tiles, state, fold
   )
   if problem.loads_tiles_of_q:
     plgpu.barrier_arrive(smem.q_consumed)
-  state = softmax.sum_rows(state)
+
+  # 3. Write the output of a whole item, the partial of another.
+  _write(problem, inputs, outputs, smem, split, softmax.sum_rows(state))
+  return num_before + num_tiles
+
+
+def _tile_queries(problem, smem):
+  """Moves Q through registers into tiles, as wgmma takes it."""
+  if problem.is_interleaved:
+    q = fragments.load_rows(smem.loaded_q.T)
+  else:
+    q = plgpu.load(smem.loaded_q.T, layout=plgpu.Layout.WGMMA, optimized=False)
+  smem.q.T[...] = problem.as_operand(q)
+  # For wgmma to see it, and for the next Q not to overtake the load.
+  plgpu.commit_smem()
+  plgpu.barrier_arrive(smem.q_consumed)
+
+
+def _write(problem, inputs, outputs, smem, split, state):
+  """Writes the output of a split that is a whole item, or its partial."""
   store = fragments.store_rows if problem.is_interleaved else partials.store
 
-  @pl.when(piece.is_whole)
+  @pl.when(split.is_whole)
   def _():
     sinks = None
-    if problem.has_sinks:
-      sinks = partials.load_queries(gmem.sinks.at[piece.head])
-    at = piece.seq, piece.head
-    refs = gmem.out.at[at], gmem.lse.at[at]
-    partials.write_output(state, sinks, *refs, smem, store)
+    if inputs.sinks is not None:
+      sinks = load_queries(inputs.sinks.at[split.head])
+    at = split.seq, split.head
+    arrays = outputs.out.at[at], outputs.lse.at[at]
+    partials.write_output(state, sinks, *arrays, smem.output, store)
 
-  @pl.when(jnp.logical_not(piece.is_whole))
+  @pl.when(jnp.logical_not(split.is_whole))
   def _():
-    kind = jnp.where(piece.nth == 0, partials.FIRST, partials.LAST)
+    kind = jnp.where(split.nth == 0, FIRST, LAST)
     at = kind, lax.axis_index("program")
-    if problem.batch_invariant:
-      at = piece.seq * problem.num_kv_heads + piece.head, piece.split
-    refs = partials.Partials(gmem.acc, gmem.m, gmem.l)
-    partials.write_partial(state, refs, at, store)
-
-  return num_before + num_tiles
+    if problem.spec.batch_invariant:
+      at = split.seq * problem.num_kv_heads + split.head, split.nth_of_item
+    partials.write_partial(state, outputs.partials, at, store)

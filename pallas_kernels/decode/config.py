@@ -1,21 +1,19 @@
-"""Sizes of the decode kernel: what it takes, and how it is tiled."""
+"""Decode: which shapes the kernel takes, and how it is tiled.
+
+Imports no Pallas.
+"""
 
 import dataclasses
 
-import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.common import gpu
+from pallas_kernels.common import gpu, limits
+from pallas_kernels.common.limits import SM_SMEM, SMEM_ALLOCATION
+from pallas_kernels.common.rounding import round_up
 
-HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-SMEM_LIMIT = 232_448  # bytes a program may have on Hopper
-SM_SMEM = 233_472  # bytes of a multiprocessor, for all its programs
-QUANTISED_DTYPES = ("int8", "float8_e4m3fn")  # of pages that have scales
-MAX_Q_LEN = 8  # query tokens of a sequence
 _MAX_QUERIES = 64  # of an item, which the accumulators have room for
 _MAX_ELEMENTS = 8192  # of them, in four places of shared memory
-_ALLOCATION = 1024  # bytes: shared memory is handed out in these
 REDUCTION_BYTES = 2048  # bytes of scratch to reduce over warps
 
 
@@ -51,14 +49,14 @@ def default_config(
 
   Args:
     num_items: KV heads of all sequences.
-    num_queries: queries of each of them.
-    head_dim: width of a head.
-    dtype: of the pool.
-    device: the GPU; that at hand if None.
+    num_queries: Queries of each of them.
+    head_dim: Width of a head.
+    dtype: Of the pool.
+    device: The GPU; that at hand if None.
   """
   num_sms = (device or gpu.at_hand()).num_sms
   shapes = num_queries, head_dim, dtype
-  if is_quantised(dtype):
+  if limits.is_quantised(dtype):
     # What it takes to widen numbers is hidden by another program; wider heads
     # leave it no registers.
     per_sm = 2 if head_dim <= 128 else 1
@@ -85,7 +83,7 @@ def programs_per_sm(
 ) -> int:
   """Returns how many programs a multiprocessor has shared memory for."""
   needed = smem_bytes(config, num_queries, head_dim, dtype)
-  return SM_SMEM // (needed + _ALLOCATION)
+  return SM_SMEM // (needed + SMEM_ALLOCATION)
 
 
 def smem_bytes(
@@ -94,10 +92,10 @@ def smem_bytes(
   """Returns the bytes of shared memory that one program takes.
 
   Args:
-    config: the tiles.
-    num_queries: queries of an item, of 16 bits.
-    head_dim: width of a head.
-    kv_dtype: of the pages.
+    config: The tiles.
+    num_queries: Queries of an item, of 16 bits.
+    head_dim: Width of a head.
+    kv_dtype: Of the pages.
   """
   itemsize = jnp.dtype(kv_dtype).itemsize
   queries = padded_queries(num_queries) * head_dim * 2
@@ -112,20 +110,15 @@ def smem_bytes(
     queries,  # O, turned
     REDUCTION_BYTES,
   ]
-  if is_quantised(kv_dtype):
+  if limits.is_quantised(kv_dtype):
     buffers += [ring * 4, ring * 4]  # scales
   barriers = 8 * (2 + 4 * config.num_stages)
-  return sum(pl.cdiv(b, _ALLOCATION) * _ALLOCATION for b in buffers) + barriers
-
-
-def is_quantised(dtype: DTypeLike) -> bool:
-  """Returns whether pages of this dtype have scales."""
-  return jnp.dtype(dtype).name in QUANTISED_DTYPES
+  return sum(round_up(b, SMEM_ALLOCATION) for b in buffers) + barriers
 
 
 def padded_queries(num_queries: int) -> int:
   """Returns the columns for queries of an item: wgmma takes them by eight."""
-  return pl.cdiv(num_queries, 8) * 8
+  return round_up(num_queries, 8)
 
 
 def unsupported(
@@ -141,46 +134,23 @@ def unsupported(
   """Returns why the kernel does not take these shapes, or None if it does.
 
   Args:
-    head_dim: width of a head.
-    page_size: tokens of a page.
-    num_q_heads: query heads.
+    head_dim: Width of a head.
+    page_size: Tokens of a page.
+    num_q_heads: Query heads.
     num_kv_heads: KV heads.
-    dtype: of the queries.
-    kv_dtype: of the pages; None if it is the same.
-    max_q_len: most query tokens of a sequence.
+    dtype: Of the queries.
+    kv_dtype: Of the pages; None if it is the same.
+    max_q_len: Most query tokens of a sequence.
   """
   shape = head_dim, page_size, num_q_heads, num_kv_heads
-  if reason := unsupported_shape(*shape, dtype, kv_dtype or dtype):
+  if reason := limits.unsupported_shape(*shape, dtype, kv_dtype or dtype):
     return reason
-  if not 1 <= max_q_len <= MAX_Q_LEN:
-    return f"{max_q_len=} is not in [1, {MAX_Q_LEN}]."
+  if not 1 <= max_q_len <= limits.MAX_Q_LEN:
+    return f"{max_q_len=} is not in [1, {limits.MAX_Q_LEN}]."
   group = num_q_heads // num_kv_heads
   queries = f"{max_q_len=} tokens of {group=} query heads a KV head"
   if group * max_q_len > _MAX_QUERIES:
     return f"{queries} are more than {_MAX_QUERIES}."
   if padded_queries(group * max_q_len) * head_dim > _MAX_ELEMENTS:
     return f"{queries}, of {head_dim=}, pass shared memory."
-  return None
-
-
-def unsupported_shape(
-  head_dim: int,
-  page_size: int,
-  num_q_heads: int,
-  num_kv_heads: int,
-  dtype: DTypeLike,
-  kv_dtype: DTypeLike,
-) -> str | None:
-  """Returns why no kernel of attention takes these, or None; `unsupported`."""
-  names = [jnp.dtype(x).name for x in (dtype, kv_dtype)]
-  if names[0] not in ("bfloat16", "float16"):
-    return f"dtype={names[0]} is not bfloat16 or float16."
-  if names[1] not in (names[0], *QUANTISED_DTYPES):
-    return f"pages of {names[1]} do not take queries of {names[0]}."
-  if head_dim not in HEAD_DIMS:
-    return f"{head_dim=} is not one of {HEAD_DIMS}."
-  if page_size < 1 or page_size % 8:
-    return f"{page_size=} is not a multiple of 8."
-  if num_q_heads % num_kv_heads:
-    return f"{num_q_heads=} is not a multiple of {num_kv_heads=}."
   return None

@@ -1,24 +1,24 @@
-"""What decode programs leave behind: outputs, and partials that are merged.
+"""Writes outputs of whole items and partial softmax states of split ones.
 
 A program that attended a whole item writes its output. Otherwise it leaves a
-partial softmax (acc, m, l): as the first of its items, or as the last. Merging
-has a program for each program of the schedule: if an item began before its
-share and ends in it, it folds the partials of all programs that attended the
-item, in their order, and writes the output in place.
+partial softmax (acc, m, l): as the first of its items, or as the last. A second
+kernel merges them. It has a program for each program of the schedule: if an
+item began before the program's share and ends in it, the program folds the
+partials of all programs that attended the item, in order, and writes the output
+in place.
 
   programs  |   4   |   5   |   6   |   7   |
   items         a  |          b       | c |     6 merges b: last of 4, first
   partials    F|  L|F       |F     |L         of 5 and first of 6
 
-In fixed splits, an item has a place for each of its parts, and merging has a
-program for each item. The parts are folded in the same order, in the same
-groups, whatever else is in the batch.
+In fixed splits, an item has a place for each of its splits, and the merging
+kernel has a program for each item. The splits are folded in the same order, in
+the same groups, whatever else is in the batch.
 """
 
 import functools
-import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -27,53 +27,63 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.common import gpu, schedule
+from pallas_kernels.common import pdl, refs, schedule
+from pallas_kernels.common.base2 import Softmax
+from pallas_kernels.common.schedule import FIRST, LAST
+from pallas_kernels.common.types import ArrayOrRef, Ref
 from pallas_kernels.decode import softmax
-
-FIRST, LAST = 0, 1  # of a program's items
-_QUERIES = plgpu.Layout.WGMMA.reduce(0)
+from pallas_kernels.decode.softmax import QUERIES
 
 
 class Partials(NamedTuple):
   """A softmax for the first and for the last item of each program.
 
-  In fixed splits: for the parts of each item. Arrays, their shapes, or in a
-  kernel references to them.
+  In fixed splits: for the splits of each item.
   """
 
-  acc: Any  # f32[2, num_programs, head_dim, num_queries]
-  m: Any  # f32[2, num_programs, num_queries]
-  l: Any  # f32[2, num_programs, num_queries]
+  acc: ArrayOrRef  # f32[2, num_programs, head_dim, num_queries]
+  m: ArrayOrRef  # f32[2, num_programs, num_queries]
+  l: ArrayOrRef  # f32[2, num_programs, num_queries]
+
+  @staticmethod
+  def types(
+    places: tuple[int, int], head_dim: int, num_queries: int
+  ) -> "Partials":
+    """Returns the types of the partials.
+
+    Args:
+      places: 2 and the programs, or the items and the splits of one.
+      head_dim: Width of a head.
+      num_queries: Queries of an item.
+    """
+    rows = *places, num_queries
+    return Partials(
+      acc=refs.output((*places, head_dim, num_queries), jnp.float32),
+      m=refs.output(rows, jnp.float32),
+      l=refs.output(rows, jnp.float32),
+    )
 
 
-def shapes(
-  places: tuple[int, int], head_dim: int, num_queries: int
-) -> Partials:
-  """Returns the shapes of the partials.
+class OutputScratch(NamedTuple):
+  """Shared memory through which an output is transposed."""
 
-  Args:
-    places: 2 and the programs, or the items and the parts of one.
-    head_dim: width of a head.
-    num_queries: queries of an item.
-  """
-  rows = *places, num_queries
-  acc = *places, head_dim, num_queries
-  return Partials(
-    *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (acc, rows, rows))
-  )
+  by_column: Ref  # [head_dim, num_queries]
+  by_row: Ref  # [num_queries, head_dim]
 
-
-def output_scratch(head_dim: int, num_queries: int, dtype: DTypeLike) -> dict:
-  """Returns the shared memory that `write_output` needs."""
-  return {
-    "turned_smem": plgpu.SMEM((head_dim, num_queries), dtype),
-    "out_smem": plgpu.SMEM((num_queries, head_dim), dtype),
-  }
+  @staticmethod
+  def types(
+    head_dim: int, num_queries: int, dtype: DTypeLike
+  ) -> "OutputScratch":
+    """Returns the types of the scratch memory."""
+    return OutputScratch(
+      by_column=refs.smem((head_dim, num_queries), dtype),
+      by_row=refs.smem((num_queries, head_dim), dtype),
+    )
 
 
 def load_queries(ref):
   """Loads a value for each query."""
-  return plgpu.load(ref, layout=_QUERIES, optimized=False)
+  return plgpu.load(ref, layout=QUERIES, optimized=False)
 
 
 def store(ref, value) -> None:
@@ -94,57 +104,67 @@ def _by_blocks(acc, ref, head_dim: int):
 
 
 def write_partial(
-  state: softmax.Summed, refs: Partials, at, store_rows=store
+  state: Softmax, partials: Partials, at, store_rows=store
 ) -> None:
   """Writes what a program leaves of an item.
 
   Args:
-    state: the softmax over its keys.
-    refs: all partials.
-    at: `FIRST` or `LAST`, and the program; or the item, and its part.
-    store_rows: what stores rows of acc.
+    state: The softmax over its keys.
+    partials: All partials.
+    at: `FIRST` or `LAST`, and the program; or the item, and its split.
+    store_rows: Stores rows of acc.
   """
-  acc_gmem = refs.acc.at[at]
+  acc_gmem = partials.acc.at[at]
   for rows, place in _by_blocks(state.acc, acc_gmem, acc_gmem.shape[0]):
     store_rows(place, rows)
-  store(refs.m.at[at], state.m)
-  store(refs.l.at[at], state.l)
+  store(partials.m.at[at], state.m)
+  store(partials.l.at[at], state.l)
 
 
 def write_output(
-  state: softmax.Summed,
+  state: Softmax,
   sinks,
   out_gmem,
   lse_gmem,
-  smem,
+  smem: OutputScratch,
   store_rows=store,
-):
-  """Writes the output of an item, turned to a row for each query.
+) -> None:
+  """Writes the output of an item, transposed: a row for each query.
 
   Args:
-    state: the softmax over all keys of the item.
-    sinks: see `softmax.finish`.
+    state: The softmax over all keys of the item.
+    sinks: See `base2.finish`.
     out_gmem: [num_rows, head_dim], in the dtype of the output.
     lse_gmem: f32[num_queries].
-    smem: what `output_scratch` asks for.
-    store_rows: see `write_partial`.
+    smem: Scratch memory.
+    store_rows: See `write_partial`.
   """
   out, lse = softmax.finish(state, sinks)
   store(lse_gmem, lse)
   # The copy of the item before may still be reading.
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   num_rows, head_dim = out_gmem.shape
-  for rows, at in _by_blocks(out, smem.turned_smem, head_dim):
+  for rows, at in _by_blocks(out, smem.by_column, head_dim):
     store_rows(at, rows.astype(out_gmem.dtype))
-  by_row = plgpu.Layout.WG_STRIDED(smem.out_smem.shape, vec_size=1)
-  smem.out_smem[...] = plgpu.load(
-    smem.turned_smem.T, layout=by_row, optimized=False
+  layout = plgpu.Layout.WG_STRIDED(smem.by_row.shape, vec_size=1)
+  smem.by_row[...] = plgpu.load(
+    smem.by_column.T, layout=layout, optimized=False
   )
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(smem.out_smem.at[pl.ds(0, num_rows)], out_gmem)
+  plgpu.copy_smem_to_gmem(smem.by_row.at[pl.ds(0, num_rows)], out_gmem)
 
 
-def merge(
+class _Inputs(NamedTuple):
+  """What the merging kernel reads and writes."""
+
+  plan: schedule.Plan
+  partials: Partials
+  sinks: ArrayOrRef | None
+  out: Ref
+  lse: Ref
+
+
+def merge_partials(
   plan: schedule.Plan,
   partials: Partials,
   sinks,
@@ -153,31 +173,31 @@ def merge(
   *,
   fixed_splits: bool,
   unroll: int,
-  interpret,
+  interpret: plgpu.InterpretGPUParams | None,
 ):
   """Merges the partials of items that were split into their outputs.
 
   Args:
-    plan: the schedule.
-    partials: what the programs left.
+    plan: The schedule.
+    partials: What the programs left.
     sinks: f32[num_kv_heads, num_queries], logits in base 2, or None.
     out: [num_seqs, num_kv_heads, num_rows, head_dim], whose missing items are
       filled in.
     lse: f32[num_seqs, num_kv_heads, num_queries], the same.
-    fixed_splits: see `schedule.deal`.
-    unroll: partials to load at once.
-    interpret: parameters of the interpreter, or None.
+    fixed_splits: See `schedule.split_evenly`.
+    unroll: Partials to load at once.
+    interpret: Parameters of the interpreter, or None.
 
   Returns:
     The output and the log-sum-exp.
   """
   *places, head_dim, num_queries = partials.acc.shape
   kernel = plgpu.kernel(
-    functools.partial(
-      _body, fixed_splits, unroll, sinks is not None, interpret is not None
-    ),
+    functools.partial(_body, fixed_splits, unroll, interpret is not None),
     out_type=(),
-    scratch_types=output_scratch(head_dim, num_queries, out.dtype),
+    scratch_types={
+      "smem": OutputScratch.types(head_dim, num_queries, out.dtype)
+    },
     grid=(places[0] if fixed_splits else places[1],),
     grid_names=("program",),
     compiler_params=plgpu.CompilerParams(
@@ -188,22 +208,21 @@ def merge(
     kernel_name="merge_partials",
   )
   out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
-  sinks = () if sinks is None else (sinks,)
-  kernel(*plan, *partials, *sinks, out_ref, lse_ref)
+  kernel(_Inputs(plan, partials, sinks, out_ref, lse_ref))
   return out_ref[...], lse_ref[...]
 
 
-class _Parts(NamedTuple):
+class _Split(NamedTuple):
   """An item whose partials a program merges."""
 
-  exist: jax.Array
+  exists: jax.Array
   seq: jax.Array
   head: jax.Array
   count: jax.Array
-  place: Callable[[Any], tuple]  # of a partial: its indices
+  place: Callable[[jax.Array], tuple]  # of a partial: its indices
 
 
-def _dealt_parts(plan: schedule.Plan) -> _Parts:
+def _item_that_ends_here(plan: schedule.Plan) -> _Split:
   """Returns the item in which the program's share begins, if it ends there."""
   firsts_gmem = plan.firsts
   program, num_programs = lax.axis_index("program"), firsts_gmem.shape[0] - 1
@@ -217,70 +236,64 @@ def _dealt_parts(plan: schedule.Plan) -> _Parts:
   def place(i):
     return jnp.where(i == 0, kind_of_first, FIRST), first + i
 
-  exist = (begin < end) & (tile > 0) & (item + tiles <= end)
-  return _Parts(exist, seq, head, program - first + 1, place)
+  exists = (begin < end) & (tile > 0) & (item + tiles <= end)
+  return _Split(exists, seq, head, program - first + 1, place)
 
 
-def _fixed_parts(plan: schedule.Plan, num_kv_heads: int) -> _Parts:
-  """Returns the program's item, if it has several parts."""
+def _own_item(plan: schedule.Plan, num_kv_heads: int) -> _Split:
+  """Returns the program's item of fixed splits, if it has several."""
   item = lax.axis_index("program")
   seq = lax.div(item, jnp.int32(num_kv_heads))
   tiles = plan.starts[seq + 1] - plan.starts[seq]
   size = schedule.split_size(tiles)
   count = lax.div(tiles + size - 1, size)
   head = lax.rem(item, jnp.int32(num_kv_heads))
-  return _Parts(count > 1, seq, head, count, lambda i: (item, i))
+  return _Split(count > 1, seq, head, count, lambda i: (item, i))
 
 
-def _body(fixed_splits, unroll, has_sinks, interpreted, *refs, **smem):
+def _body(
+  fixed_splits: bool,
+  unroll: int,
+  interpreted: bool,
+  inputs: _Inputs,
+  smem: OutputScratch,
+):
   """Merges the partials of the program's item."""
   if not interpreted:
-    gpu.follow_closely()
-  starts_gmem, firsts_gmem, acc_gmem, m_gmem, l_gmem, *more = refs
-  *sinks_gmem, out_gmem, lse_gmem = more
-  plan = schedule.Plan(starts_gmem, firsts_gmem)
-  all_partials = Partials(acc_gmem, m_gmem, l_gmem)
-  parts = (
-    _fixed_parts(plan, lse_gmem.shape[1])
+    pdl.overlap_with_previous_kernel()
+  split = (
+    _own_item(inputs.plan, inputs.lse.shape[1])
     if fixed_splits
-    else _dealt_parts(plan)
+    else _item_that_ends_here(inputs.plan)
   )
 
-  @pl.when(parts.exist)
+  @pl.when(split.exists)
   def _():
     def load(i):
-      at = parts.place(jnp.minimum(i, parts.count - 1))
-      return _load(all_partials, at, i < parts.count)
+      at = split.place(jnp.minimum(i, split.count - 1))
+      return _load(inputs.partials, at, i < split.count)
 
+    # 1. Fold the partials, `unroll` of them at once.
     def step(i, state):
-      return _fold([state, *(load(i * unroll + j) for j in range(unroll))])
+      more = (load(i * unroll + j) for j in range(unroll))
+      return softmax.merge([state, *more])
 
-    num_steps = lax.div(parts.count + unroll - 1, jnp.int32(unroll))
-    state = lax.fori_loop(0, num_steps, step, _nothing(*acc_gmem.shape[2:]))
-    sinks = load_queries(sinks_gmem[0].at[parts.head]) if has_sinks else None
-    at = parts.seq, parts.head
-    write_output(
-      state,
-      sinks,
-      out_gmem.at[at],
-      lse_gmem.at[at],
-      types.SimpleNamespace(**smem),
-    )
+    num_steps = lax.div(split.count + unroll - 1, jnp.int32(unroll))
+    nothing = softmax.empty(*inputs.partials.acc.shape[2:])
+    state = lax.fori_loop(0, num_steps, step, nothing)
+
+    # 2. Write the output in place.
+    sinks = None
+    if inputs.sinks is not None:
+      sinks = load_queries(inputs.sinks.at[split.head])
+    at = split.seq, split.head
+    write_output(state, sinks, inputs.out.at[at], inputs.lse.at[at], smem)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _nothing(head_dim: int, num_queries: int) -> softmax.Summed:
-  """Returns the softmax over no keys."""
-  return softmax.Summed(
-    softmax.zero_blocks(head_dim, num_queries),
-    softmax.column(-jnp.inf, num_queries),
-    softmax.column(0.0, num_queries),
-  )
-
-
-def _load(refs: Partials, at, exists) -> softmax.Summed:
+def _load(partials: Partials, at, exists) -> Softmax:
   """Loads a partial; one that does not exist counts for nothing."""
-  acc_gmem = refs.acc.at[at]
+  acc_gmem = partials.acc.at[at]
   blocks = softmax.row_blocks(acc_gmem.shape[0])
   acc = tuple(
     plgpu.load(
@@ -290,27 +303,7 @@ def _load(refs: Partials, at, exists) -> softmax.Summed:
     )
     for start, size in blocks
   )
-  m = load_queries(refs.m.at[at])
+  m = load_queries(partials.m.at[at])
   nothing = jnp.where(exists, 0.0, -jnp.inf).astype(jnp.float32)
   m += lax.broadcast_in_dim(nothing, m.shape, [])
-  return softmax.Summed(acc, m, load_queries(refs.l.at[at]))
-
-
-def _fold(states: list[softmax.Summed]) -> softmax.Summed:
-  """Returns the softmax over the keys of all."""
-  top = functools.reduce(jnp.maximum, [state.m for state in states])
-  shift = softmax.or_zero(top)
-  alphas = [jnp.exp2(state.m - shift) for state in states]
-  scaled = [
-    softmax.scale_blocks(state.acc, alpha)
-    for state, alpha in zip(states, alphas, strict=True)
-  ]
-  acc = tuple(
-    functools.reduce(jnp.add, blocks) for blocks in zip(*scaled, strict=True)
-  )
-  roots = [softmax.half_factor(state.m - shift) for state in states]
-  ls = [
-    state.l * root * root for state, root in zip(states, roots, strict=True)
-  ]
-  l = functools.reduce(jnp.add, ls)
-  return softmax.Summed(acc, top, l)
+  return Softmax(acc, m, load_queries(partials.l.at[at]))

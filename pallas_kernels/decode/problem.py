@@ -1,74 +1,86 @@
-"""What is static about a launch of the decode kernel, and its memory."""
+"""What the decode kernel is given: static facts, arrays, shared memory."""
 
 import dataclasses
 import functools
-import math
-from typing import Any
+from typing import NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.common import kv_tiles, schedule, tree_bits
-from pallas_kernels.decode import fragments, partials
-from pallas_kernels.decode.config import (
-  SMEM_LIMIT,
-  Config,
-  is_quantised,
-  padded_queries,
-  smem_bytes,
-)
+from pallas_kernels.common import limits, refs, schedule, tree_bits
+from pallas_kernels.common.paged_kv import KVArrays
+from pallas_kernels.common.problem import PagedProblem
+from pallas_kernels.common.rounding import cdiv
+from pallas_kernels.common.types import ArrayOrRef, Ref
+from pallas_kernels.decode import fragments
+from pallas_kernels.decode.config import Config, padded_queries, smem_bytes
+from pallas_kernels.decode.partials import OutputScratch, Partials
 
 _SWIZZLES = (128, 64, 32)  # bytes: widths of a tile in shared memory
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Problem:
-  """What is static about a launch."""
+class Inputs(NamedTuple):
+  """Arrays that the kernel reads."""
 
-  config: Config
-  dtype: DTypeLike  # of the queries
-  kv_dtype: DTypeLike  # of the pages
-  num_seqs: int
-  num_kv_heads: int
-  group: int  # query heads of a KV head
+  plan: schedule.Plan
+  page_indices: ArrayOrRef  # i32[num_seqs, pages_per_seq]
+  kv_lens: ArrayOrRef  # i32[num_seqs]
+  layer: ArrayOrRef | None  # i32[1]; None: the only layer
+  q: ArrayOrRef  # see `kernel._rows_of_queries`
+  k: KVArrays
+  v: KVArrays
+  q_lens: ArrayOrRef | None  # i32[num_seqs]; None: one query token each
+  tree: tree_bits.Few | None  # of the columns of tiles, and of sequences
+  sinks: ArrayOrRef | None  # f32[num_kv_heads, num_queries], in base 2
+  alibi_slopes: ArrayOrRef | None  # f32[num_kv_heads, num_queries], in base 2
+
+
+class Outputs(NamedTuple):
+  """Arrays that the kernel writes."""
+
+  out: Ref  # [num_seqs, num_kv_heads, num_rows, head_dim]
+  lse: Ref  # f32[num_seqs, num_kv_heads, num_queries]
+  partials: Partials
+
+
+class Ring(NamedTuple):
+  """A ring of `num_stages` tiles of K or of V in shared memory."""
+
+  tiles: Ref  # [num_stages, block_kv, head_dim]
+  scales: Ref | None  # f32[num_stages, block_kv]
+  loaded: Ref  # barriers: the copies of a tile have arrived
+  consumed: Ref  # barriers: the tile was read
+
+
+class Scratch(NamedTuple):
+  """Shared memory and barriers of a program."""
+
+  loaded_q: Ref  # [num_queries, head_dim], as it comes
+  q: Ref  # [num_queries, head_dim], in tiles for wgmma
+  k: Ring
+  v: Ring
+  p: Ref  # [num_queries, block_kv], in tiles for wgmma
+  output: OutputScratch
+  q_loaded: Ref
+  q_consumed: Ref
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeProblem(PagedProblem[Config]):
+  """The static facts of a launch of the decode kernel."""
+
   max_q_len: int  # query tokens of a sequence
-  head_dim: int
-  num_pages: int
-  page_size: int
-  pages_per_seq: int
-  scale: float
-  sliding_window: int | None
-  num_sink_tokens: int
-  logits_soft_cap: float | None
-  has_sinks: bool
-  has_alibi: bool
-  causal: bool
-  has_tree: bool
-  batch_invariant: bool
-  interpret: plgpu.InterpretGPUParams | None
+  has_tree: bool  # whether a mask tells what is seen of the query tokens
 
   def __post_init__(self):
     needed = smem_bytes(
       self.config, self.num_rows, self.head_dim, self.kv_dtype
     )
-    if needed > SMEM_LIMIT:
-      raise ValueError(f"{self.config=} takes {needed} bytes > {SMEM_LIMIT=}.")
-
-  @property
-  def chunk(self) -> int:
-    """Positions of a tile that one copy brings."""
-    return math.gcd(self.page_size, self.config.block_kv)
-
-  @property
-  def num_chunks(self) -> int:
-    """Copies of a tile."""
-    return self.config.block_kv // self.chunk
-
-  @property
-  def is_quantised(self) -> bool:
-    """Whether pages hold 8-bit numbers, with a scale for each token."""
-    return is_quantised(self.kv_dtype)
+    if needed > limits.SMEM_LIMIT:
+      raise ValueError(
+        f"{self.config=} takes {needed} bytes > SMEM_LIMIT={limits.SMEM_LIMIT}."
+      )
 
   @property
   def operand_dtype(self) -> DTypeLike:
@@ -89,7 +101,9 @@ class Problem:
     return self.is_quantised and self.interpret is None
 
   @property
-  def operand_transforms(self) -> tuple[Any, Any]:
+  def operand_transforms(
+    self,
+  ) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
     """Returns tiles for wgmma, of 16-bit rows of `head_dim`."""
     swizzle = next(x for x in _SWIZZLES if self.head_dim * 2 % x == 0)
     return (
@@ -99,10 +113,10 @@ class Problem:
 
   @property
   def max_splits(self) -> int:
-    """Parts of an item, at most, in fixed splits."""
+    """Most splits of an item, if splits are fixed."""
     capacity = self.pages_per_seq * self.page_size
-    tiles = -(-capacity // self.config.block_kv)
-    return min(schedule.MAX_SPLITS, -(-tiles // schedule.LEAST_SPLIT))
+    tiles = cdiv(capacity, self.config.block_kv)
+    return min(schedule.MAX_SPLITS, cdiv(tiles, schedule.LEAST_SPLIT))
 
   @property
   def num_rows(self) -> int:
@@ -111,12 +125,12 @@ class Problem:
 
   @property
   def has_q_lens(self) -> bool:
-    """Whether sequences differ in their query tokens."""
+    """Whether sequences differ in their number of query tokens."""
     return self.max_q_len > 1 or self.has_tree
 
   @property
   def num_queries(self) -> int:
-    """The same, padded: columns of a tile."""
+    """`num_rows`, padded: the columns of a tile."""
     return padded_queries(self.num_rows)
 
   @property
@@ -128,28 +142,22 @@ class Problem:
     """
     return self.head_dim % 64 != 0
 
-  def visit(self, kv_len, q_len=None, tree=None) -> kv_tiles.Tiles:
-    """Returns the tiles that sequences visit.
+  def visit(self, kv_len, q_len=None, tree=None):
+    """Returns the KV tiles that sequences visit.
 
     Args:
-      kv_len: tokens stored.
-      q_len: query tokens, if there is not one everywhere.
-      tree: words of `tree_bits.Few`, if there is a mask.
+      kv_len: Tokens stored.
+      q_len: Query tokens, or None if every sequence has one.
+      tree: Words of `tree_bits.Few`, if there is a mask.
     """
     num_earlier = jnp.zeros_like(kv_len)
     if q_len is not None:
       num_earlier = jnp.maximum(q_len - 1, 0)
       kv_len = jnp.where(q_len > 0, kv_len, 0)
     if tree is not None:
-      num_earlier = tree_bits.before(tree)
-    return kv_tiles.visit(
-      kv_len,
-      num_earlier,
-      None if tree is None else q_len,
-      capacity=self.pages_per_seq * self.page_size,
-      block_kv=self.config.block_kv,
-      sliding_window=self.sliding_window,
-      num_sink_tokens=self.num_sink_tokens,
+      num_earlier = tree_bits.unseen(tree)
+    return self.visited_tiles(
+      kv_len, num_earlier, None if tree is None else q_len
     )
 
   def pad_queries(self, x):
@@ -159,38 +167,35 @@ class Problem:
     return jnp.pad(x, padding)
 
 
-def scratch(problem: Problem) -> dict[str, Any]:
-  """Returns the shared memory and the barriers of a program."""
+def scratch(problem: DecodeProblem) -> Scratch:
+  """Returns the types of the shared memory and the barriers of a program."""
   config, head_dim = problem.config, problem.head_dim
-  ring = config.num_stages, config.block_kv
-  barriers = functools.partial(plgpu.Barrier, num_barriers=config.num_stages)
-  copies = problem.num_chunks
+  stages = config.num_stages, config.block_kv
+  barriers = functools.partial(refs.barrier, num_barriers=config.num_stages)
 
   def operand(*shape):
     transforms = problem.operand_transforms
-    return plgpu.SMEM(shape, problem.operand_dtype, transforms=transforms)
+    return refs.smem(shape, problem.operand_dtype, transforms)
 
-  tiles, more = operand(*ring, head_dim), {}
+  tiles, scales = operand(*stages, head_dim), None
   if problem.is_quantised:
     transforms = fragments.transforms(head_dim)
-    tiles = plgpu.SMEM(
-      (*ring, head_dim), problem.kv_dtype, transforms=transforms
-    )
-    scales = plgpu.SMEM(ring, jnp.float32)
-    more |= dict(k_scales_smem=scales, v_scales_smem=scales)
-    copies *= 2
-  return {
-    "loaded_q_smem": plgpu.SMEM((problem.num_queries, head_dim), problem.dtype),
-    "q_smem": operand(problem.num_queries, head_dim),
-    "k_smem": tiles,
-    "v_smem": tiles,
-    "p_smem": operand(problem.num_queries, config.block_kv),
-    **more,
-    **partials.output_scratch(head_dim, problem.num_queries, problem.dtype),
-    "q_loaded": plgpu.Barrier(),
-    "q_consumed": plgpu.Barrier(),
-    "k_loaded": barriers(num_arrivals=copies),
-    "v_loaded": barriers(num_arrivals=copies),
-    "k_consumed": barriers(),
-    "v_consumed": barriers(),
-  }
+    tiles = refs.smem((*stages, head_dim), problem.kv_dtype, transforms)
+    scales = refs.smem(stages, jnp.float32)
+  num_copies = problem.num_chunks * (2 if problem.is_quantised else 1)
+  ring = Ring(
+    tiles=tiles,
+    scales=scales,
+    loaded=barriers(num_arrivals=num_copies),
+    consumed=barriers(),
+  )
+  return Scratch(
+    loaded_q=refs.smem((problem.num_queries, head_dim), problem.dtype),
+    q=operand(problem.num_queries, head_dim),
+    k=ring,
+    v=ring,
+    p=operand(problem.num_queries, config.block_kv),
+    output=OutputScratch.types(head_dim, problem.num_queries, problem.dtype),
+    q_loaded=refs.barrier(),
+    q_consumed=refs.barrier(),
+  )

@@ -1,30 +1,31 @@
-"""What the decode kernel does with a tile of K and V: folds it into a softmax.
+"""Decode: folds a tile of K and V into the softmax.
 
   S = K Q^T, scaled, biased, masked     P = 2^(S - m)     O += V^T P
 
 Tiles of 8-bit numbers become operands in registers (`fragments`). Scales of
-keys multiply their scores. Of the scales of values, the logarithms join the
-exponents (`softmax.fold`).
+keys multiply their scores. Of the scales of values, the logarithms are added to
+the exponents (`softmax.fold`).
 """
 
 import dataclasses
 import functools
 import math
-from typing import Any
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
 
-from pallas_kernels.common import tree_bits
-from pallas_kernels.common.kv_tiles import Tiles
+from pallas_kernels.common import base2, tree_bits, wgmma
+from pallas_kernels.common.kv_tiles import VisitedTiles, mapped_bits
 from pallas_kernels.decode import fragments, ring, softmax
-from pallas_kernels.decode.problem import Problem
+from pallas_kernels.decode.problem import DecodeProblem, Ring, Scratch
+from pallas_kernels.decode.softmax import RunningSoftmax
 
-# Of K that are widened while wgmma multiplies those before, and of V that are
-# rewritten at once, to spare registers.
+# Columns of K that are widened while wgmma multiplies those before, and of V
+# that are rewritten at once, to spare registers.
 _COLUMNS = 64
 # Smaller scales of values, as those of zeros, count as this: 2^100 times the
 # greatest weight of a key is still a number.
@@ -32,24 +33,24 @@ _TINY = 2.0**-100
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
-  """A tile of the program, and what of it counts."""
+class KVTile:
+  """A tile of the program, and which of its elements count."""
 
-  problem: Problem
-  smem: Any  # what `scratch` asks for
-  tiles: Tiles  # of the sequence
-  slopes: Any  # of ALiBi, of the queries, or None
+  problem: DecodeProblem
+  smem: Scratch
+  tiles: VisitedTiles  # of the sequence
+  slopes: jax.Array | None  # of ALiBi, for each query
   tree: tree_bits.Few | None  # of the sequence, and of the columns
-  nth: Any  # of the program
-  base: Any  # first position
-  mapped: Any  # a bit per chunk
+  nth: jax.Array  # number of the tile in the program
+  base: jax.Array  # first position
+  mapped: jax.Array  # a bit per chunk
 
-  def seen(self, shape, sees):
-    """Tells which elements count; rows are positions."""
-    return self.are_seen(_iota(shape, 0), sees)
+  def mask(self, shape, sees):
+    """Returns a mask of the visible elements; row i is position base + i."""
+    return self.row_mask(_iota(shape, 0), sees)
 
-  def are_seen(self, rows, sees):
-    """Tells which rows of the tile count: seen, of mapped pages."""
+  def row_mask(self, rows, sees):
+    """Returns which rows of the tile are visible, in mapped pages."""
     chunks = rows >> int(math.log2(self.problem.chunk))  # a power of two
     mapped = lax.broadcast_in_dim(self.mapped, rows.shape, [])
     return sees(self.base + rows) & ((mapped >> chunks) & 1 != 0)
@@ -60,69 +61,72 @@ class Tile:
     all_mapped = self.mapped == (1 << self.problem.num_chunks) - 1
     return self.tiles.sees_all(self.base) & all_mapped
 
-  def wait(self, which):
+  def wait(self, which: Ring) -> None:
     """Waits for K or V."""
-    ring.wait(self.problem, self.smem, which, self.nth)
+    ring.wait(self.problem, which, self.nth)
 
-  def get(self, which):
+  def get(self, which: Ring):
     """Returns K or V in the ring."""
-    return ring.tile(self.problem, self.smem, which, self.nth)
+    return ring.tile(self.problem, which, self.nth)
 
-  def scales(self, which):
+  def scales(self, which: Ring):
     """Returns the scales of the rows."""
-    return ring.scales(self.problem, self.smem, which, self.nth)
+    return ring.scales(self.problem, which, self.nth)
 
-  def give_back(self, which):
+  def give_back(self, which: Ring) -> None:
     """Lets the ring take the next tile."""
-    ring.give_back(self.problem, self.smem, which, self.nth)
+    ring.give_back(self.problem, which, self.nth)
 
 
 def fold(
-  problem: Problem,
-  smem,
-  tiles: Tiles,
-  slopes,
+  problem: DecodeProblem,
+  smem: Scratch,
+  tiles: VisitedTiles,
+  slopes: jax.Array | None,
   tree: tree_bits.Few | None,
   nth,
   base,
   ids,
-  state,
-):
+  state: RunningSoftmax,
+) -> RunningSoftmax:
   """Folds the program's nth tile into the softmax.
 
   Args:
-    problem: what is static.
-    smem: what `scratch` asks for.
-    tiles: of the sequence.
-    slopes: of ALiBi, in base 2, for each query, or None.
-    tree: words of the columns and of the sequence, or None.
-    nth: number of the tile, of the program's.
-    base: its first position.
-    ids: the page of each chunk.
-    state: the softmax over the keys before.
+    problem: The static facts.
+    smem: Shared memory and barriers.
+    tiles: Of the sequence.
+    slopes: Of ALiBi, in base 2, for each query, or None.
+    tree: Words of the columns and of the sequence, or None.
+    nth: Number of the tile in the program.
+    base: Its first position.
+    ids: The page of each chunk.
+    state: The softmax over the keys before.
   """
-  mapped = ring.mapped_chunks(problem, ids)
-  tile = Tile(problem, smem, tiles, slopes, tree, nth, base, mapped)
+  mapped = mapped_bits(ids, problem.num_pages)
+  tile = KVTile(problem, smem, tiles, slopes, tree, nth, base, mapped)
+  # 1. Scores, their mask, and P.
   if problem.is_quantised:
     (acc, m, l), p, v = _fold_narrow_scores(tile, state)
-    _store_p(problem, smem.p_smem, p)
+    _store_p(problem, smem.p, p)
   else:
     (acc, m, l), p = softmax.fold(state, _scores(tile))
-    _store_p(problem, smem.p_smem, p)
+    _store_p(problem, smem.p, p)
     v = _wait_for_v(tile)
   plgpu.commit_smem()
+  # 2. O += V^T P.
   acc = tuple(
-    softmax.accumulate(
+    wgmma.accumulate(
       rows,
       v_rows,
-      smem.p_smem.T,
+      smem.p.T,
       interpreted=problem.interpret is not None,
     )
     for rows, v_rows in zip(acc, v, strict=True)
   )
+  # 3. V goes back to the producer. (8-bit V went when it was in registers.)
   if not problem.is_quantised:
-    tile.give_back(ring.V)
-  return softmax.State(acc, m, l)
+    tile.give_back(smem.v)
+  return RunningSoftmax(acc, m, l)
 
 
 def _store_p(problem, p_smem, p):
@@ -140,40 +144,41 @@ def _store_p(problem, p_smem, p):
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), plgpu.Layout.WGMMA))
   def store(_, tiles, p):
-    turned = utils.memref_transpose(tiles, (1, 0, 3, 2))
-    p.store_tiled(turned, transforms[1].swizzle)
+    transposed = utils.memref_transpose(tiles, (1, 0, 3, 2))
+    p.store_tiled(transposed, transforms[1].swizzle)
 
   store(p_smem, p)
 
 
 def _scores(tile):
   """Returns the scores in base 2, -inf where they do not count."""
-  tile.wait(ring.K)
-  s = softmax.matmul(tile.get(ring.K), tile.smem.q_smem.T)
-  tile.give_back(ring.K)
+  smem = tile.smem
+  tile.wait(smem.k)
+  s = wgmma.matmul([(tile.get(smem.k), smem.q.T)])
+  tile.give_back(smem.k)
   return _masked(tile, s)[0]
 
 
 def _masked(tile, s):
   """Returns products q k as scores in base 2, and which count."""
-  problem = tile.problem
-  is_seen = tile.seen(s.shape, functools.partial(_sees, tile))
-  s = softmax.to_base_2(s, problem.scale, problem.logits_soft_cap)
-  if problem.has_alibi:
+  spec = tile.problem.spec
+  is_seen = tile.mask(s.shape, functools.partial(_sees, tile))
+  s = base2.to_base_2(s, spec.scale, spec.logits_soft_cap)
+  if tile.slopes is not None:
     s += _distances(tile, s.shape) * softmax.across(tile.slopes, s.shape)
   return jnp.where(is_seen, s, -jnp.inf), is_seen
 
 
 def _fold_narrow_scores(tile, state):
   """Returns the state but for V^T P, P, and the rows of V^T in registers."""
-  tile.wait(ring.K)
-  scales = tile.scales(ring.K)
+  problem, smem = tile.problem, tile.smem
+  tile.wait(smem.k)
+  scales = tile.scales(smem.k)
 
   def meanwhile():
-    tile.give_back(ring.K)
+    tile.give_back(smem.k)
     return _load_v(tile)
 
-  problem = tile.problem
   s, (v, v_scales) = softmax.matmul_meanwhile(
     (problem.config.block_kv, problem.num_queries),
     _parts_of_k(tile),
@@ -188,7 +193,7 @@ def _fold_narrow_scores(tile, state):
 
 def _parts_of_k(tile):
   """Returns functions that return some columns of K, and those of Q."""
-  k_smem, q_smem = tile.get(ring.K), tile.smem.q_smem
+  k_smem, q_smem = tile.get(tile.smem.k), tile.smem.q
   is_interpreted = tile.problem.interpret is not None
   width = tile.problem.head_dim
 
@@ -202,9 +207,10 @@ def _parts_of_k(tile):
 
 def _load_v(tile):
   """Returns the rows of V^T by blocks, in registers, and the scales of V."""
-  problem, v_smem = tile.problem, tile.get(ring.V)
+  problem, ring_of_v = tile.problem, tile.smem.v
+  v_smem = tile.get(ring_of_v)
   is_interpreted = problem.interpret is not None
-  tile.wait(ring.V)
+  tile.wait(ring_of_v)
   if problem.kv_dtype != jnp.int8:  # 0 times any of its numbers is 0
 
     @pl.when(jnp.logical_not(tile.is_full))
@@ -212,7 +218,7 @@ def _load_v(tile):
       rows = plgpu.broadcasted_iota(
         jnp.int32, v_smem.shape[:1], 0, layout=fragments.ROWS
       )
-      keep = tile.are_seen(rows, functools.partial(_are_seen, tile))
+      keep = tile.row_mask(rows, functools.partial(_are_seen, tile))
       fragments.zero_rows(v_smem, keep, interpreted=is_interpreted)
       plgpu.commit_smem()
 
@@ -220,8 +226,8 @@ def _load_v(tile):
     fragments.load_v(v_smem, start, size, interpreted=is_interpreted)
     for start, size in softmax.row_blocks(problem.head_dim)
   )
-  scales = tile.scales(ring.V)
-  tile.give_back(ring.V)
+  scales = tile.scales(ring_of_v)
+  tile.give_back(ring_of_v)
   return v, scales
 
 
@@ -243,8 +249,8 @@ def _wait_for_v(tile):
 
   Zeroes rows of V that no query sees, if there are any.
   """
-  tile.wait(ring.V)
-  v_smem = tile.get(ring.V)
+  tile.wait(tile.smem.v)
+  v_smem = tile.get(tile.smem.v)
   blocks = softmax.row_blocks(tile.problem.head_dim)
 
   @pl.when(jnp.logical_not(tile.is_full))
@@ -252,7 +258,7 @@ def _wait_for_v(tile):
     for start, size in blocks:
       for column in range(start, start + size, _COLUMNS):
         v = v_smem.at[:, pl.ds(column, _COLUMNS)]
-        keep = tile.seen(v.shape, functools.partial(_are_seen, tile))
+        keep = tile.mask(v.shape, functools.partial(_are_seen, tile))
         v[...] = jnp.where(keep, v[...], 0.0)
 
   return [v_smem.at[:, pl.ds(start, size)].T for start, size in blocks]
@@ -262,7 +268,7 @@ def _distances(tile, shape):
   """Returns positions of keys, down the rows, minus those of the queries."""
   distances = _iota(shape, 0) + (tile.base - (tile.tiles.kv_len - 1))
   if tile.problem.max_q_len > 1:
-    distances += _before(tile.problem, tile.tiles, shape)
+    distances += _tokens_from_last(tile.problem, tile.tiles, shape)
   return distances.astype(jnp.float32)
 
 
@@ -273,7 +279,7 @@ def _iota(shape, axis):
 
 
 def _sees(tile, positions):
-  """Tells which of the positions, down the rows, each query sees."""
+  """Returns which of the positions, down the rows, each query sees."""
   problem, tiles, shape = tile.problem, tile.tiles, positions.shape
   if not problem.has_q_lens:
     return tiles.sees(positions)
@@ -281,15 +287,15 @@ def _sees(tile, positions):
   if tile.tree is not None:
     words = softmax.across(tile.tree.of_queries, shape)
     sees_new = tree_bits.has(words, tiles.nth_new(positions))
-    sees = tiles.sees(positions, tree_bits.before(words), sees_new)
+    sees = tiles.sees(positions, tree_bits.unseen(words), sees_new)
     return sees & (_token(problem, shape) < tiles.num_new)
-  before = _before(problem, tiles, shape)
-  sees = tiles.sees(positions, before if problem.causal else 0)
-  return sees & (before >= 0)
+  from_last = _tokens_from_last(problem, tiles, shape)
+  sees = tiles.sees(positions, from_last if problem.spec.causal else 0)
+  return sees & (from_last >= 0)
 
 
-def _before(problem, tiles, shape):
-  """Returns how many tokens before the last each query is, below 0 for none."""
+def _tokens_from_last(problem, tiles, shape):
+  """Returns how far each query is from the last; negative for no query."""
   return tiles.num_earlier - _token(problem, shape)
 
 
@@ -299,7 +305,7 @@ def _token(problem, shape):
 
 
 def _are_seen(tile, positions):
-  """Tells which of the positions, down the rows, some query sees."""
+  """Returns which of the positions, down the rows, some query sees."""
   if tile.tree is None:
     return tile.tiles.are_seen(positions)
   word = lax.broadcast_in_dim(tile.tree.of_seqs, positions.shape, [])

@@ -3,11 +3,11 @@
 Program (copy, part) moves its part of one page through shared memory, tile by
 tile: enough programs are on a multiprocessor to keep its copy engine busy. A
 program whose copy does not exist ends at once, so that many places for copies
-cost little: 256 places of pages of 1 MiB took 26 us in a loop of XLA that had
-none to make, and 22 us more for each that it had (H200).
+cost little. (With 256 places for pages of 1 MiB, a loop of XLA took 26 us to
+copy nothing, and 22 us more for each copy, on an H200.)
 
-A page is contiguous, and is copied as rows that are as wide as TMA takes,
-whatever its shape: the small pages of scales go along with those of the data.
+A page is contiguous, and is copied as rows as wide as TMA takes, whatever its
+shape: the small pages of scales are copied with those of the data.
 """
 
 import functools
@@ -21,16 +21,15 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int, Real
 
+from pallas_kernels.common.rounding import cdiv
+from pallas_kernels.pages.limits import (
+  MAX_TMA_ROWS,
+  unsupported_copy,
+  widest_row,
+)
+
 _TILE_BYTES = 32_768
-_MAX_ROWS = 256  # of a copy by TMA; and columns
 _NUM_PARTS = 8  # of a page
-
-
-def unsupported(page_shape: tuple[int, ...], dtype: DTypeLike) -> str | None:
-  """Returns why the kernel does not take pages of this shape, or None."""
-  if _columns(math.prod(page_shape), dtype) is None:
-    return f"pages of {page_shape} {jnp.dtype(dtype)} are not whole 16 bytes."
-  return None
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -44,19 +43,19 @@ def copy_pages(
   """Returns the pools with pages copied; in place if they are donated.
 
   Args:
-    pools: arrays of as many pages, of any shapes and dtypes that are not
-      `unsupported`, which all get the copies.
-    src: pages to copy; clipped to the pool.
-    dst: where to; no copy is made where it is not in [0, num_pages).
-    interpret: parameters of the interpreter that stands in for a GPU.
+    pools: Arrays of equally many pages, of any shapes and dtypes that are not
+      unsupported; all of them get the copies.
+    src: Pages to copy; clipped to the pool.
+    dst: Where to; no copy is made where it is not in [0, num_pages).
+    interpret: Parameters of the interpreter that stands in for a GPU.
 
   Raises:
-    NotImplementedError: if the kernel does not take the pages of an array.
+    NotImplementedError: If the kernel does not take the pages of an array.
   """
   if dst.shape[0] == 0:
     return pools
   page_bytes = max(pool.nbytes // pool.shape[0] for pool in pools)
-  num_parts = min(pl.cdiv(page_bytes, _TILE_BYTES), _NUM_PARTS)
+  num_parts = min(cdiv(page_bytes, _TILE_BYTES), _NUM_PARTS)
   tiles = [_tile(pool.shape[1:], pool.dtype, num_parts) for pool in pools]
   kinds = [(tile, pool.dtype) for tile, pool in zip(tiles, pools, strict=True)]
   buffers = list(dict.fromkeys(kinds))  # alike pools share one
@@ -87,29 +86,18 @@ def copy_pages(
   )
 
 
-def _columns(num_elements: int, dtype: DTypeLike) -> int | None:
-  """Returns the widest row into which TMA can cut so many elements, if any."""
-  itemsize = jnp.dtype(dtype).itemsize
-  fitting = (
-    n
-    for n in range(1, _MAX_ROWS + 1)
-    if num_elements % n == 0 and n * itemsize % 16 == 0
-  )
-  return max(fitting, default=None)
-
-
 def _tile(
   page_shape: tuple[int, ...], dtype: DTypeLike, num_parts: int
 ) -> tuple[int, int]:
   """Returns rows and columns that are moved at once, the same in each tile."""
   num_elements = math.prod(page_shape)
-  columns = _columns(num_elements, dtype)
+  columns = widest_row(num_elements, dtype)
   if columns is None:
-    raise NotImplementedError(unsupported(page_shape, dtype))
+    raise NotImplementedError(unsupported_copy(page_shape, dtype))
   row_bytes = columns * jnp.dtype(dtype).itemsize
   rows = num_elements // columns
   tile_bytes = min(_TILE_BYTES, rows * row_bytes // num_parts)
-  most = max(1, min(_MAX_ROWS, tile_bytes // row_bytes))
+  most = max(1, min(MAX_TMA_ROWS, tile_bytes // row_bytes))
   return max(n for n in range(1, most + 1) if rows % n == 0), columns
 
 

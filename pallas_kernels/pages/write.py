@@ -1,16 +1,16 @@
-"""Writes K and V of a step's tokens into the pages of a pool, in place.
+"""Writes K and V of tokens into the pages of a pool, in place.
 
 The rows of all tokens and KV heads lie one after the other, cut into pieces of
 16 bytes. A thread moves a few pieces of K and the same ones of V: it loads them
-all, learns meanwhile from the slots where they go, and stores them. Neighbours
-move neighbouring pieces, so a warp reads and writes whole sectors.
+all, loads meanwhile the slots, which say where they go, and stores them.
+Neighbours move neighbouring pieces, so a warp reads and writes whole sectors.
 
   rows     t0 h0  |  t0 h1  |  t1 h0  |  t1 h1     head_dim numbers each
   pieces  0 1 2 3 | 0 1 2 3 | ...
   pool    row (page, layer, head, offset), for each head of a token
 
-The first thread of a row takes its scales along, if there are any. Tokens that
-have no place are read, and not stored: a store has a predicate, not a branch.
+The first thread of a row moves its scales too, if there are any. Tokens without
+a place are read, and not stored: a store has a predicate, not a branch.
 """
 
 import functools
@@ -19,44 +19,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.mosaic.gpu as mgpu
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
-from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 from jaxtyping import Array, Int, Real
 
 from pallas_kernels.common import gpu
+from pallas_kernels.common.rounding import cdiv
+from pallas_kernels.pages.limits import WORD, unsupported_write
 
 _THREADS = 128  # of a program, which is a warpgroup
 _PROGRAMS = 4  # of a multiprocessor, before a thread gets a second piece
 _MOST_PIECES = 4  # of a thread; of 16 bytes of K and V, 32 registers
 _PIECE = 16  # bytes, of rows that are whole pieces; 8 or 4 of others
-_WORD = 4  # bytes of a register
 _NOWHERE = -1  # as a row of the pool
-
-
-def unsupported(
-  shape: tuple[int, ...], dtype: DTypeLike, num_tokens: int
-) -> str | None:
-  """Returns why the kernel does not write to such a pool, or None.
-
-  Args:
-    shape: of K: [num_pages, num_layers, num_kv_heads, page_size, head_dim].
-    dtype: of K.
-    num_tokens: tokens to write.
-  """
-  row_bytes = shape[-1] * jnp.dtype(dtype).itemsize
-  if row_bytes % _WORD:
-    return f"rows of {row_bytes} bytes are not whole words of {_WORD}."
-  if math.prod(shape[:-1]) >= 2**31:
-    return f"a pool of {shape} has 2**31 rows or more."
-  if num_tokens * shape[2] * row_bytes >= 2**32:
-    return f"{num_tokens} tokens have 4 GiB of keys or more."
-  return None
 
 
 @functools.partial(jax.jit, static_argnames=("pieces", "interpret"))
@@ -75,19 +54,19 @@ def write_tokens(
     pools: K and V, [num_pages, num_layers, num_kv_heads, page_size, head_dim]
       of one dtype; then their scales, if they have any, f32 without the last
       axis.
-    tokens: the same of the tokens, in the same dtypes: [num_tokens,
+    tokens: The same of the tokens, in the same dtypes: [num_tokens,
       num_kv_heads, head_dim], and scales without the last axis.
     slots: `page * page_size + offset`. Tokens whose slot is not in
       [0, num_pages * page_size) are dropped; the others must differ.
-    layer: in [0, num_layers).
-    pieces: of K, and of V, that a thread moves at once; chosen if None.
-    interpret: parameters of the interpreter that stands in for a GPU.
+    layer: In [0, num_layers).
+    pieces: Of K, and of V, that a thread moves at once; chosen if None.
+    interpret: Parameters of the interpreter that stands in for a GPU.
 
   Raises:
-    NotImplementedError: if the kernel does not write to such a pool.
+    NotImplementedError: If the kernel does not write to such a pool.
   """
   shape, dtype = pools[0].shape, pools[0].dtype
-  if reason := unsupported(shape, dtype, slots.shape[0]):
+  if reason := unsupported_write(shape, dtype, slots.shape[0]):
     raise NotImplementedError(reason)
   if slots.shape[0] == 0:
     return pools
@@ -100,7 +79,7 @@ def write_tokens(
       _body, shape, per_row, num_pieces, step, interpret is not None
     ),
     out_type=(),
-    grid=(pl.cdiv(num_pieces, step),),
+    grid=(cdiv(num_pieces, step),),
     grid_names=("program",),
     compiler_params=plgpu.CompilerParams(
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup
@@ -180,7 +159,7 @@ def _load(ref, at: _Pieces, *, interpreted: bool):
   if interpreted:
     return _by_piece(ref, at.per_row)[at.row, _column(at)].reshape(-1)
   step, num_bytes = at.row.size, _piece_bytes(ref, at.per_row)
-  words = num_bytes // _WORD
+  words = num_bytes // WORD
   layout = plgpu.Layout.WG_STRIDED((step * words,), vec_size=words)
 
   @plgpu.inline_mgpu(
@@ -217,7 +196,7 @@ def _store(pool, at: _Pieces, pieces, *, interpreted: bool) -> None:
     pool[...] = after
     return
   num_bytes = _piece_bytes(pool, at.per_row)
-  layout = plgpu.Layout.WG_STRIDED(pieces.shape, vec_size=num_bytes // _WORD)
+  layout = plgpu.Layout.WG_STRIDED(pieces.shape, vec_size=num_bytes // WORD)
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *_layouts(at), layout))
   def store(_, pool, row, column, pieces):

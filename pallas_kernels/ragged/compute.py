@@ -1,8 +1,8 @@
-"""The warpgroups of the ragged kernel that compute, 64 rows each.
+"""Ragged: the consumer warpgroups, which compute, 64 rows each.
 
 A warpgroup starts Q K^T of a tile and P V of the one before together. The
-softmax of the tile comes as soon as its scores are there, while P V and the
-products of other warpgroups go on. One that has no queries of an item only
+softmax of the tile runs as soon as its scores are there, while P V and the
+products of other warpgroups go on. A warpgroup without queries of an item only
 waits for its tiles and gives them back.
 """
 
@@ -14,24 +14,22 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.common import tree_bits
-from pallas_kernels.decode import softmax as decode_softmax
+from pallas_kernels.common import tree_bits, wgmma
+from pallas_kernels.common.base2 import Softmax
+from pallas_kernels.common.kv_tiles import mapped_bits
 from pallas_kernels.ragged import output, softmax
 from pallas_kernels.ragged.config import ROWS
-from pallas_kernels.ragged.load import page_ids
-from pallas_kernels.ragged.problem import Problem
-from pallas_kernels.ragged.softmax import State
+from pallas_kernels.ragged.load import Walk, page_ids
+from pallas_kernels.ragged.softmax import RunningSoftmax
 
 _COLUMNS = 64  # of V that are rewritten at once, to spare registers
 
 
-def run(problem: Problem, smem, walk) -> None:
+def run(walk: Walk) -> None:
   """Attends all items of a program.
 
   Args:
-    problem: what is static.
-    smem: shared memory and barriers.
-    walk: calls a function with each `Work`.
+    walk: Calls a function with each `Work`.
   """
   walk(_attend_item)
   plgpu.wait_smem_to_gmem(0)
@@ -62,46 +60,49 @@ def _pass_tiles(work):
 
   @pl.when(num_tiles > 0)
   def _():
-    plgpu.barrier_wait(smem.q_loaded.at[work.q_slot])
-    plgpu.barrier_arrive(smem.q_consumed.at[work.q_slot])
+    plgpu.barrier_wait(smem.q_loaded.at[work.q_stage])
+    plgpu.barrier_arrive(smem.q_consumed.at[work.q_stage])
 
   @pl.loop(0, num_tiles)
   def _(i):
-    slot = work.slot(i)
-    plgpu.barrier_wait(smem.k_loaded.at[slot])
-    plgpu.barrier_arrive(smem.k_consumed.at[slot])
-    _await_values(work, i)
-    plgpu.barrier_arrive(smem.v_consumed.at[slot])
+    stage = work.stage(i)
+    plgpu.barrier_wait(smem.k.loaded.at[stage])
+    plgpu.barrier_arrive(smem.k.consumed.at[stage])
+    _wait_for_v(work, i)
+    plgpu.barrier_arrive(smem.v.consumed.at[stage])
 
 
 def _attend_tiles(work, state):
   """Folds the tiles of an item, which are one or more, into the softmax."""
   problem, smem, last = work.problem, work.smem, work.item.num_tiles - 1
-  wg, q_slot = lax.axis_index("warpgroup"), work.q_slot
-  by_token, by_row = (x.at[q_slot, wg] for x in smem.q_smem)
+  wg, q_stage = lax.axis_index("warpgroup"), work.q_stage
+  by_token, by_row = (x.at[q_stage, wg] for x in smem.q)
 
   def give_back_keys(i):
-    plgpu.barrier_arrive(smem.k_consumed.at[work.slot(i)])
-    pl.when(i == last)(lambda: plgpu.barrier_arrive(smem.q_consumed.at[q_slot]))
+    plgpu.barrier_arrive(smem.k.consumed.at[work.stage(i)])
+    consumed = smem.q_consumed.at[q_stage]
+    pl.when(i == last)(lambda: plgpu.barrier_arrive(consumed))
 
   slopes = None
-  if problem.has_alibi:
-    slopes = output.load_rows(work.gmem.alibi_slopes, work.item.head)
+  if work.inputs.alibi_slopes is not None:
+    slopes = output.load_rows(work.inputs.alibi_slopes, work.item.head)
   weigh_scores = functools.partial(_weigh_scores, work, slopes)
 
-  plgpu.barrier_wait(smem.q_loaded.at[q_slot])
+  # 1. Q K^T of the first tile, and its softmax.
+  plgpu.barrier_wait(smem.q_loaded.at[q_stage])
   problem.reinterpret(by_token, by_row)
-  plgpu.barrier_wait(smem.k_loaded.at[work.slot(0)])
-  qk = softmax.matmul(_operands(work, by_row, 0))
+  plgpu.barrier_wait(smem.k.loaded.at[work.stage(0)])
+  qk = wgmma.matmul(_operands(work, by_row, 0))
   give_back_keys(jnp.int32(0))
-  l = decode_softmax.tile(0.0, (ROWS, 8))
+  l = wgmma.full_tile(0.0, (ROWS, 8))
   m, l, _, p = weigh_scores(0, state.m, l, qk)
   p = p.astype(problem.dtype)
 
+  # 2. P V of each tile but the last, during Q K^T and softmax of the next.
   def fold(i, carry):
     state, p = carry
-    _await_values(work, i)
-    plgpu.barrier_wait(smem.k_loaded.at[work.slot(i + 1)])
+    _wait_for_v(work, i)
+    plgpu.barrier_wait(smem.k.loaded.at[work.stage(i + 1)])
 
     def weigh(qk):
       give_back_keys(i + 1)
@@ -111,30 +112,33 @@ def _attend_tiles(work, state):
       _operands(work, by_row, i + 1),
       state.acc,
       _left_operand(work, p),
-      smem.v_smem.at[work.slot(i)],
+      smem.v.tiles.at[work.stage(i)],
       weigh,
       interpreted=problem.interpret is not None,
     )
-    plgpu.barrier_arrive(smem.v_consumed.at[work.slot(i)])
+    plgpu.barrier_arrive(smem.v.consumed.at[work.stage(i)])
     acc, p = lax.optimization_barrier((acc, next_p))
     acc = softmax.rescale(acc, alpha, interpreted=problem.interpret is not None)
-    return State(acc, m, l), p.astype(problem.dtype)
+    return RunningSoftmax(acc, m, l), p.astype(problem.dtype)
 
-  state, p = lax.fori_loop(0, last, fold, (State(state.acc, m, l), p))
-  _await_values(work, last)
-  acc = decode_softmax.accumulate(
+  first = RunningSoftmax(state.acc, m, l)
+  state, p = lax.fori_loop(0, last, fold, (first, p))
+
+  # 3. P V of the last tile.
+  _wait_for_v(work, last)
+  acc = wgmma.accumulate(
     state.acc,
     _left_operand(work, p),
-    smem.v_smem.at[work.slot(last)],
+    smem.v.tiles.at[work.stage(last)],
     interpreted=problem.interpret is not None,
   )
-  plgpu.barrier_arrive(smem.v_consumed.at[work.slot(last)])
-  return State(acc, state.m, state.l.sum(axis=1))
+  plgpu.barrier_arrive(smem.v.consumed.at[work.stage(last)])
+  return Softmax(acc, state.m, state.l.sum(axis=1))
 
 
 def _operands(work, q_smem, i):
   """Returns the operands of Q K^T for the i-th tile, by columns of tiles."""
-  k_smem, width = work.smem.k_smem.at[work.slot(i)], work.problem.columns
+  k_smem, width = work.smem.k.tiles.at[work.stage(i)], work.problem.columns
   return [
     (q_smem.at[j], k_smem.at[:, pl.ds(j * width, width)].T)
     for j in range(q_smem.shape[0])
@@ -144,7 +148,8 @@ def _operands(work, q_smem, i):
 def _weigh_scores(work, slopes, i, m, l, qk):
   """Returns m, l, the factor of acc, and P, when the i-th tile is folded in."""
   problem, base = work.problem, work.base(i)
-  s = problem.scores(qk)
+  has_alibi = slopes is not None
+  s = problem.scores(qk, has_alibi)
   if slopes is not None:
     s = _add_distances(work, slopes, base, s)
   sees_all = work.tiles.sees_all(base) & (work.item.tile.has_holes == 0)
@@ -155,14 +160,15 @@ def _weigh_scores(work, slopes, i, m, l, qk):
     s,
   )
   # All of the softmax belongs to this half of the step.
-  return lax.optimization_barrier(softmax.weigh(m, l, s, problem.factor))
+  factor = problem.factor(has_alibi)
+  return lax.optimization_barrier(softmax.weigh(m, l, s, factor))
 
 
 def _left_operand(work, p):
   """Returns P as wgmma takes it: as it is, or in shared memory."""
   if not work.problem.p_in_smem:
     return p
-  p_smem = work.smem.p_smem.at[lax.axis_index("warpgroup")]
+  p_smem = work.smem.p.at[lax.axis_index("warpgroup")]
   p_smem[...] = p
   plgpu.commit_smem()
   return p_smem
@@ -177,18 +183,18 @@ def _iota(shape, axis):
 def _mask_scores(work, base, s):
   """Returns the scores, -inf where the key of a column is not seen."""
   column = _iota(s.shape, 1)
-  before, sees_new = 0, None
-  if work.problem.has_tree:
-    before, sees_new = _tree_of_rows(work, base, column)
-  elif work.problem.causal:
-    before = _before(work, _iota(s.shape, 0))
-  sees = work.tiles.sees(base + column, before, sees_new)
+  from_last, sees_new = 0, None
+  if work.inputs.tree is not None:
+    from_last, sees_new = _tree_of_rows(work, base, column)
+  elif work.problem.spec.causal:
+    from_last = _tokens_from_last(work, _iota(s.shape, 0))
+  sees = work.tiles.sees(base + column, from_last, sees_new)
   sees &= _are_mapped(work, base, column)
   return jnp.where(sees, s, -jnp.inf)
 
 
-def _before(work, rows):
-  """Returns how many tokens before the last of the item queries are."""
+def _tokens_from_last(work, rows):
+  """Returns how far queries are from the last of the item."""
   first_row = lax.axis_index("warpgroup") * ROWS
   token = (rows + first_row) >> _log2(work.problem.group)
   return work.item.tile.num_earlier - token
@@ -199,7 +205,7 @@ def _add_distances(work, slopes, base, s):
   rows = plgpu.broadcasted_iota(
     jnp.int32, s.shape[:1], 0, layout=softmax.QUERIES
   )
-  first = _before(work, rows) + (base - (work.item.tile.kv_len - 1))
+  first = _tokens_from_last(work, rows) + (base - (work.item.tile.kv_len - 1))
   # Distances that were worked out before there are scores would spill.
   s, first = lax.optimization_barrier((s, first))
   distances = _iota(s.shape, 1) + softmax.across(first, s.shape)
@@ -209,7 +215,7 @@ def _add_distances(work, slopes, base, s):
 
 def _tree_of_rows(work, base, column):
   """Returns what `kv_tiles.Tiles.sees` asks for, from a mask."""
-  problem, tree = work.problem, work.gmem.tree
+  problem, tree = work.problem, work.inputs.tree.of_rows
   row = work.item.tile.token * problem.group
   rows = pl.ds(row + lax.axis_index("warpgroup") * ROWS, ROWS)
   load = lambda i: plgpu.load(
@@ -217,15 +223,15 @@ def _tree_of_rows(work, base, column):
   )
   last, first = tree.shape[0] - 1, work.tiles.nth_new(base)
   words = tree_bits.aligned(load, last, first, problem.config.block_kv)
-  before = 0
-  if problem.sliding_window is not None:
-    before = softmax.across(load(last), column.shape)
-  return before, tree_bits.spread(words, column, [0])
+  from_last = 0
+  if problem.spec.sliding_window is not None:
+    from_last = softmax.across(load(last), column.shape)
+  return from_last, tree_bits.spread(words, column, [0])
 
 
 def _tree_of_seq(work, base, rows):
-  """Tells which new tokens some query sees; the others are of any value."""
-  words_gmem, seq = work.gmem.tree_of_seqs, work.item.tile.seq
+  """Returns which new tokens some query sees; any value for other tokens."""
+  words_gmem, seq = work.inputs.tree.of_seqs, work.item.tile.seq
   load = lambda i: words_gmem[seq, i]
   words = tree_bits.aligned(
     load,
@@ -237,10 +243,8 @@ def _tree_of_seq(work, base, rows):
 
 
 def _are_mapped(work, base, positions):
-  """Tells of which positions of the tile at base the page is mapped."""
-  ids, num_pages = page_ids(work, base), work.problem.num_pages
-  mapped = [(page >= 0) & (page < num_pages) for page in ids]
-  bits = sum(bit.astype(jnp.int32) << j for j, bit in enumerate(mapped))
+  """Returns which positions of the tile at base have a mapped page."""
+  bits = mapped_bits(page_ids(work, base), work.problem.num_pages)
   bits = lax.broadcast_in_dim(bits, positions.shape, [])
   return ((bits >> (positions >> _log2(work.problem.chunk))) & 1) != 0
 
@@ -249,36 +253,38 @@ def _log2(power: int) -> int:
   return int(math.log2(power))
 
 
-def _await_values(work, i):
-  """Waits for V of the i-th tile, without what no query of the item sees."""
+def _wait_for_v(work, i):
+  """Waits for V of the i-th tile, and zeroes rows that no query sees."""
   problem, tiles, base = work.problem, work.tiles, work.base(i)
-  slot, wg = work.slot(i), lax.axis_index("warpgroup")
+  spec, stage, wg = problem.spec, work.stage(i), lax.axis_index("warpgroup")
   end = base + problem.config.block_kv
   is_clean = (end <= tiles.kv_end) & (work.item.tile.has_holes == 0)
-  if problem.has_tree:
+  if work.inputs.tree is not None:
     is_clean &= end <= tiles.kv_len - tiles.num_new
-  if problem.sliding_window is not None:
-    first = tiles.kv_len - tiles.num_earlier - problem.sliding_window
-    is_clean &= (base >= first) | (end <= problem.num_sink_tokens)
-  plgpu.barrier_wait(work.smem.v_loaded.at[slot])
+  if spec.sliding_window is not None:
+    first = tiles.kv_len - tiles.num_earlier - spec.sliding_window
+    is_clean &= (base >= first) | (end <= spec.num_sink_tokens)
+  plgpu.barrier_wait(work.smem.v.loaded.at[stage])
 
   @pl.when(jnp.logical_not(is_clean))
   def _():
-    pl.when(wg == 0)(lambda: _zero_unseen_rows(work, slot, base))
+    pl.when(wg == 0)(lambda: _zero_unseen_rows(work, stage, base))
     if problem.config.num_compute_wgs > 1:
-      # One for each slot, as the first warpgroup may be a tile ahead.
-      cleaned = work.smem.v_cleaned.at[slot]
+      # One for each stage, as the first warpgroup may be a tile ahead.
+      cleaned = work.smem.v_cleaned.at[stage]
       pl.when(wg == 0)(lambda: plgpu.barrier_arrive(cleaned))
       pl.when(wg > 0)(lambda: plgpu.barrier_wait(cleaned))
 
 
-def _zero_unseen_rows(work, slot, base):
+def _zero_unseen_rows(work, stage, base):
   """Zeroes the rows of V that no query of the item sees."""
-  v_smem, head_dim = work.smem.v_smem.at[slot], work.problem.head_dim
+  v_smem, head_dim = work.smem.v.tiles.at[stage], work.problem.head_dim
   for column in range(0, head_dim, _COLUMNS):
     v = v_smem.at[:, pl.ds(column, min(_COLUMNS, head_dim - column))]
     rows = _iota(v.shape, 0)
-    sees_new = _tree_of_seq(work, base, rows) if work.problem.has_tree else None
+    sees_new = None
+    if work.inputs.tree is not None:
+      sees_new = _tree_of_seq(work, base, rows)
     sees = work.tiles.are_seen(base + rows, sees_new)
     sees &= _are_mapped(work, base, rows)
     v[...] = jnp.where(sees, v[...], 0.0)

@@ -1,15 +1,17 @@
-"""Sizes of the ragged kernel: what it takes, and how it is tiled."""
+"""Ragged: which shapes the kernel takes, and how it is tiled.
+
+Imports no Pallas.
+"""
 
 import dataclasses
 
-import jax.experimental.pallas as pl
 from jax.typing import DTypeLike
 
-from pallas_kernels.common import gpu
-from pallas_kernels.decode.config import SMEM_LIMIT, unsupported_shape
+from pallas_kernels.common import gpu, limits
+from pallas_kernels.common.limits import SMEM_ALLOCATION, SMEM_LIMIT
+from pallas_kernels.common.rounding import next_power_of_two, round_up
 
 ROWS = 64  # of a compute warpgroup: what wgmma takes
-_ALLOCATION = 1024  # bytes: shared memory is handed out in these
 _ITEMSIZE = 2  # of bfloat16 and float16
 _FEW = 0.75  # items for each program, below which splitting pays
 _MAX_GROUP = 128  # query heads of a KV head: rows of a tile
@@ -59,12 +61,12 @@ def default_config(
   """Returns a good Config for these shapes; it does not depend on lengths.
 
   Args:
-    num_tokens: query tokens.
+    num_tokens: Query tokens.
     num_kv_heads: KV heads.
-    group: query heads of a KV head, padded.
-    head_dim: width of a head.
-    is_quantised: whether pages hold 8-bit numbers.
-    device: the GPU; that at hand if None.
+    group: Query heads of a KV head, padded.
+    head_dim: Width of a head.
+    is_quantised: Whether pages hold 8-bit numbers.
+    device: The GPU; that at hand if None.
   """
   num_sms = (device or gpu.at_hand()).num_sms
   block_kv = 128 if head_dim <= 128 else 64
@@ -82,8 +84,8 @@ def registers(
   """Returns the registers of a thread that computes, and of one for memory.
 
   A program starts with 65,536 over its threads for each, a multiple of 8: 168
-  for three warpgroups, 128 for four. Together they must not ask for more, or
-  they wait for ever. What the compiler says of spilling decides.
+  for three warpgroups, 128 for four. Asking for more than the program holds
+  deadlocks. The counts are those at which the compiler does not spill.
   """
   if config.num_compute_wgs == 3:
     return 160, 32
@@ -112,7 +114,7 @@ def smem_bytes(
   num_barriers = 2 * config.num_q_stages + 4 * config.num_stages + num_staged
   if config.num_compute_wgs > 1:
     num_barriers += config.num_stages
-  buffers = [pl.cdiv(b, _ALLOCATION) * _ALLOCATION for b in buffers]
+  buffers = [round_up(b, SMEM_ALLOCATION) for b in buffers]
   return sum(buffers) + 8 * num_barriers
 
 
@@ -145,7 +147,7 @@ def padded_group(num_q_heads: int, num_kv_heads: int, head_dim: int) -> int:
   To a power of two, and so that they begin where a copy (TMA) may: at multiples
   of 128 bytes in a column of tiles.
   """
-  group = 1 << (num_q_heads // num_kv_heads - 1).bit_length()
+  group = next_power_of_two(num_q_heads // num_kv_heads)
   return max(group, 128 // swizzle_bytes(head_dim))
 
 
@@ -161,15 +163,15 @@ def unsupported(
   """Returns why the kernel does not take these shapes, or None if it does.
 
   Args:
-    head_dim: width of a head.
-    page_size: tokens of a page.
-    num_q_heads: query heads.
+    head_dim: Width of a head.
+    page_size: Tokens of a page.
+    num_q_heads: Query heads.
     num_kv_heads: KV heads.
-    dtype: of the queries.
-    kv_dtype: of the pages; None if it is the same.
+    dtype: Of the queries.
+    kv_dtype: Of the pages; None if it is the same.
   """
   shape = head_dim, page_size, num_q_heads, num_kv_heads
-  if reason := unsupported_shape(*shape, dtype, kv_dtype or dtype):
+  if reason := limits.unsupported_shape(*shape, dtype, kv_dtype or dtype):
     return reason
   group = num_q_heads // num_kv_heads
   if group > _MAX_GROUP:

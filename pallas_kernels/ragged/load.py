@@ -1,26 +1,37 @@
-"""The warpgroup of the ragged kernel that copies Q, K and V."""
+"""Ragged: the producer warpgroup, which copies Q, K and V."""
 
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.common import kv_tiles, warps
+from pallas_kernels.common.kv_tiles import page_row
+from pallas_kernels.common.paged_kv import KVArrays
 from pallas_kernels.common.warps import Share
-from pallas_kernels.ragged.problem import Count, Problem, Work
+from pallas_kernels.ragged.problem import (
+  Count,
+  RaggedProblem,
+  Ring,
+  Scratch,
+  Work,
+)
+
+type Walk = Callable[[Callable[[Work], None]], Count]
 
 
-def run(problem: Problem, smem, walk) -> None:
+def run(problem: RaggedProblem, smem: Scratch, walk: Walk) -> None:
   """Loads all items of a program.
 
   Args:
-    problem: what is static.
-    smem: shared memory and barriers.
-    walk: calls a function with each `Work`, and returns their `Count`.
+    problem: The static facts.
+    smem: Shared memory and barriers.
+    walk: Calls a function with each `Work`, and returns their `Count`.
   """
   for_each_warp = functools.partial(
     warps.for_each_warp,
@@ -32,16 +43,18 @@ def run(problem: Problem, smem, walk) -> None:
   for_each_warp(functools.partial(drain, problem, smem, count))
 
 
-def whole(problem: Problem) -> Share:
-  """Returns all there is to copy."""
+def whole(problem: RaggedProblem) -> Share:
+  """Returns everything that the warpgroup copies of an item."""
   chunks = list(range(problem.num_chunks))
   num_columns = problem.head_dim // problem.columns
   wgs = range(problem.config.num_compute_wgs)
   return Share(chunks, chunks, list(itertools.product(wgs, range(num_columns))))
 
 
-def drain(problem: Problem, smem, count: Count, share: Share) -> None:
-  """Waits until all tiles of a program, and their queries, were taken.
+def drain(
+  problem: RaggedProblem, smem: Scratch, count: Count, share: Share
+) -> None:
+  """Waits until all tiles of a program, and their queries, were read.
 
   No barrier may be left with a completion that nobody waited for.
   """
@@ -55,19 +68,39 @@ def drain(problem: Problem, smem, count: Count, share: Share) -> None:
   if share.q:
     drain_ring(smem.q_consumed, config.num_q_stages, count.num_items)
   if share.k:
-    drain_ring(smem.k_consumed, config.num_stages, count.num_tiles)
+    drain_ring(smem.k.consumed, config.num_stages, count.num_tiles)
   if share.v:
-    drain_ring(smem.v_consumed, config.num_stages, count.num_tiles)
+    drain_ring(smem.v.consumed, config.num_stages, count.num_tiles)
 
 
-def page_ids(work: Work, base, chunks: Iterable[int] | None = None) -> list:
+def page_ids(
+  work: Work, base, chunks: Iterable[int] | None = None
+) -> list[jax.Array]:
   """Returns the page of chunks of the tile at a position, of all if None."""
   problem = work.problem
   if chunks is None:
     chunks = range(problem.num_chunks)
   sizes = dict(chunk=problem.chunk, page_size=problem.page_size)
-  table, seq = work.gmem.table, work.item.tile.seq
+  table, seq = work.inputs.page_indices, work.item.tile.seq
   return kv_tiles.page_ids(table, seq, base, chunks, **sizes)
+
+
+def rows_of_page(work: Work, page, first, num_rows: int) -> tuple:
+  """Returns the index of rows of a page, of the item's layer and KV head.
+
+  Args:
+    work: The item.
+    page: The page.
+    first: A position; the first row is that of this position.
+    num_rows: How many rows.
+  """
+  problem = work.problem
+  row = page_row(page, work.layer, problem.num_pages, problem.num_layers)
+  # The page as a whole is a simpler copy than all of its rows.
+  if num_rows == problem.page_size:
+    return row, work.item.head
+  offset = lax.rem(first, jnp.int32(problem.page_size))
+  return row, work.item.head, pl.ds(offset, num_rows)
 
 
 def _load_item(work, share):
@@ -76,17 +109,17 @@ def _load_item(work, share):
   # With room for one Q, K comes first: there may be room for it before.
   is_q_first = work.problem.config.num_q_stages > 1
 
-  # The page ids of the next tile are on their way while this one waits.
+  # The page ids of the next tile are loaded while this one waits.
   def load(i, ids):
     next_ids = page_ids(work, work.base(i + 1), chunks)
     k_pages, v_pages = share.pages(ids)
     load_q = functools.partial(load_queries, work, share.q)
     if is_q_first:
       pl.when(i == 0)(load_q)
-    _load_tile(work, "k", i, k_pages)
+    _load_tile(work, work.inputs.k, work.smem.k, i, k_pages)
     if not is_q_first:
       pl.when(i == 0)(load_q)
-    _load_tile(work, "v", i, v_pages)
+    _load_tile(work, work.inputs.v, work.smem.v, i, v_pages)
     return next_ids
 
   ids = page_ids(work, work.base(0), chunks)
@@ -99,50 +132,42 @@ def load_queries(work: Work, places: list[tuple[int, int]]) -> None:
   Past the last token, there are zeros.
   """
   if not places:
-    return  # nor wait, see `warps.for_each_warp`
-  problem, smem, item, slot = work.problem, work.smem, work.item, work.q_slot
+    return  # and do not wait, see `warps.for_each_warp`
+  problem, smem, item, stage = work.problem, work.smem, work.item, work.q_stage
 
   @pl.when(work.before.num_items >= problem.config.num_q_stages)
   def _():
-    plgpu.barrier_wait(smem.q_consumed.at[slot])
+    plgpu.barrier_wait(smem.q_consumed.at[stage])
 
-  by_token, _ = smem.q_smem
+  by_token, _ = smem.q
   for wg, i in places:
     first, heads = problem.rows_of(wg)
     tokens = pl.ds(item.tile.token + first, problem.wg_tokens)
     columns = pl.ds(i * problem.columns, problem.columns)
-    source = work.gmem.q.at[tokens, item.head, heads, columns]
-    place = by_token.at[slot, wg, i]
-    plgpu.copy_gmem_to_smem(source, place, smem.q_loaded.at[slot])
+    source = work.inputs.q.at[tokens, item.head, heads, columns]
+    place = by_token.at[stage, wg, i]
+    plgpu.copy_gmem_to_smem(source, place, smem.q_loaded.at[stage])
 
 
-def _load_tile(work, which, i, pages):
+def _load_tile(work, source: KVArrays, ring: Ring, i, pages):
   """Copies chunks of the i-th tile of K or of V into its ring.
 
   Args:
-    work: the item.
-    which: "k" or "v".
-    i: the tile.
-    pages: the page of each chunk to copy.
+    work: The item.
+    source: K or V in global memory.
+    ring: Its ring.
+    i: Number of the tile in the item.
+    pages: The page of each chunk to copy, by chunk.
   """
   if not pages:
-    return  # nor wait
-  problem, slot, base = work.problem, work.slot(i), work.base(i)
-  source, chunk = getattr(work.gmem, which), problem.chunk
-  ring, loaded, consumed = (
-    getattr(work.smem, f"{which}_{name}")
-    for name in ("smem", "loaded", "consumed")
-  )
+    return  # and do not wait
+  stage, base, chunk = work.stage(i), work.base(i), work.problem.chunk
 
-  @pl.when(work.before.num_tiles + i >= problem.config.num_stages)
+  @pl.when(work.ring_is_full(i))
   def _():
-    plgpu.barrier_wait(consumed.at[slot])
+    plgpu.barrier_wait(ring.consumed.at[stage])
 
   for j, page in pages.items():
-    page = jnp.clip(page, 0, problem.num_pages - 1)
-    rows = source.at[page, work.item.head]
-    if chunk < problem.page_size:
-      row = lax.rem(base + j * chunk, jnp.int32(problem.page_size))
-      rows = source.at[page, work.item.head, pl.ds(row, chunk)]
-    place = ring.at[slot, pl.ds(j * chunk, chunk)]
-    plgpu.copy_gmem_to_smem(rows, place, loaded.at[slot])
+    rows = source.pages.at[rows_of_page(work, page, base + j * chunk, chunk)]
+    place = ring.tiles.at[stage, pl.ds(j * chunk, chunk)]
+    plgpu.copy_gmem_to_smem(rows, place, ring.loaded.at[stage])

@@ -1,14 +1,15 @@
-"""What programs of the ragged kernel leave: outputs, and partials.
+"""Ragged: writes outputs of whole items and partial softmax states of others.
 
 A program that attended a whole item writes its output to the token axis. Of a
-part it leaves a partial softmax, as in decode (`partials`): as the first of its
-items, or as the last. Merging has a program for each program of the schedule:
-if an item began before its share and ends in it, it folds the partials of all
-that attended the item, and writes the output in place.
+split it leaves a partial softmax, as in decode: as the first of its items, or
+as the last. A second kernel merges them, with a program for each program of the
+schedule: if an item began before the program's share and ends in it, it folds
+the partials of all programs that attended the item, and writes the output in
+place.
 """
 
 import functools
-import types
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -16,41 +17,60 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.common.schedule import Line
-from pallas_kernels.decode.partials import FIRST, LAST
+from pallas_kernels.common import refs
+from pallas_kernels.common.base2 import Softmax
+from pallas_kernels.common.schedule import FIRST, LAST, Line
+from pallas_kernels.common.types import ArrayOrRef, Ref
 from pallas_kernels.ragged import query_tiles, softmax
 from pallas_kernels.ragged.config import ROWS
 from pallas_kernels.ragged.problem import (
   COMPILER_PARAMS,
-  Problem,
+  Outputs,
+  Partials,
+  RaggedProblem,
   Work,
   output_scratch,
 )
-from pallas_kernels.ragged.softmax import State
+from pallas_kernels.ragged.query_tiles import QueryTile
 
 
-def shapes(problem: Problem) -> tuple[jax.ShapeDtypeStruct, ...]:
-  """Returns the shapes of output, LSE and, if items are split, of partials."""
+def types(problem: RaggedProblem) -> Outputs:
+  """Returns the types of output, LSE and, if items are split, partials."""
   config, head_dim = problem.config, problem.head_dim
   num_tiles, num_kv_heads = problem.sizes.num_tiles, problem.num_kv_heads
-  f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   by_token = problem.num_tokens, num_kv_heads, problem.group, head_dim
-  written = (
-    jax.ShapeDtypeStruct(by_token, problem.dtype),
-    f32(num_tiles, num_kv_heads, config.block_q),
-  )
-  if not config.splits:
-    return written
+  f32 = lambda *shape: refs.output(shape, jnp.float32)
   rows = 2, config.num_programs, config.block_q
-  return *written, f32(*rows, head_dim), f32(*rows), f32(*rows)
-
-
-def write(work: Work, state: State) -> None:
-  """Writes what a warpgroup attended of an item: its output or its partial."""
-  item, gmem = work.item, work.gmem
-  output = functools.partial(
-    _write_output, work.problem, gmem, work.smem, item, state
+  return Outputs(
+    out=refs.output(by_token, problem.dtype),
+    lse=f32(num_tiles, num_kv_heads, config.block_q),
+    partials=(
+      Partials(f32(*rows, head_dim), f32(*rows), f32(*rows))
+      if config.splits
+      else None
+    ),
   )
+
+
+class _Target(NamedTuple):
+  """Where the output of an item goes."""
+
+  nth: jax.Array  # place of its tile in the list
+  head: jax.Array
+  tile: QueryTile
+  out: Ref
+  lse: Ref
+  smem: Ref
+
+
+def write(work: Work, state: Softmax) -> None:
+  """Writes the output of a warpgroup's rows of an item, or their partial."""
+  item, outputs = work.item, work.outputs
+  target = _Target(
+    item.nth, item.head, item.tile, outputs.out, outputs.lse, work.smem.out
+  )
+  sinks = work.inputs.sinks
+  output = functools.partial(_write_output, work.problem, target, state, sinks)
   if item.is_whole is None:
     output()
     return
@@ -59,7 +79,8 @@ def write(work: Work, state: State) -> None:
   @pl.when(jnp.logical_not(item.is_whole))
   def _():
     at = item.kind, lax.axis_index("program"), _own_rows()
-    for ref, value in zip((gmem.acc, gmem.m, gmem.l), state, strict=True):
+    assert outputs.partials is not None  # items are split
+    for ref, value in zip(outputs.partials, state, strict=True):
       ref.at[at][...] = value
 
 
@@ -76,14 +97,13 @@ def _load(ref, layout):
   return plgpu.load(ref, layout=layout, optimized=False)
 
 
-def _write_output(problem, gmem, smem, item, state):
+def _write_output(problem, target, state, sinks):
   """Writes the rows of a warpgroup."""
-  sinks = None
-  if problem.has_sinks:
-    sinks = load_rows(gmem.sinks, item.head)
+  if sinks is not None:
+    sinks = load_rows(sinks, target.head)
   out, lse = softmax.finish(state, sinks)
-  gmem.lse.at[item.nth, item.head, _own_rows()][...] = lse
-  by_token, by_row = (x.at[lax.axis_index("warpgroup")] for x in smem.out_smem)
+  target.lse.at[target.nth, target.head, _own_rows()][...] = lse
+  by_token, by_row = (x.at[lax.axis_index("warpgroup")] for x in target.smem)
   num_columns = by_row.shape[0] * problem.columns
   for start in range(0, problem.head_dim, num_columns):
     # The copy of the columns before may still be reading.
@@ -94,42 +114,58 @@ def _write_output(problem, gmem, smem, item, state):
       by_row.at[i][...] = columns.astype(problem.dtype)
     problem.reinterpret(by_row, by_token)
     plgpu.commit_smem()
-    _copy_columns(problem, gmem, item, by_token, start)
+    _copy_columns(problem, target, by_token, start)
 
 
-def _copy_columns(problem, gmem, item, by_token, start):
+def _copy_columns(problem, target, by_token, start):
   """Copies the output of a warpgroup to its tokens, and to no others."""
   first, heads = problem.rows_of(lax.axis_index("warpgroup"))
-  num_tokens = jnp.clip(item.tile.num_tokens - first, 0, problem.wg_tokens)
+  num_tokens = jnp.clip(target.tile.num_tokens - first, 0, problem.wg_tokens)
   is_full = num_tokens == problem.wg_tokens
   for i in range(by_token.shape[0]):
     columns = pl.ds(start + i * problem.columns, problem.columns)
 
     def place(token, columns=columns):
-      return gmem.out.at[token, item.head, heads, columns]
+      return target.out.at[token, target.head, heads, columns]
 
     @pl.when(is_full)
     def _(i=i, place=place):
-      tokens = pl.ds(item.tile.token + first, problem.wg_tokens)
+      tokens = pl.ds(target.tile.token + first, problem.wg_tokens)
       plgpu.copy_smem_to_gmem(by_token.at[i], place(tokens))
 
     @pl.loop(0, jnp.where(is_full, 0, num_tokens))
     def _(t, i=i, place=place):
-      token = item.tile.token + first + t
+      token = target.tile.token + first + t
       plgpu.copy_smem_to_gmem(by_token.at[i, t], place(token))
 
 
-def merge(problem: Problem, firsts, tiles, partials, sinks, out, lse):
+class _Inputs(NamedTuple):
+  """What the merging kernel reads and writes."""
+
+  firsts: ArrayOrRef
+  tiles: ArrayOrRef
+  partials: Partials
+  sinks: ArrayOrRef | None
+  out: Ref
+  lse: Ref
+
+
+def merge_partials(
+  problem: RaggedProblem,
+  firsts: jax.Array,
+  tiles: jax.Array,
+  sinks: jax.Array | None,
+  written: Outputs,
+) -> tuple[jax.Array, jax.Array]:
   """Merges the partials of items that were split into their outputs.
 
   Args:
-    problem: what is static.
-    firsts: see `schedule.Plan`.
-    tiles: see `query_tiles.Plan`.
-    partials: what the programs left: acc, m and l.
-    sinks: those of each row, f32[num_kv_heads, block_q], or None.
-    out: the output, whose missing tokens are filled in.
-    lse: the same.
+    problem: The static facts.
+    firsts: See `schedule.Plan`.
+    tiles: See `query_tiles.TileList`.
+    sinks: Those of each row, f32[num_kv_heads, block_q], or None.
+    written: What the programs left. Missing tokens of the output and of the
+      log-sum-exp are filled in.
 
   Returns:
     The output and the log-sum-exp.
@@ -137,7 +173,7 @@ def merge(problem: Problem, firsts, tiles, partials, sinks, out, lse):
   kernel = plgpu.kernel(
     functools.partial(_merge, problem),
     out_type=(),
-    scratch_types=output_scratch(problem),
+    scratch_types={"smem": output_scratch(problem)},
     grid=(problem.config.num_programs,),
     grid_names=("program",),
     num_threads=problem.config.num_compute_wgs,
@@ -146,44 +182,42 @@ def merge(problem: Problem, firsts, tiles, partials, sinks, out, lse):
     interpret=problem.interpret,
     kernel_name="merge_ragged_partials",
   )
-  out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
-  given = () if sinks is None else (sinks,)
-  kernel(firsts, tiles, *partials, *given, out_ref, lse_ref)
-  return out_ref[...], lse_ref[...]
+  assert written.partials is not None  # items are split
+  out, lse = jax.new_ref(written.out), jax.new_ref(written.lse)
+  kernel(_Inputs(firsts, tiles, written.partials, sinks, out, lse))
+  return out[...], lse[...]
 
 
-def _merge(problem, *refs, **smem):
+def _merge(problem: RaggedProblem, inputs: _Inputs, smem: Ref) -> None:
   """Merges the item in which the program's share begins, if it ends there."""
-  names = "firsts", "tiles", "acc", "m", "l"
-  names += ("sinks",) * problem.has_sinks + ("out", "lse")
-  gmem = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
+  firsts = inputs.firsts
   program, num_programs = lax.axis_index("program"), problem.config.num_programs
-  begin, end = gmem.firsts[program, 0], gmem.firsts[program + 1, 0]
-  nth, head, place, cost = (gmem.firsts[program, i] for i in range(1, 5))
-  line = Line(gmem.firsts[num_programs, 0], num_programs)
+  begin, end = firsts[program, 0], firsts[program + 1, 0]
+  nth, head, place, cost = (firsts[program, i] for i in range(1, 5))
+  line = Line(firsts[num_programs, 0], num_programs)
 
   @pl.when((begin < end) & (place > 0) & (begin - place + cost <= end))
   def _():
-    tile = query_tiles.load(gmem.tiles, nth)
-    item = types.SimpleNamespace(nth=nth, head=head, tile=tile)
+    tile = query_tiles.load(inputs.tiles, nth)
     first = line.program_of(begin - place)
     is_last = line.start(first) < begin - place
 
     def fold(p, state):
       kind = jnp.where((p == first) & is_last, LAST, FIRST)
-      return softmax.merge(state, _load_partial(gmem, (kind, p)))
+      return softmax.merge(state, _load_partial(inputs.partials, (kind, p)))
 
     state = softmax.init(ROWS, problem.head_dim)
     state = lax.fori_loop(first, program + 1, fold, state)
-    _write_output(problem, gmem, types.SimpleNamespace(**smem), item, state)
+    target = _Target(nth, head, tile, inputs.out, inputs.lse, smem)
+    _write_output(problem, target, state, inputs.sinks)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _load_partial(gmem, at) -> State:
+def _load_partial(partials: Partials, at) -> Softmax:
   """Loads the rows of a warpgroup of a partial."""
   at = *at, _own_rows()
-  return State(
-    _load(gmem.acc.at[at], plgpu.Layout.WGMMA),
-    _load(gmem.m.at[at], softmax.QUERIES),
-    _load(gmem.l.at[at], softmax.QUERIES),
+  return Softmax(
+    _load(partials.acc.at[at], plgpu.Layout.WGMMA),
+    _load(partials.m.at[at], softmax.QUERIES),
+    _load(partials.l.at[at], softmax.QUERIES),
   )

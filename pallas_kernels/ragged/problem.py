@@ -1,22 +1,26 @@
-"""What is static about a launch of the ragged kernel, and its memory."""
+"""What the ragged kernel is given: static facts, arrays, shared memory."""
 
 import dataclasses
 import functools
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 
-from pallas_kernels.common import kv_tiles
-from pallas_kernels.decode.config import SMEM_LIMIT, is_quantised
-from pallas_kernels.decode.softmax import LOG2_E, to_base_2
+from pallas_kernels.common import refs, schedule, tree_bits
+from pallas_kernels.common.base2 import LOG2_E, to_base_2
+from pallas_kernels.common.kv_tiles import VisitedTiles
+from pallas_kernels.common.limits import SMEM_LIMIT
+from pallas_kernels.common.paged_kv import KVArrays
+from pallas_kernels.common.problem import PagedProblem
+from pallas_kernels.common.types import ArrayOrRef, Ref
 from pallas_kernels.ragged import config as ragged_config
 from pallas_kernels.ragged import query_tiles
 from pallas_kernels.ragged.config import ROWS, Config
+from pallas_kernels.ragged.query_tiles import QueryTile
 
 COMPILER_PARAMS = plgpu.CompilerParams(
   approx_math=True,
@@ -25,30 +29,77 @@ COMPILER_PARAMS = plgpu.CompilerParams(
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Problem:
-  """What is static about a launch."""
+class Inputs(NamedTuple):
+  """Arrays that the kernel reads."""
 
-  config: Config
-  dtype: DTypeLike  # of the queries
-  kv_dtype: DTypeLike  # of the pages
+  num_items: ArrayOrRef | None  # i32[1], where items are not split
+  plan: schedule.Plan | None  # where they are
+  tiles: ArrayOrRef  # i32[num_tiles, fields], see `query_tiles.TileList`
+  holes: ArrayOrRef  # i32[num_seqs], 1 where a query may see an unmapped page
+  page_indices: ArrayOrRef  # i32[num_seqs, pages_per_seq]
+  layer: ArrayOrRef | None  # i32[1]; None: the only layer
+  q: ArrayOrRef  # [num_tokens, num_kv_heads, group, head_dim]
+  k: KVArrays
+  v: KVArrays
+  sinks: ArrayOrRef | None  # f32[num_kv_heads, block_q], in base 2
+  alibi_slopes: ArrayOrRef | None  # f32[num_kv_heads, block_q], in base 2
+  tree: tree_bits.Many | None
+
+
+class Partials(NamedTuple):
+  """A softmax for the first and for the last item of each program."""
+
+  acc: ArrayOrRef  # f32[2, num_programs, block_q, head_dim]
+  m: ArrayOrRef  # f32[2, num_programs, block_q]
+  l: ArrayOrRef  # f32[2, num_programs, block_q]
+
+
+class Outputs(NamedTuple):
+  """Arrays that the kernel writes."""
+
+  out: Ref  # [num_tokens, num_kv_heads, group, head_dim]
+  lse: Ref  # f32[num_tiles, num_kv_heads, block_q]
+  partials: Partials | None  # where items are split
+
+
+class Ring(NamedTuple):
+  """A ring of `num_stages` tiles of K or of V in shared memory."""
+
+  tiles: Ref  # [num_stages, block_kv, head_dim], in tiles for wgmma
+  loaded: Ref  # barriers: the tile is there
+  consumed: Ref  # barriers: the tile was read
+
+
+class Staging(NamedTuple):
+  """A ring of slices of tiles of 8-bit numbers, on their way to be widened."""
+
+  numbers: Ref  # [num_staged, staged_rows, head_dim]
+  scales: Ref  # f32[num_staged, staged_rows]
+  loaded: Ref  # barriers
+
+
+class Scratch(NamedTuple):
+  """Shared memory and barriers of a program."""
+
+  q: Ref  # two views of the same bytes, see `_rows`
+  q_loaded: Ref
+  q_consumed: Ref
+  k: Ring
+  v: Ring
+  v_cleaned: Ref | None  # with several compute warpgroups
+  p: Ref | None  # [num_compute_wgs, ROWS, block_kv], in tiles for wgmma
+  out: Ref  # two views of the same bytes
+  staging: Staging | None  # of quantised pages
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RaggedProblem(PagedProblem[Config]):
+  """The static facts of a launch of the ragged kernel.
+
+  `group` is padded to a power of two.
+  """
+
   num_tokens: int
-  num_seqs: int
-  num_kv_heads: int
-  group: int  # query heads of a KV head, padded to a power of two
-  head_dim: int
-  num_pages: int
-  page_size: int
-  pages_per_seq: int
-  scale: float
-  sliding_window: int | None
-  num_sink_tokens: int
-  logits_soft_cap: float | None
-  has_sinks: bool
-  has_alibi: bool
-  causal: bool
-  has_tree: bool
-  interpret: plgpu.InterpretGPUParams | None
 
   def __post_init__(self):
     needed = ragged_config.smem_bytes(
@@ -57,31 +108,18 @@ class Problem:
     if needed > SMEM_LIMIT:
       raise ValueError(f"{self.config=} takes {needed} bytes > {SMEM_LIMIT=}.")
     if self.config.block_q % self.group:
-      raise ValueError(f"{self.config.block_q=} must be whole {self.group=}s.")
-
-  @property
-  def chunk(self) -> int:
-    """Positions of a tile that one copy brings."""
-    return math.gcd(self.page_size, self.config.block_kv)
-
-  @property
-  def num_chunks(self) -> int:
-    """Copies of a tile."""
-    return self.config.block_kv // self.chunk
-
-  @property
-  def is_quantised(self) -> bool:
-    """Whether pages hold 8-bit numbers, with a scale for each token."""
-    return is_quantised(self.kv_dtype)
+      raise ValueError(
+        f"{self.config.block_q=} must be a multiple of {self.group=}."
+      )
 
   @property
   def num_staged(self) -> int:
-    """Pieces of tiles on their way to be widened."""
+    """Slices of tiles on their way to be widened."""
     return ragged_config.staging(self.config, self.head_dim)[0]
 
   @property
   def staged_rows(self) -> int:
-    """Rows of a piece of a tile."""
+    """Rows of a slice of a tile."""
     return ragged_config.staging(self.config, self.head_dim)[1]
 
   @property
@@ -91,8 +129,10 @@ class Problem:
     return swizzle // jnp.dtype(self.dtype).itemsize
 
   @property
-  def transforms(self) -> tuple[Any, Any]:
-    """What makes tiles of 8 rows of shared memory, for wgmma."""
+  def transforms(
+    self,
+  ) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """The transforms that make tiles of 8 rows of shared memory, for wgmma."""
     swizzle = ragged_config.swizzle_bytes(self.head_dim)
     return (
       plgpu.TilingTransform((8, self.columns)),
@@ -114,8 +154,8 @@ class Problem:
     first, head = divmod(wg * ROWS, self.group)
     return first, pl.ds(head, self.wg_heads)
 
-  def reinterpret(self, source, target):
-    """Lets memory be seen by row instead of by token, or the other way.
+  def reinterpret(self, source, target) -> None:
+    """Makes memory visible by row that was written by token, or vice versa.
 
     Both are the same bytes, but not to the interpreter.
     """
@@ -125,13 +165,13 @@ class Problem:
 
   @property
   def sizes(self) -> query_tiles.Sizes:
-    """What is static about the list of items."""
+    """The static facts of the list of query tiles."""
     return query_tiles.Sizes(
       num_tokens=self.num_tokens,
       num_seqs=self.num_seqs,
       num_kv_heads=self.num_kv_heads,
       tile_tokens=self.config.block_q // self.group,
-      causal=self.causal,
+      causal=self.spec.causal,
     )
 
   @property
@@ -139,51 +179,39 @@ class Problem:
     """Whether P is in shared memory: the interpreter wants it there."""
     return self.config.p_in_smem or self.interpret is not None
 
-  @property
-  def factor(self) -> float:
-    """What is left to multiply `scores` by, for base 2."""
+  def factor(self, has_alibi: bool) -> float:
+    """Returns what `scores` are multiplied by for base 2."""
     # Masked scores are -inf already: times a scale that is 0 they were NaN.
-    is_number = self.scale >= float(jnp.finfo(jnp.float32).tiny)
-    in_softmax = self.logits_soft_cap is None and is_number
-    in_softmax &= not self.has_alibi
-    return self.scale * LOG2_E if in_softmax else 1.0
+    scale = self.spec.scale
+    is_number = scale >= float(jnp.finfo(jnp.float32).tiny)
+    in_softmax = self.spec.logits_soft_cap is None and is_number
+    in_softmax &= not has_alibi
+    return scale * LOG2_E if in_softmax else 1.0
 
-  def scores(self, qk):
+  def scores(self, qk, has_alibi: bool):
     """Returns the scores of products q k, which `factor` takes to base 2."""
-    if self.factor != 1.0:
+    if self.factor(has_alibi) != 1.0:
       return qk
-    return to_base_2(qk, self.scale, self.logits_soft_cap)
-
-  def visit(self, kv_len, num_earlier, num_new=None) -> kv_tiles.Tiles:
-    """Returns the tiles that items visit."""
-    return kv_tiles.visit(
-      kv_len,
-      num_earlier,
-      num_new,
-      capacity=self.pages_per_seq * self.page_size,
-      block_kv=self.config.block_kv,
-      sliding_window=self.sliding_window,
-      num_sink_tokens=self.num_sink_tokens,
-    )
+    return to_base_2(qk, self.spec.scale, self.spec.logits_soft_cap)
 
 
 class Item(NamedTuple):
-  """A tile of queries for one KV head, or a part of it."""
+  """A tile of queries for one KV head, or a split of it."""
 
-  nth: Any  # place of the tile in the list
-  head: Any
-  tile: query_tiles.Tile
-  first: Any  # of the visited tiles of K, the first to attend
-  num_tiles: Any  # of K to attend
-  is_whole: Any  # None if all are
-  kind: Any  # of the partial of a part, see `partials`
+  nth: jax.Array  # place of the tile in the list
+  head: jax.Array
+  tile: QueryTile
+  first: jax.Array | int  # of the visited tiles of K, the first to attend
+  num_tiles: jax.Array  # of K to attend
+  is_whole: jax.Array | None  # None if all are
+  kind: jax.Array | None  # `FIRST` or `LAST` item of the program, of a split
 
 
 class Count(NamedTuple):
-  """What a program has attended."""
+  """How much a program has attended."""
 
-  num_items: Any  # that have tiles
-  num_tiles: Any  # of K
+  num_items: jax.Array  # that have tiles
+  num_tiles: jax.Array  # of K
 
   def add(self, item: Item) -> "Count":
     """Counts an item, too."""
@@ -192,93 +220,99 @@ class Count(NamedTuple):
 
 
 class Work(NamedTuple):
-  """An item that a program attends, and what it takes."""
+  """An item that a program attends, and everything it needs for that."""
 
-  problem: Problem
-  gmem: Any  # arrays, by name
-  smem: Any  # shared memory and barriers, by name
+  problem: RaggedProblem
+  inputs: Inputs
+  outputs: Outputs
+  smem: Scratch
+  layer: jax.Array | None
   item: Item
-  tiles: kv_tiles.Tiles  # that the item visits
+  tiles: VisitedTiles  # of the item
   before: Count  # what the program attended before
 
   def base(self, i):
     """Returns the position at which the i-th tile of K begins."""
     return self.tiles.base(self.item.first + i)
 
-  def slot(self, i):
+  def stage(self, i):
     """Returns the place of the i-th tile of K in the ring."""
     num_stages = self.problem.config.num_stages
     return lax.rem(self.before.num_tiles + i, jnp.int32(num_stages))
 
   @property
-  def q_slot(self):
+  def q_stage(self):
     """The place of Q in the ring."""
     num_stages = self.problem.config.num_q_stages
     return lax.rem(self.before.num_items, jnp.int32(num_stages))
 
+  def ring_is_full(self, i):
+    """Returns whether the i-th tile must wait for another to be read."""
+    num_stages = self.problem.config.num_stages
+    return self.before.num_tiles + i >= num_stages
 
-def scratch(problem: Problem) -> dict[str, Any]:
-  """Returns the shared memory and the barriers of a program."""
+
+def scratch(problem: RaggedProblem) -> Scratch:
+  """Returns the types of the shared memory and the barriers of a program."""
   config, head_dim = problem.config, problem.head_dim
   num_wgs, num_stages = config.num_compute_wgs, config.num_stages
   # Tiles of 8-bit numbers are not copied there, but widened.
   num_copies = 1 if problem.is_quantised else problem.num_chunks
-  tiled = functools.partial(_smem, problem, True)
-  barriers = functools.partial(plgpu.Barrier, num_barriers=num_stages)
-  memory = {
-    "q_smem": _rows(problem, head_dim, config.num_q_stages),
-    **output_scratch(problem),
-    "k_smem": tiled(num_stages, config.block_kv, head_dim),
-    "v_smem": tiled(num_stages, config.block_kv, head_dim),
-    "q_loaded": plgpu.Barrier(
+  barriers = functools.partial(refs.barrier, num_barriers=num_stages)
+  ring = Ring(
+    tiles=_smem(problem, True, num_stages, config.block_kv, head_dim),
+    loaded=barriers(num_arrivals=num_copies),
+    consumed=barriers(num_arrivals=num_wgs),
+  )
+  p = None
+  if problem.p_in_smem:
+    # With the swizzle of V, as the operands of wgmma must.
+    p = _smem(problem, True, num_wgs, ROWS, config.block_kv)
+  return Scratch(
+    q=_rows(problem, head_dim, config.num_q_stages),
+    q_loaded=refs.barrier(
       num_arrivals=num_wgs * (head_dim // problem.columns),
       num_barriers=config.num_q_stages,
     ),
-    "q_consumed": plgpu.Barrier(
+    q_consumed=refs.barrier(
       num_arrivals=num_wgs, num_barriers=config.num_q_stages
     ),
-    "k_loaded": barriers(num_arrivals=num_copies),
-    "v_loaded": barriers(num_arrivals=num_copies),
-    "k_consumed": barriers(num_arrivals=num_wgs),
-    "v_consumed": barriers(num_arrivals=num_wgs),
-  }
-  if problem.is_quantised:
-    memory |= _staging(problem)
-  if problem.p_in_smem:
-    # With the swizzle of V, as the operands of wgmma must.
-    memory["p_smem"] = tiled(num_wgs, ROWS, config.block_kv)
-  if num_wgs > 1:
-    memory["v_cleaned"] = barriers()
-  return memory
+    k=ring,
+    v=ring,
+    v_cleaned=barriers() if num_wgs > 1 else None,
+    p=p,
+    out=output_scratch(problem),
+    staging=_staging(problem) if problem.is_quantised else None,
+  )
 
 
-def _staging(problem: Problem) -> dict[str, Any]:
+def _staging(problem: RaggedProblem) -> Staging:
   """Returns the shared memory and the barriers of 8-bit numbers."""
   shape = problem.num_staged, problem.staged_rows
   num_copies = max(problem.staged_rows // problem.chunk, 1)
-  return {
-    "staged_smem": plgpu.SMEM((*shape, problem.head_dim), problem.kv_dtype),
-    "staged_scales_smem": plgpu.SMEM(shape, jnp.float32),
-    "staged": plgpu.Barrier(
+  return Staging(
+    numbers=refs.smem((*shape, problem.head_dim), problem.kv_dtype),
+    scales=refs.smem(shape, jnp.float32),
+    loaded=refs.barrier(
       num_arrivals=2 * num_copies, num_barriers=problem.num_staged
     ),
-  }
+  )
 
 
-def output_scratch(problem: Problem) -> dict[str, Any]:
-  """Returns the shared memory for what is written."""
+def output_scratch(problem: RaggedProblem) -> Ref:
+  """Returns the shared memory of the output."""
   columns = ragged_config.output_columns(problem.head_dim, problem.is_quantised)
-  return {"out_smem": _rows(problem, columns)}
+  return _rows(problem, columns)
 
 
-def _smem(problem: Problem, is_tiled: bool, *shape: int):
+def _smem(problem: RaggedProblem, is_tiled: bool, *shape: int) -> Ref:
   """Returns swizzled shared memory, in tiles of 8 rows or in none."""
   tiles, swizzle = problem.transforms
   transforms = (tiles, swizzle) if is_tiled else (swizzle,)
-  return plgpu.SMEM(shape, problem.dtype, transforms=transforms)
+  return refs.smem(shape, problem.dtype, transforms)
 
 
-def _rows(problem: Problem, num_columns: int, *outer: int):
+def _rows(problem: RaggedProblem, num_columns: int, *outer: int) -> Ref:
   """Returns memory of the rows of each warpgroup, column of tiles by column.
 
   The same bytes are seen twice: by token, as they are copied from and to the
@@ -289,6 +323,6 @@ def _rows(problem: Problem, num_columns: int, *outer: int):
   inner = problem.wg_tokens, problem.wg_heads, problem.columns
   by_token = _smem(problem, False, *outer, *inner)
   by_row = _smem(problem, True, *outer, ROWS, problem.columns)
-  if problem.interpret is not None:  # see `Problem.reinterpret`
+  if problem.interpret is not None:  # see `RaggedProblem.reinterpret`
     return by_token, by_row
-  return plgpu.RefUnion(by_token, by_row)
+  return plgpu.RefUnion(by_token, by_row)  # the body gets a pair, too

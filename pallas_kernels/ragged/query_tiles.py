@@ -1,27 +1,24 @@
-"""Cuts the queries of a ragged batch into tiles, and deals them to programs.
+"""Ragged: cuts queries into tiles, and assigns them to programs.
 
 A sequence's query tokens fall into tiles. An item is a tile for one KV head:
 
-  tokens   |  seq 0           |seq 1|  seq 2                |  nobody's  |
+  tokens   |  seq 0           |seq 1|  seq 2                | padding  |
   tiles    | 0  | 1  | 2  | 3 | 0   | 0  | 1  | 2  | 3  | 4 | 0  | 1  |2|
 
-Tokens of no sequence are one more sequence, which has no keys: its output of 0
-is written like any other.
+Tokens of no sequence count as one more sequence, which has no keys: its output
+of 0 is written like any other.
 
-Tiles are listed by cost, the dearest first, and programs take their items in
-rounds, back and forth: whoever takes the dearest of a round takes the cheapest
-of the next.
+Tiles are sorted by cost, most expensive first, and assigned in snake order:
 
   programs    0  1  2  3  |  3  2  1  0  |  0  1  2  3
   items       0  1  2  3     4  5  6  7     8  9
 
-They thus end at about the same time, and those of a round, whose items cost
-about the same, read the same keys at about the same time, from the L2 cache.
+Programs thus end at about the same time, and those that attend items of about
+the same cost read the same keys at about the same time, from the L2 cache.
 
-The list depends on lengths, so it is made on the device, and on nothing else,
-so it is made once for all layers of a step: they ask for the same, and the
-compiler computes it once. Page indices differ from layer to layer, so which
-sequences have unmapped pages is told beside it (`add_holes`).
+The list depends on lengths alone, so it is computed on the device, and once for
+all layers of a step: their computations are equal, and XLA merges them. Which
+sequences have unmapped pages is passed beside the list (`add_holes`).
 """
 
 import dataclasses
@@ -51,7 +48,7 @@ class Sizes:
     return min(num_tiles, self.num_tokens)
 
 
-class Tile(NamedTuple):
+class QueryTile(NamedTuple):
   """Consecutive query tokens of one sequence. Or of all tiles, their arrays."""
 
   seq: jax.Array
@@ -60,14 +57,14 @@ class Tile(NamedTuple):
   kv_len: jax.Array  # one past the last position that some query may see
   num_earlier: jax.Array  # positions by which the first query sees less
   num_new: jax.Array | None = None  # query tokens of the sequence, with a mask
-  has_holes: jax.Array | None = None  # whether pages are unmapped: 1 or 0
+  has_holes: jax.Array | None = None  # 1 if pages are unmapped, else 0
 
 
-class Plan(NamedTuple):
-  """The list. Tiles that do not exist are empty, and come last."""
+class TileList(NamedTuple):
+  """All query tiles. Tiles that do not exist are empty, and come last."""
 
   num_items: Int[Array, "1"]
-  tiles: Int[Array, "num_tiles fields"]  # the fields of `Tile`
+  tiles: Int[Array, "num_tiles fields"]  # the fields of `QueryTile`
   costs: Int[Array, " num_tiles"]
 
 
@@ -78,29 +75,28 @@ class Places(NamedTuple):
   nth: jax.Array  # token of the tile
 
 
-def plan(
+def list_tiles(
   sizes: Sizes,
   kv_lens: Int[Array, " num_seqs"],
-  cu_q_lens: Int[Array, " num_seqs+1"],
+  cu_q_lens: Int[Array, " num_offsets"],
   num_active: Int[Array, ""],
   cost: Callable[[jax.Array, jax.Array], jax.Array],
   tree_num_earlier: Int[Array, " num_seqs"] | None = None,
-) -> tuple[Plan, Places]:
+) -> tuple[TileList, Places]:
   """Lists the tiles, and says where their tokens are in the list.
 
   Args:
-    sizes: what is static.
-    kv_lens: tokens stored of each sequence.
-    cu_q_lens: their offsets on the token axis.
-    num_active: sequences from this one on have no queries.
-    cost: from the `kv_len` and `num_earlier` of tiles to what they cost.
-    tree_num_earlier: `num_earlier` of sequences, where a mask tells what is
-      seen of their query tokens.
+    sizes: The static facts.
+    kv_lens: Tokens stored of each sequence.
+    cu_q_lens: Their offsets on the token axis.
+    num_active: Sequences from this one on have no queries.
+    cost: Returns the cost of tiles from their `kv_len` and `num_earlier`.
+    tree_num_earlier: `num_earlier` of sequences, if there is a tree mask.
   """
   tile_tokens, num_seqs = sizes.tile_tokens, sizes.num_seqs
   starts = jnp.clip(cu_q_lens, 0, sizes.num_tokens)
   num_active = jnp.clip(num_active, 0, num_seqs)
-  # Of the sequences, and of nobody.
+  # Of the sequences, and of the tokens of no sequence.
   seq = jnp.arange(num_seqs + 1, dtype=jnp.int32)
   start = jnp.where(seq < num_seqs, starts, starts[num_active])
   end = jnp.append(starts[1:], jnp.int32(sizes.num_tokens))
@@ -122,7 +118,7 @@ def plan(
     num_earlier, num_new = jnp.append(tree_num_earlier, 0)[at], q_len[at]
   elif sizes.causal:
     seen, num_earlier = seen - (q_len[at] - first - num_tokens), num_tokens - 1
-  tiles = Tile(
+  tiles = QueryTile(
     seq=jnp.minimum(at, num_seqs - 1),
     token=start[at] + first,
     num_tokens=jnp.where(exists, num_tokens, 0),
@@ -143,34 +139,34 @@ def plan(
   tile = of(ends - num_tiles) + lax.div(within, jnp.int32(tile_tokens))
   places = Places(rank[tile], lax.rem(within, jnp.int32(tile_tokens)))
   num_items = ends[-1:] * sizes.num_kv_heads
-  return Plan(num_items, listed[:, :-1], listed[:, -1]), places
+  return TileList(num_items, listed[:, :-1], listed[:, -1]), places
 
 
 def _rank(costs: Int[Array, " n"]) -> Int[Array, " n"]:
-  """Returns the place of each when the dearest come first."""
+  """Returns the place of each, most expensive first."""
   nth = jnp.arange(costs.shape[0], dtype=jnp.int32)
-  dearer = costs[None] > costs[:, None]
+  higher = costs[None] > costs[:, None]
   same = (costs[None] == costs[:, None]) & (nth[None] < nth[:, None])
-  return jnp.sum(dearer | same, axis=1, dtype=jnp.int32)
+  return jnp.sum(higher | same, axis=1, dtype=jnp.int32)
 
 
-def load(tiles_gmem, nth) -> Tile:
+def load(tiles_gmem, nth) -> QueryTile:
   """Loads the nth tile of the list, in a kernel.
 
   Args:
-    tiles_gmem: see `Plan`.
-    nth: place of the tile in the list.
+    tiles_gmem: See `TileList`.
+    nth: Place of the tile in the list.
   """
-  return Tile(*(tiles_gmem[nth, i] for i in range(tiles_gmem.shape[1])))
+  return QueryTile(*(tiles_gmem[nth, i] for i in range(tiles_gmem.shape[1])))
 
 
-def add_holes(tile: Tile, holes_gmem) -> Tile:
+def add_holes(tile: QueryTile, holes_gmem) -> QueryTile:
   """Returns a tile that knows whether its sequence has unmapped pages.
 
   Args:
-    tile: the tile.
-    holes_gmem: i32[num_seqs], 1 of sequences with unmapped pages, or 0. It is
-      no part of the list, which so depends on lengths alone.
+    tile: The tile.
+    holes_gmem: i32[num_seqs], 1 for sequences with unmapped pages, else 0. It
+      is not part of the list, which thereby depends on lengths alone.
   """
   return tile._replace(has_holes=holes_gmem[tile.seq])
 
@@ -182,11 +178,11 @@ def for_each_item[C](
   num_kv_heads: int,
   num_programs: int,
   carry: C,
-  step: Callable[[jax.Array, Tile, jax.Array, C], C],
+  step: Callable[[jax.Array, QueryTile, jax.Array, C], C],
 ) -> C:
-  """Folds `step(place of the tile, Tile, head, carry)` over whole items.
+  """Folds `step(place of the tile, tile, head, carry)` over whole items.
 
-  In a kernel: those of a program, as `Plan` has them.
+  In a kernel: those of a program.
   """
   num_items, program = num_items_gmem[0], lax.axis_index("program")
 
@@ -198,8 +194,8 @@ def for_each_item[C](
     nth, head = lax.div(item, num_kv_heads), lax.rem(item, num_kv_heads)
     return nth, load(tiles_gmem, nth), head
 
-  # The next item is on its way while this one is attended. Whether its sequence
-  # has holes is asked later, or it would be waited for here.
+  # The next item is loaded while this one is attended. Its holes are loaded
+  # later, since that load would be waited for here.
   def take(turn, state):
     (nth, tile, head), carry = state
     tile = add_holes(tile, holes_gmem)

@@ -1,17 +1,17 @@
-"""Streaming softmax in registers, in base 2, with queries down and keys across.
+"""Ragged: the streaming softmax in registers. Queries are rows, keys columns.
 
-The turned one of `online_softmax`: many queries fill the 64 rows of wgmma, so
-that P stays in registers as the left operand of P V. The state of each row is
-m, the sum l of 2^(s - m), and acc = sum 2^(s - m) v.
+The transpose of decode's: many queries fill the 64 rows of wgmma, so that P
+stays in registers as the left operand of P V. The state of each row is that of
+`base2`.
 
 m is about the greatest score: a tile may have scores that exceed it by `_SLACK`
-before it grows. Sums are then up to 2^_SLACK larger, which floats do not mind,
-and acc is seldom multiplied.
+before it grows. Sums are then up to 2^_SLACK larger, which floats hold, and acc
+is seldom multiplied.
 """
 
 import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas as pl
@@ -22,8 +22,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 from jaxtyping import Array, Float
 
-from pallas_kernels.decode import softmax as decode_softmax
-from pallas_kernels.decode.softmax import LOG2_E, or_zero
+from pallas_kernels.common import base2, wgmma
+from pallas_kernels.common.base2 import Softmax, or_zero
 
 _STORE_IF_NEGATIVE = """{
   .reg .pred never;
@@ -38,21 +38,21 @@ _SLACK = 8.0  # in base 2: P is at most 256, which float16 holds
 QUERIES = plgpu.Layout.WGMMA.reduce(1)
 
 
-class State(NamedTuple):
+class RunningSoftmax(NamedTuple):
   """The softmax over the keys folded in so far."""
 
   acc: Float[Array, "rows head_dim"]
   m: Float[Array, " rows"]
-  l: Float[Array, " rows"]
+  l: Float[Array, "rows 8"]
 
 
-def init(rows: int, head_dim: int) -> State:
+def init(rows: int, head_dim: int) -> Softmax:
   """Returns the softmax over no keys."""
   vector = lambda value: plgpu.layout_cast(
     jnp.full((rows,), value, jnp.float32), QUERIES
   )
-  acc = decode_softmax.tile(0.0, (rows, head_dim))
-  return State(acc, vector(-jnp.inf), vector(0.0))
+  acc = wgmma.full_tile(0.0, (rows, head_dim))
+  return Softmax(acc, vector(-jnp.inf), vector(0.0))
 
 
 def across(values, shape: tuple[int, ...]):
@@ -67,16 +67,16 @@ def weigh(m, l, s, factor: float):
   and summed once, at the end.
 
   Args:
-    m: that so far.
+    m: The greatest score so far.
     l: f32[rows, 8], the sum so far.
-    s: scores of a tile, which times `factor` are in base 2.
-    factor: not negative.
+    s: Scores of a tile, which times `factor` are in base 2.
+    factor: Not negative.
   """
   top = s.max(axis=1) * factor
-  before, m = m, jnp.where(top > m + _SLACK, top, m)
+  old_m, m = m, jnp.where(top > m + _SLACK, top, m)
   shift = or_zero(m)
   p = jnp.exp2(s * factor - across(shift, s.shape))
-  alpha = jnp.where(m == before, 1.0, jnp.exp2(before - shift))
+  alpha = jnp.where(m == old_m, 1.0, jnp.exp2(old_m - shift))
   width = l.shape[1]
   sums = (p[:, i : i + width] for i in range(0, s.shape[1], width))
   l = l * across(alpha, l.shape) + functools.reduce(jnp.add, sums)
@@ -85,7 +85,7 @@ def weigh(m, l, s, factor: float):
 
 def rescale(acc, alpha, *, interpreted: bool):
   """Returns acc times a factor for each row, which is 1 for most of them."""
-  # Each warp goes its own way: nothing in the branches is for all of them.
+  # Warps may diverge here: nothing in the branches synchronises them.
   return lax.cond(
     jnp.any(alpha != 1.0) if interpreted else _differs_from_one(alpha),
     lambda acc: acc * across(alpha, acc.shape),
@@ -95,7 +95,7 @@ def rescale(acc, alpha, *, interpreted: bool):
 
 
 def _differs_from_one(alpha):
-  """Tells whether some row of the warp has another factor than 1."""
+  """Returns whether some row of the warp has another factor than 1."""
 
   @plgpu.inline_mgpu(
     arg_types=(QUERIES,),
@@ -119,67 +119,35 @@ def _first(register):
   return llvm.extractelement(register, zero)
 
 
-def merge(a: State, b: State) -> State:
+def merge(a: Softmax, b: Softmax) -> Softmax:
   """Returns the softmax over the keys of both."""
-  m = jnp.maximum(a.m, b.m)
-  shift = or_zero(m)
-  of_a, of_b = jnp.exp2(a.m - shift), jnp.exp2(b.m - shift)
-  shape = a.acc.shape
-  acc = a.acc * across(of_a, shape) + b.acc * across(of_b, shape)
-  return State(acc, m, a.l * of_a + b.l * of_b)
+  return base2.merge([a, b], _scale_rows, jnp.add, far_apart=False)
 
 
-def finish(state: State, sinks):
-  """Returns the normalised output and the natural log-sum-exp.
-
-  Args:
-    state: the softmax over all keys.
-    sinks: f32[rows], a logit in base 2 that only the denominator counts, or
-      None. What has seen no key stays empty.
-  """
-  acc, m, l = state
-  sees = l != 0  # NaN is no emptiness
-  if sinks is not None:
-    top = or_zero(jnp.maximum(m, sinks))
-    alpha = jnp.exp2(m - top)
-    acc *= across(alpha, acc.shape)
-    l = jnp.where(sees, l * alpha + jnp.exp2(sinks - top), 0.0)
-    m = top
-  inverse = jnp.where(sees, 1 / l, 0.0)
-  lse = jnp.where(sees, (m + jnp.log2(l)) * (1 / LOG2_E), -jnp.inf)
-  return acc * across(inverse, acc.shape), lse
+def finish(state: Softmax, sinks) -> tuple[Array, Array]:
+  """Returns the output and the log-sum-exp; see `base2.finish`."""
+  out, lse = base2.finish(state, sinks, _scale_rows)
+  return cast(Array, out), lse
 
 
-def matmul(operands):
-  """Returns the sum of products a @ b of operands in shared memory, in f32."""
-
-  def issue(acc):
-    for a, b in operands:
-      plgpu.wgmma(acc, a, b)
-    return acc[...]
-
-  return pl.run_scoped(issue, _product_of(operands))
-
-
-def _product_of(operands):
-  (a, b), *_ = operands
-  return plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32)
+def _scale_rows(acc, factors):
+  return acc * across(factors, acc.shape)
 
 
 def matmul_and_accumulate(operands, acc, p, v, meanwhile, *, interpreted: bool):
-  """Returns acc + p @ v, and `meanwhile(matmul(operands))`.
+  """Returns acc + p @ v, and `meanwhile(wgmma.matmul(operands))`.
 
   Args:
-    operands: see `matmul`; their product comes first.
+    operands: See `wgmma.matmul`; their product comes first.
     acc: f32.
-    p: in registers or in shared memory.
-    v: in shared memory.
-    meanwhile: called with the product while p @ v is multiplied.
-    interpreted: whether there is no GPU.
+    p: In registers or in shared memory.
+    v: In shared memory.
+    meanwhile: Called with the product while p @ v is multiplied.
+    interpreted: Whether an interpreter runs it.
   """
   if interpreted:  # the interpreter cannot start from a given accumulator
-    acc = decode_softmax.accumulate(acc, p, v, interpreted=interpreted)
-    return acc, meanwhile(matmul(operands))
+    acc = wgmma.accumulate(acc, p, v, interpreted=interpreted)
+    return acc, meanwhile(wgmma.matmul(operands))
 
   def multiply(product_ref):
     for a, b in operands:
@@ -195,14 +163,15 @@ def matmul_and_accumulate(operands, acc, p, v, meanwhile, *, interpreted: bool):
 
     return pl.run_scoped(multiply_more, plgpu.ACC(acc.shape, jnp.float32))
 
-  return pl.run_scoped(multiply, _product_of(operands))
+  return pl.run_scoped(multiply, wgmma.accumulator_of(operands))
 
 
 def _keep_before(l):
-  """Keeps the compiler from waiting for wgmma before l is there.
+  """Keeps the compiler from moving the computation of l behind the wait.
 
-  It moves what can wait behind the wait, and with it all of the softmax. What
-  may be stored, to where nobody looks, cannot; l is never negative.
+  It moves whatever it can behind the wait for wgmma, and with it all of the
+  softmax. A store, to an address that nobody reads, cannot be moved; it never
+  happens, since l is not negative.
   """
 
   @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,))

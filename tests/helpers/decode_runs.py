@@ -4,6 +4,7 @@ import dataclasses
 
 import cases
 import jax.numpy as jnp
+import kernel_calls
 import numpy as np
 import oracle
 
@@ -57,7 +58,8 @@ def run(
 ):
   """Returns output and LSE of the kernel."""
   per_head = lambda x: None if x is None else jnp.asarray(x, jnp.float32)
-  out, lse = decode_kernel.paged_decode(
+  out, lse = kernel_calls.call(
+    decode_kernel.paged_decode,
     *problem.decode_args(),
     sinks=per_head(sinks),
     alibi_slopes=per_head(alibi_slopes),

@@ -4,6 +4,7 @@ import dataclasses
 
 import cases
 import jax.numpy as jnp
+import kernel_calls
 import numpy as np
 import oracle
 
@@ -31,7 +32,8 @@ def run(
   """Returns output and LSE of the kernel."""
   scales = {name: jnp.asarray(x) for name, x in (scales or {}).items()}
   options = cases.on_device(options)
-  out, lse = ragged_kernel.attend(
+  out, lse = kernel_calls.call(
+    ragged_kernel.attend,
     *problem.args(),
     sinks=None if sinks is None else jnp.asarray(sinks, jnp.float32),
     tree_mask=None if tree_mask is None else jnp.asarray(tree_mask),

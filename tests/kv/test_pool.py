@@ -1,10 +1,13 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import checkify
 
-from paged_jax import devices
+from paged_jax import devices, dispatch
+from paged_jax.kv import layout
 from paged_jax.kv import pool as kv_pool
 
 SHAPE = dict(
@@ -50,22 +53,20 @@ def test_write_casts_to_the_dtype_of_the_pool():
   )
 
 
-def test_layer_pages_read_what_was_written_and_keep_the_sentinel_out():
+def test_a_layer_is_read_from_the_whole_pool():
   pool = kv_pool.init(**SHAPE, dtype=jnp.float32)
   k, v = _tokens(2, 0), _tokens(2, 1)
   pool = kv_pool.write(pool, 1, k, v, jnp.array([8, 17], jnp.int32))
-  table = jnp.array([[1, 2, 3]], jnp.int32)
+  lens, table = jnp.array([20], jnp.int32), jnp.array([[1, 2, 3]], jnp.int32)
   for layer in range(2):
-    pages = kv_pool.layer_pages(pool, layer, table)
-    assert pages.k_pages.shape == (6, 2, 8, 16)
-    row = pages.page_indices[0]
-    assert int(row[2]) >= pages.k_pages.shape[0]
-    np.testing.assert_array_equal(
-      np.asarray(pages.k_pages[row[0]]), np.asarray(pool.k[1, layer])
-    )
-    np.testing.assert_array_equal(
-      np.asarray(pages.v_pages[row[1]]), np.asarray(pool.v[2, layer])
-    )
+    kv = kv_pool.paged_kv(pool, layer, lens, table)
+    flat_k, flat_v = kv.flat()
+    assert flat_k.pages.shape == (6, 2, 8, 16)
+    row = int(table[0, 0]) * kv.num_layers + int(kv.layer)
+    for flat, whole in ((flat_k, pool.k), (flat_v, pool.v)):
+      np.testing.assert_array_equal(
+        np.asarray(flat.pages[row]), np.asarray(whole[1, layer])
+      )
 
 
 def test_a_donated_pool_is_written_in_place():
@@ -77,7 +78,7 @@ def test_a_donated_pool_is_written_in_place():
     donate_argnums=0,
   )
   memory = write.lower(pool, tokens, tokens, slots).compile().memory_analysis()
-  pool_bytes = 4096 * kv_pool.page_bytes(2, 2, 8, 16, jnp.bfloat16)
+  pool_bytes = 4096 * layout.page_bytes(2, 2, 8, 16, jnp.bfloat16)
   assert memory.alias_size_in_bytes == pool_bytes
   assert memory.temp_size_in_bytes < pool_bytes / 100
 
@@ -135,9 +136,12 @@ def test_other_devices_scatter(monkeypatch):
 
 def test_the_implementation_is_what_is_named(monkeypatch):
   monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
-  assert devices.choose(None, lambda: None) == "mosaic_gpu"
-  assert devices.choose(None, lambda: None, by_default=False) == "xla"
-  assert devices.choose("mosaic_gpu", lambda: None, by_default=False) != "xla"
+  choose = functools.partial(dispatch.kv_write, pool_shape=(9, 2, 2, 8, 16))
+  for dtype, name in (("bfloat16", "mosaic_gpu"), ("float32", "xla")):
+    options = dict(dtype=dtype, num_tokens=4)
+    assert choose(None, **options).implementation == name
+    for named in ("xla", "mosaic_gpu"):
+      assert choose(named, **options).implementation == named
   monkeypatch.undo()
   pool, x = kv_pool.init(**SHAPE), _tokens(1, 0)
   write = lambda pool, name, head_dim=16: kv_pool.write(
@@ -170,8 +174,8 @@ def test_debug_finds_tokens_that_have_one_slot():
   for distinct in ([3, 7, 0, 23], [24, 24, -1, -1]):
     assert run(jnp.array(distinct, jnp.int32))[0].get() is None
   twice = jnp.array([24, 7, 3, 7], jnp.int32)
-  assert "the slot 7" in run(twice)[0].get()
-  with pytest.raises(checkify.JaxRuntimeError, match="the slot 7"):
+  assert "slot 7 is assigned" in run(twice)[0].get()
+  with pytest.raises(checkify.JaxRuntimeError, match="slot 7 is assigned"):
     write(twice)
   # Without the switch no check is compiled.
   jax.jit(lambda slots: write(slots, debug=False))(twice)
@@ -215,7 +219,7 @@ def test_donated_pools_are_copied_and_zeroed_in_place():
   pages = jax.ShapeDtypeStruct((4,), jnp.int32)
   copy = jax.jit(kv_pool.copy_pages, donate_argnums=0).lower(pool, pages, pages)
   zero = jax.jit(kv_pool.zero_pages, donate_argnums=0).lower(pool, pages)
-  page_bytes = kv_pool.page_bytes(2, 2, 8, 16, jnp.bfloat16)
+  page_bytes = layout.page_bytes(2, 2, 8, 16, jnp.bfloat16)
   for lowered in (copy, zero):
     memory = lowered.compile().memory_analysis()
     assert memory.alias_size_in_bytes == 4096 * page_bytes
@@ -225,7 +229,7 @@ def test_donated_pools_are_copied_and_zeroed_in_place():
 def test_page_bytes_is_what_a_page_takes():
   pool = kv_pool.init(**SHAPE, dtype=jnp.bfloat16)
   total = pool.k.nbytes + pool.v.nbytes
-  assert 3 * kv_pool.page_bytes(2, 2, 8, 16, jnp.bfloat16) == total
+  assert 3 * layout.page_bytes(2, 2, 8, 16, jnp.bfloat16) == total
 
 
 @pytest.mark.parametrize(
@@ -250,7 +254,7 @@ def test_tokens_that_do_not_fit_the_pool_are_named():
   with pytest.raises(ValueError, match="layer=2"):
     kv_pool.write(pool, 2, good, good, slots)
   with pytest.raises(ValueError, match="layer=-1"):
-    kv_pool.layer_pages(pool, -1, jnp.zeros((1, 1), jnp.int32))
+    kv_pool.paged_kv(pool, -1, slots[:1], jnp.zeros((1, 1), jnp.int32))
   with pytest.raises(ValueError, match="k.shape"):
     kv_pool.write(pool, 0, good[:, :1], good, slots)
   with pytest.raises(ValueError, match="v.shape"):

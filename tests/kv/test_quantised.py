@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from paged_jax.kv import dtypes, quantised
 from paged_jax.kv import pool as kv_pool
-from paged_jax.kv import quantised
 
 SHAPE = dict(
   num_pages=3, num_layers=2, num_kv_heads=2, page_size=8, head_dim=16
@@ -40,15 +40,12 @@ def _written(dtype, k, v, layer=1, slots=None):
 
 def _read(pool, layer=1):
   """K and V by slot and head, and their scales, in float64."""
-  pages = kv_pool.layer_pages(pool, layer, jnp.arange(3, dtype=jnp.int32)[None])
-  at = np.asarray(pages.page_indices[0])
   result = []
-  for data, scales in (
-    (pages.k_pages, pages.k_scales),
-    (pages.v_pages, pages.v_scales),
-  ):
-    scales = np.asarray(scales, np.float64)[at].swapaxes(1, 2).reshape(-1, 2)
-    data = np.asarray(data, np.float64)[at].swapaxes(1, 2).reshape(-1, 2, 16)
+  for data, scales in ((pool.k, pool.k_scales), (pool.v, pool.v_scales)):
+    scales = np.asarray(scales[:, layer], np.float64)
+    scales = scales.swapaxes(1, 2).reshape(-1, 2)
+    data = np.asarray(data[:, layer], np.float64)
+    data = data.swapaxes(1, 2).reshape(-1, 2, 16)
     result.append((data * scales[..., None], scales))
   return result
 
@@ -235,5 +232,5 @@ def test_the_limit_of_rows_holds_for_quantised_pools_too():
 
 def test_queries_keep_their_dtype_for_quantised_pages_only():
   for dtype in DTYPES:
-    assert quantised.query_dtype("float32", dtype) == jnp.float32
-  assert quantised.query_dtype("float32", "bfloat16") == jnp.bfloat16
+    assert dtypes.query_dtype("float32", dtype) == jnp.float32
+  assert dtypes.query_dtype("float32", "bfloat16") == jnp.bfloat16

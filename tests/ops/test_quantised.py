@@ -225,17 +225,16 @@ def test_131072_tokens_are_as_accurate_as_few(kv_dtype):
   pool = kv_pool.write(
     pool, 0, jnp.asarray(k), jnp.asarray(v), jnp.asarray(slots, jnp.int32)
   )
-  pages = kv_pool.layer_pages(pool, 0, jnp.asarray(order[None], jnp.int32))
   for dtype in ("float32", "bfloat16"):
     q = jnp.asarray(rng.standard_normal((1, 2, head_dim)), dtype)
     out = paged_jax.paged_attention(
       q,
-      pages.k_pages,
-      pages.v_pages,
+      pool.k[:, 0],
+      pool.v[:, 0],
       jnp.asarray([num_tokens], jnp.int32),
-      pages.page_indices,
-      k_scales=pages.k_scales,
-      v_scales=pages.v_scales,
+      jnp.asarray(order[None], jnp.int32),
+      k_scales=pool.k_scales[:, 0],
+      v_scales=pool.v_scales[:, 0],
     )
     stored = _attend_to_all(q, *_dequantised(pool, slots))
     assert cases.relative_error(out[0], stored) < cases.TOLERANCE[dtype]

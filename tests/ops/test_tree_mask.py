@@ -267,7 +267,7 @@ BAD_OPTIONS = {
   ),
   "both": (
     dict(causal=False, tree_mask=jnp.ones((5, 3), bool)),
-    "causal=False must be True with a tree_mask",
+    "tree_mask must be None with causal=False",
   ),
   "slopes": (
     dict(tree_mask=jnp.ones((5, 3), bool), alibi_slopes=jnp.ones(4)),

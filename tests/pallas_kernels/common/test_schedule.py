@@ -53,7 +53,7 @@ def test_plan_names_the_first_tile_of_each_program(num_kv_heads, num_programs):
   @jax.jit
   def deal(num_tiles):
     traces.append(num_tiles)
-    return schedule.deal(num_tiles, num_kv_heads, num_programs)
+    return schedule.split_evenly(num_tiles, num_kv_heads, num_programs)
 
   rng = np.random.default_rng(0)
   most = rng.choice([1, 2, 9, 60], 40)
@@ -74,7 +74,8 @@ def test_plan_names_the_first_tile_of_each_program(num_kv_heads, num_programs):
 
 
 def test_one_sequence_fills_all_programs():
-  plan = schedule.deal(jnp.asarray([11], jnp.int32), 2, 4)  # 6, 6, 5, 5 tiles
+  # 6, 6, 5 and 5 tiles.
+  plan = schedule.split_evenly(jnp.asarray([11], jnp.int32), 2, 4)
   assert plan.firsts[:-1].tolist() == [
     [0, 0, 0, 0, 11],
     [6, 0, 0, 6, 11],
@@ -87,7 +88,7 @@ def test_one_sequence_fills_all_programs():
 def test_fixed_splits_cut_an_item_by_its_own_length(num_programs):
   @jax.jit
   def deal(num_tiles):
-    return schedule.deal(num_tiles, 3, num_programs, fixed_splits=True)
+    return schedule.split_evenly(num_tiles, 3, num_programs, fixed_splits=True)
 
   rng = np.random.default_rng(0)
   for most in (1, 4, 5, 63, 64, 65, 2000):

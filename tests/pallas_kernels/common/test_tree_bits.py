@@ -74,13 +74,13 @@ def test_few_words_have_all_of_it(max_new, window):
     bits = tree_bits.has(words[:, None], nth[None])
     np.testing.assert_array_equal(np.asarray(bits), expected)
     num_seen = expected.sum(1)
-    np.testing.assert_array_equal(tree_bits.before(words), q_len - num_seen)
+    np.testing.assert_array_equal(tree_bits.unseen(words), q_len - num_seen)
     of_seq = few.of_seqs[seq]
     np.testing.assert_array_equal(
       np.asarray(tree_bits.has(of_seq, nth)), expected.any(0)
     )
     fewest = 0 if window is None else min(num_seen.min(), window)
-    assert tree_bits.before(of_seq) == q_len - fewest
+    assert tree_bits.unseen(of_seq) == q_len - fewest
 
 
 @pytest.mark.parametrize("size", [64, 128])

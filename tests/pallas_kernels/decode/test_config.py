@@ -4,9 +4,10 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import kernel_calls
 import pytest
 
-from pallas_kernels.common import gpu
+from pallas_kernels.common import gpu, limits
 from pallas_kernels.decode import config as decode_config
 from pallas_kernels.decode import kernel as decode_kernel
 from pallas_kernels.decode import short_queries
@@ -40,7 +41,8 @@ def _lower(
 
   def run(*args):
     *args, sinks, alibi_slopes, k_scales, v_scales = args
-    return decode_kernel.paged_decode(
+    return kernel_calls.call(
+      decode_kernel.paged_decode,
       *args,
       sinks=sinks,
       alibi_slopes=alibi_slopes,
@@ -75,7 +77,7 @@ def _lower(
   [
     (head_dim, *rest)
     for head_dim, rest in itertools.product(
-      decode_config.HEAD_DIMS,
+      limits.HEAD_DIMS,
       [
         (3, (2, 2), 8, "bfloat16"),
         (300, (64, 2), 24, "float16"),
@@ -96,8 +98,8 @@ def test_lowers_to_hopper(head_dim, num_seqs, heads, page_size, dtype):
   assert "mosaic_gpu" in text
 
 
-@pytest.mark.parametrize("kv_dtype", decode_config.QUANTISED_DTYPES)
-@pytest.mark.parametrize("head_dim", decode_config.HEAD_DIMS)
+@pytest.mark.parametrize("kv_dtype", limits.QUANTISED_DTYPES)
+@pytest.mark.parametrize("head_dim", limits.HEAD_DIMS)
 def test_quantised_pages_lower_to_hopper(head_dim, kv_dtype):
   text = _lower(
     head_dim=head_dim,
@@ -157,8 +159,13 @@ def test_few_query_tokens_lower_to_hopper(head_dim, heads, max_q_len, options):
   def run(*args):
     *args, tree_mask, scales = args
     more = dict(k_scales=scales, v_scales=scales, tree_mask=tree_mask)
-    return short_queries.attend(
-      *args, max_q_len=max_q_len, sinks=None, **more, **options
+    return kernel_calls.call(
+      short_queries.attend,
+      *args,
+      max_q_len=max_q_len,
+      sinks=None,
+      **more,
+      **options,
     )
 
   traced = jax.jit(run).trace(
@@ -215,7 +222,7 @@ def test_config_refuses_bad_values(fields):
 def test_config_beyond_shared_memory_is_refused():
   config = Config(128, 4, 1)
   needed = decode_config.smem_bytes(config, 4, 128, jnp.bfloat16)
-  assert needed > decode_config.SMEM_LIMIT
+  assert needed > limits.SMEM_LIMIT
   with pytest.raises(ValueError, match=f"takes {needed} bytes"):
     _lower(
       heads=(4, 1), head_dim=128, page_size=16, dtype="bfloat16", config=config
@@ -223,7 +230,7 @@ def test_config_beyond_shared_memory_is_refused():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("head_dim", decode_config.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", limits.HEAD_DIMS)
 def test_default_config_fits_and_fills_the_device(head_dim, dtype):
   for group, num_seqs in itertools.product(range(1, 65), (1, 20, 300)):
     if decode_config.unsupported(head_dim, 8, 2 * group, 2, "bfloat16"):
@@ -232,8 +239,8 @@ def test_default_config_fits_and_fills_the_device(head_dim, dtype):
       2 * num_seqs, group, head_dim, dtype, device=gpu.Gpu("", 100)
     )
     needed = decode_config.smem_bytes(config, group, head_dim, dtype)
-    assert needed <= decode_config.SMEM_LIMIT
+    assert needed <= limits.SMEM_LIMIT
     assert config.num_programs in (100, 200)
     # The hardware takes 1 KiB more for each program.
     each = config.num_programs // 100
-    assert each * (needed + 1024) <= decode_config.SM_SMEM
+    assert each * (needed + 1024) <= limits.SM_SMEM

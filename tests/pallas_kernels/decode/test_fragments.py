@@ -7,8 +7,8 @@ swizzles of TMA are those of NVIDIA's PTX ISA.
 import numpy as np
 import pytest
 
+from pallas_kernels.common.limits import HEAD_DIMS
 from pallas_kernels.decode import fragments
-from pallas_kernels.decode.config import HEAD_DIMS
 from pallas_kernels.decode.softmax import row_blocks
 
 THREADS = np.arange(128)

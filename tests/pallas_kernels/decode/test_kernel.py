@@ -8,6 +8,7 @@ import decode_runs
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import kernel_calls
 import numpy as np
 import oracle
 import pytest
@@ -273,7 +274,8 @@ def test_all_lengths_share_one_trace():
   @jax.jit
   def attend(*args):
     traces.append(args)
-    return decode_kernel.paged_decode(
+    return kernel_calls.call(
+      decode_kernel.paged_decode,
       *args,
       sinks=None,
       config=decode_runs.SMALL,
@@ -289,7 +291,7 @@ def test_all_lengths_share_one_trace():
 def test_dtypes_must_agree():
   problem = decode_runs.make([3])
   problem.v_pages = problem.v_pages.astype(np.float16)
-  with pytest.raises(ValueError, match="must be the same"):
+  with pytest.raises(ValueError, match="they must match"):
     decode_runs.run(problem)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 
-from pallas_kernels.decode import config as decode_config
+from pallas_kernels.common import limits
 from pallas_kernels.decode.config import Config
 
 pytestmark = pytest.mark.sampled
@@ -20,7 +20,7 @@ def _check_quantised(problem, kv_dtype, **options):
   decode_runs.check(problem, scales=scales, **options)
 
 
-@pytest.mark.parametrize("kv_dtype", decode_config.QUANTISED_DTYPES)
+@pytest.mark.parametrize("kv_dtype", limits.QUANTISED_DTYPES)
 @pytest.mark.parametrize(
   ("head_dim", "page_size", "dtype"),
   [
@@ -42,7 +42,7 @@ def test_quantised_pages_match_oracle(head_dim, page_size, dtype, kv_dtype):
   _check_quantised(problem, kv_dtype)
 
 
-@pytest.mark.parametrize("kv_dtype", decode_config.QUANTISED_DTYPES)
+@pytest.mark.parametrize("kv_dtype", limits.QUANTISED_DTYPES)
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_quantised_pages_take_every_option(kv_dtype, batch_invariant):
   problem = decode_runs.make_shared(330, 64, 300)
@@ -111,7 +111,7 @@ def test_a_scale_of_values_that_is_nan_spares_the_log_sum_exp():
   np.testing.assert_allclose(lse, expected[1], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("kv_dtype", decode_config.QUANTISED_DTYPES)
+@pytest.mark.parametrize("kv_dtype", limits.QUANTISED_DTYPES)
 def test_unused_quantised_memory_leaves_no_trace(kv_dtype):
   runs = []
   for filler in (0.0, np.nan):

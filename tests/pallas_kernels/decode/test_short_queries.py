@@ -4,11 +4,13 @@ import dataclasses
 
 import cases
 import jax.numpy as jnp
+import kernel_calls
 import numpy as np
 import oracle
 import pytest
 
 import paged_jax
+from pallas_kernels.common import limits
 from pallas_kernels.decode import config as decode_config
 from pallas_kernels.decode import short_queries
 from pallas_kernels.decode.config import Config
@@ -22,7 +24,8 @@ KV_LENS = [3, 20, 16, 17, 0, 150]
 
 def _run(problem, *, max_q_len=4, sinks=None, tree_mask=None, **options):
   options = cases.on_device(options)
-  return short_queries.attend(
+  return kernel_calls.call(
+    short_queries.attend,
     *problem.args(),
     max_q_len=max_q_len,
     sinks=None if sinks is None else jnp.asarray(sinks),
@@ -83,7 +86,7 @@ def test_matches_oracle_with_options(options):
   _check(problem, sinks=sinks, **options)
 
 
-@pytest.mark.parametrize("kv_dtype", decode_config.QUANTISED_DTYPES)
+@pytest.mark.parametrize("kv_dtype", limits.QUANTISED_DTYPES)
 def test_quantised_pages_in_fixed_splits_match_oracle(kv_dtype):
   problem = cases.make(
     kv_lens=[3, 20, 16, 17, 0, 550],  # 9 tiles: 3 parts
@@ -186,7 +189,7 @@ def test_a_new_token_that_none_sees_leaves_no_trace(kv_dtype, window):
   cases.assert_same_bits(*runs)
 
 
-@pytest.mark.parametrize("kv_dtype", decode_config.QUANTISED_DTYPES)
+@pytest.mark.parametrize("kv_dtype", limits.QUANTISED_DTYPES)
 def test_a_tree_over_quantised_pages_matches_oracle(kv_dtype):
   problem = cases.make(kv_lens=KV_LENS, q_lens=Q_LENS, dtype="bfloat16")
   mask = _random_mask(problem, 4)
@@ -239,7 +242,9 @@ def test_no_sequences_and_no_tokens_are_fine():
   nobody = kv_lens[:0], table[:0], jnp.zeros(1, jnp.int32), jnp.int32(0)
   options = dict(max_q_len=2, sinks=None, **cases.PLAIN)
   for queries in (q, q[:0]):
-    out, lse = short_queries.attend(queries, k, v, *nobody, **options)
+    out, lse = kernel_calls.call(
+      short_queries.attend, queries, k, v, *nobody, **options
+    )
     assert not out.any()
     assert np.isneginf(lse).all()
     assert lse.shape == queries.shape[:2]

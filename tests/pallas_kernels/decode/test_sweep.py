@@ -14,6 +14,7 @@ import oracle
 import pytest
 
 import paged_jax
+from pallas_kernels.common import limits
 from pallas_kernels.decode import config as decode_config
 
 pytestmark = pytest.mark.gpu
@@ -29,7 +30,7 @@ def _sample(seed):
   rng = np.random.default_rng(seed)
   pick = lambda *values: values[rng.integers(len(values))]
   while True:
-    head_dim, group = pick(*decode_config.HEAD_DIMS), pick(*GROUPS)
+    head_dim, group = pick(*limits.HEAD_DIMS), pick(*GROUPS)
     max_q_len = pick(1, 1, 1, 2, 4, 5, 8)
     shape = head_dim, 16, group, 1, "bfloat16"
     if decode_config.unsupported(*shape, max_q_len=max_q_len) is None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.pages import copy as page_copy
+from pallas_kernels.pages import limits
 
 # The data and the scales of K and V, or the data alone.
 QUANTISED = [((3, 3, 8, 64), None), ((3, 3, 8), "float32")]
@@ -79,9 +80,9 @@ def test_no_copies_are_fine():
 
 
 def test_says_which_pages_it_does_not_take():
-  assert page_copy.unsupported((2, 1, 8, 128), "bfloat16") is None
-  assert page_copy.unsupported((2, 1, 8, 2), "int8") is None
-  assert "(1, 1, 8, 1) int8" in page_copy.unsupported((1, 1, 8, 1), "int8")
+  assert limits.unsupported_copy((2, 1, 8, 128), "bfloat16") is None
+  assert limits.unsupported_copy((2, 1, 8, 2), "int8") is None
+  assert "(1, 1, 8, 1) int8" in limits.unsupported_copy((1, 1, 8, 1), "int8")
   pools = (jnp.zeros((3, 1, 1, 8, 1), jnp.int8),)
   with pytest.raises(NotImplementedError, match="not whole 16 bytes"):
     page_copy.copy_pages(pools, jnp.zeros(1, int), jnp.zeros(1, int))

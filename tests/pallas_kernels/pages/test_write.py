@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.pages import limits
 from pallas_kernels.pages import write as page_write
 
 NUM_PAGES, NUM_LAYERS = 5, 2
@@ -200,14 +201,14 @@ def test_is_one_kernel_for_a_gpu_that_writes_in_place(kind):
 
 def test_says_which_pools_it_does_not_take():
   shape = 3, 2, 2, 8, 64
-  assert page_write.unsupported(shape, "int8", 10) is None
-  assert page_write.unsupported((*shape[:-1], 4), "int8", 10) is None
-  reason = page_write.unsupported((*shape[:-1], 5), "bfloat16", 10)
+  assert limits.unsupported_write(shape, "int8", 10) is None
+  assert limits.unsupported_write((*shape[:-1], 4), "int8", 10) is None
+  reason = limits.unsupported_write((*shape[:-1], 5), "bfloat16", 10)
   assert "rows of 10 bytes" in reason
-  assert page_write.unsupported((2**27 - 1, 1, *shape[2:]), "int8", 1) is None
-  assert "rows" in page_write.unsupported((2**27, 1, *shape[2:]), "int8", 1)
-  assert page_write.unsupported(shape, "int8", 2**25 - 1) is None
-  assert "4 GiB" in page_write.unsupported(shape, "int8", 2**25)
+  assert limits.unsupported_write((2**27 - 1, 1, *shape[2:]), "int8", 1) is None
+  assert "rows" in limits.unsupported_write((2**27, 1, *shape[2:]), "int8", 1)
+  assert limits.unsupported_write(shape, "int8", 2**25 - 1) is None
+  assert "4 GiB" in limits.unsupported_write(shape, "int8", 2**25)
   pools, tokens = _arrays((2, 8, 5, "bfloat16"), 3)
   with pytest.raises(NotImplementedError, match="rows of 10 bytes"):
     _written(pools, tokens, np.arange(3, dtype=np.int32), 0)

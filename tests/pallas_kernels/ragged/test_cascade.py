@@ -23,29 +23,24 @@ RAGGED_CONFIG = ragged_config.Config(64, 2, num_programs=3, splits=True)
 
 
 def _with_kernels(monkeypatch):
-  """Lets the ops be the kernels: on a GPU as they are, else interpreted."""
+  """Makes the ops call the kernels: on a GPU as they are, else interpreted."""
+  how = dict(interpret=cases.INTERPRET)
 
-  def run(kernel, config):
-    def attend(*args, return_lse, implementation, **options):
-      del return_lse, implementation
-      if kernel is ragged_kernel.attend:
-        del options["k_scales"], options["v_scales"]
-      return kernel(
-        *args[:6],
-        *map(jnp.asarray, args[6:]),
-        **cases.PLAIN | options,
-        sinks=None,
-        config=config,
-        interpret=cases.INTERPRET,
-      )
+  def decode(q, kv, arrays, spec, implementation):
+    del implementation
+    return decode_kernel.paged_decode(
+      q, kv.with_layer_axis(), arrays, spec=spec, config=DECODE_CONFIG, **how
+    )
 
-    return attend
+  def ragged(q, kv, *offsets_and_arrays, max_q_len):
+    *args, spec, _ = offsets_and_arrays
+    assert max_q_len is None
+    return ragged_kernel.attend(
+      q, kv.with_layer_axis(), *args, spec=spec, config=RAGGED_CONFIG, **how
+    )
 
-  for name, kernel, config in (
-    ("paged_attention", decode_kernel.paged_decode, DECODE_CONFIG),
-    ("ragged_paged_attention", ragged_kernel.attend, RAGGED_CONFIG),
-  ):
-    monkeypatch.setattr(cascade, name, run(kernel, config))
+  monkeypatch.setattr(cascade, "attend_decode", decode)
+  monkeypatch.setattr(cascade, "attend_ragged", ragged)
 
 
 def test_kernels_match_the_oracle(monkeypatch):

@@ -6,11 +6,16 @@ import itertools
 import cases
 import jax
 import jax.numpy as jnp
+import kernel_calls
 import pytest
 from jax.experimental.mosaic.gpu import core as mosaic
 
 from pallas_kernels.common import gpu
-from pallas_kernels.decode.config import HEAD_DIMS, QUANTISED_DTYPES, SMEM_LIMIT
+from pallas_kernels.common.limits import (
+  HEAD_DIMS,
+  QUANTISED_DTYPES,
+  SMEM_LIMIT,
+)
 from pallas_kernels.ragged import config as ragged_config
 from pallas_kernels.ragged import kernel as ragged_kernel
 from pallas_kernels.ragged.config import Config, default_config
@@ -38,7 +43,8 @@ def _lower(
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   return (
     jax.jit(
-      lambda *args: ragged_kernel.attend(
+      lambda *args: kernel_calls.call(
+        ragged_kernel.attend,
         *args[:7],
         sinks=args[7],
         k_scales=args[8],
@@ -182,7 +188,7 @@ def test_config_beyond_shared_memory_is_refused():
 
 
 def test_config_with_too_few_rows_is_refused():
-  with pytest.raises(ValueError, match="must be whole self.group=128s"):
+  with pytest.raises(ValueError, match="must be a multiple of self.group=128"):
     _lower(heads=(128, 1), config=Config(64, 2, num_compute_wgs=1))
 
 

@@ -6,6 +6,7 @@ import cases
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import kernel_calls
 import numpy as np
 import pytest
 import ragged_runs
@@ -292,7 +293,8 @@ def test_all_lengths_share_one_trace():
   @jax.jit
   def attend(*args):
     traces.append(args)
-    return ragged_kernel.attend(
+    return kernel_calls.call(
+      ragged_kernel.attend,
       *args,
       sinks=None,
       config=ragged_runs.SMALL,
@@ -313,8 +315,8 @@ def test_no_sequences_and_no_tokens_are_fine():
   q, k, v, kv_lens, table, _, _ = problem.args()
   nobody = kv_lens[:0], table[:0], jnp.zeros(1, jnp.int32), jnp.int32(0)
   for queries in (q, q[:0]):
-    out, lse = ragged_kernel.attend(
-      queries, k, v, *nobody, sinks=None, **cases.PLAIN
+    out, lse = kernel_calls.call(
+      ragged_kernel.attend, queries, k, v, *nobody, **cases.PLAIN
     )
     assert not out.any()
     assert np.isneginf(lse).all()
@@ -324,7 +326,7 @@ def test_no_sequences_and_no_tokens_are_fine():
 def test_dtypes_must_agree():
   problem = ragged_runs.make(kv_lens=[9], q_lens=[3])
   problem.v_pages = problem.v_pages.astype(np.float16)
-  with pytest.raises(ValueError, match="must be the same"):
+  with pytest.raises(ValueError, match="they must match"):
     ragged_runs.run(problem)
 
 

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import ragged_runs
 
-from pallas_kernels.decode.config import QUANTISED_DTYPES
+from pallas_kernels.common.limits import QUANTISED_DTYPES
 from pallas_kernels.ragged import widen
 from pallas_kernels.ragged.config import Config
 

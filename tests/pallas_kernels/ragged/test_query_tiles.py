@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.ragged import query_tiles
-from pallas_kernels.ragged.query_tiles import Sizes, Tile
+from pallas_kernels.ragged.query_tiles import QueryTile, Sizes
 
 NUM_TOKENS, TILE_TOKENS = 40, 8
 
@@ -22,13 +22,13 @@ def _plan(q_lens, kv_lens, num_active, *, causal=True):
   cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)])
   i32 = lambda x: jnp.asarray(x, jnp.int32)
   plan, places = jax.jit(
-    lambda *args: query_tiles.plan(sizes, *args, lambda n, _: n)
+    lambda *args: query_tiles.list_tiles(sizes, *args, lambda n, _: n)
   )(i32(kv_lens), i32(cu_q_lens), i32(num_active))
   num_tiles = int(plan.num_items[0]) // 2
   assert num_tiles <= sizes.num_tiles
   tiles = np.asarray(plan.tiles)
-  assert not tiles[num_tiles:, Tile._fields.index("num_tokens")].any()
-  listed = [Tile(*row) for row in tiles[:num_tiles]]
+  assert not tiles[num_tiles:, QueryTile._fields.index("num_tokens")].any()
+  listed = [QueryTile(*row) for row in tiles[:num_tiles]]
   return listed, np.asarray(plan.costs), *map(np.asarray, places)
 
 

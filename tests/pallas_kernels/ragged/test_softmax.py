@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import ragged_runs
 
-from pallas_kernels.decode import softmax as decode_softmax
+from pallas_kernels.common import base2
 from pallas_kernels.ragged import softmax as ragged_softmax
 from pallas_kernels.ragged.config import Config
 
@@ -26,7 +26,7 @@ def _growing(growth, dtype):
   problem = cases.make(
     kv_lens=[210, 140], q_lens=[70, 3], num_q_heads=4, dtype=dtype
   )
-  scale = cases.PLAIN["scale"] * decode_softmax.LOG2_E
+  scale = cases.PLAIN["scale"] * base2.LOG2_E
   q, k = (np.array(x) for x in (problem.q, problem.k_pages))
   q[..., 0] = [1, 0.1, -1, 0.5]
   q[8:16, :, 0] = 0
@@ -84,10 +84,8 @@ def test_what_is_no_number_stays_none(before, bad):
   m, l, _, p = _weigh([before], scores)
   assert np.isnan(l).all()
   assert np.isnan(p[0, 3])
-  state = ragged_softmax.State(jnp.asarray(p), jnp.asarray(m), jnp.asarray(l))
-  empty = ragged_softmax.State(
-    jnp.zeros_like(p), jnp.full(1, -jnp.inf), jnp.zeros(1)
-  )
+  state = base2.Softmax(jnp.asarray(p), jnp.asarray(m), jnp.asarray(l))
+  empty = base2.Softmax(jnp.zeros_like(p), jnp.full(1, -jnp.inf), jnp.zeros(1))
   for merged in (
     ragged_softmax.merge(state, empty),
     ragged_softmax.merge(empty, state),

@@ -1,0 +1,26 @@
+"""Dtypes of keys and values in a pool."""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from pallas_kernels.common import limits
+
+FLOAT_DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
+QUANTISED_DTYPES = tuple(map(jnp.dtype, limits.QUANTISED_DTYPES))
+DTYPES = FLOAT_DTYPES + QUANTISED_DTYPES
+FLOAT_NAMES = "float32, bfloat16 or float16"
+NAMES = "bfloat16, float16, float32, int8 or float8_e4m3fn"
+SCALE_DTYPE = jnp.dtype(jnp.float32)
+
+is_quantised = limits.is_quantised
+
+
+def query_dtype(dtype: DTypeLike, kv_dtype: DTypeLike) -> np.dtype:
+  """Returns the dtype in which queries attend to pages of `kv_dtype`.
+
+  Args:
+    dtype: Of the computation around the attention.
+    kv_dtype: Of the pages.
+  """
+  return jnp.dtype(dtype if is_quantised(kv_dtype) else kv_dtype)
