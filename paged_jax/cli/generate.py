@@ -28,12 +28,6 @@ from paged_jax.models import llama
 from paged_jax.models.config import LlamaConfig
 from paged_jax.text.tokenizer import Tokenizer
 
-# Steps between two looks at the batch; Ctrl-C is noticed at the next one. A
-# look costs a millisecond on a GPU, as much as a step of a small model (H200),
-# and nothing beside the steps of a CPU.
-_BATCH_INTERVAL = 32
-_STREAM_INTERVAL = 8
-_STREAM_INTERVAL_CPU = 1
 # Compilations shorter than this are not worth a file.
 _MIN_COMPILE_S = 0.2
 
@@ -143,7 +137,7 @@ def _stream(
   token_ids: Sequence[Sequence[int]],
   stop_token_ids: tuple[int, ...],
 ) -> Iterator[list[Completion]]:
-  """Returns the batch as it grows."""
+  """Returns the new tokens of each step."""
   params = SamplingParams(
     max_new_tokens=args.max_new_tokens,
     temperature=args.temperature,
@@ -162,10 +156,6 @@ def _stream(
       None if args.implementation == "auto" else args.implementation
     ),
   )
-  interval = _BATCH_INTERVAL
-  if len(token_ids) == 1 and not args.json:
-    on_cpu = default_device().platform == "cpu"
-    interval = _STREAM_INTERVAL_CPU if on_cpu else _STREAM_INTERVAL
   return generation.stream(
     model,
     token_ids,
@@ -175,7 +165,6 @@ def _stream(
     ],
     cache=cache,
     with_logprobs=args.logprobs,
-    interval=interval,
   )
 
 

@@ -7,15 +7,16 @@ from typing import Any
 
 from paged_jax.cli.prompts import Prompt
 from paged_jax.cli.timing import Timing
-from paged_jax.generation import Completion
+from paged_jax.generation import Completion, join
 from paged_jax.text.tokenizer import Tokenizer
 
-type Steps = Iterable[tuple[list[Completion], Timing]]  # never empty
+# New tokens and the time so far, step by step; never empty.
+type Steps = Iterable[tuple[list[Completion], Timing]]
 
 
 def print_json(steps: Steps, tokenizer: Tokenizer) -> None:
   """Prints one JSON object a line for each prompt, and nothing else."""
-  *_, (completions, timing) = steps
+  completions, timing = _whole(steps)
   rate = timing.tokens_per_s(completions)
   seconds = {
     "compile_s": round(timing.compile_s, 4),
@@ -38,22 +39,23 @@ def print_json(steps: Steps, tokenizer: Tokenizer) -> None:
 def print_stream(steps: Steps, tokenizer: Tokenizer) -> None:
   """Prints the text of the only prompt as it grows."""
   decoder = tokenizer.stream()
-  num_shown = 0
-  completions, timing = [], Timing()
-  for step in steps:
-    completions, timing = step
-    token_ids = completions[0].token_ids
-    print(decoder.push(token_ids[num_shown:]), end="", flush=True)
-    num_shown = len(token_ids)
+
+  def shown() -> Steps:
+    for completions, timing in steps:
+      text = decoder.push(completions[0].token_ids)
+      print(text, end="", flush=True)
+      yield completions, timing
+
+  whole = _whole(shown())
   print(decoder.finish(), flush=True)
-  _summarise(completions, timing)
+  _summarise(*whole)
 
 
 def print_batch(
   steps: Steps, tokenizer: Tokenizer, prompts: Sequence[Prompt]
 ) -> None:
   """Prints every prompt with its completion, once all are there."""
-  *_, (completions, timing) = steps
+  completions, timing = _whole(steps)
   pairs = zip(prompts, completions, strict=True)
   for i, (prompt, completion) in enumerate(pairs, start=1):
     print(f"=== prompt {i} of {len(prompts)} ===")
@@ -62,6 +64,12 @@ def print_batch(
     print(tokenizer.decode(completion.token_ids), end="\n\n")
   sys.stdout.flush()
   _summarise(completions, timing)
+
+
+def _whole(steps: Steps) -> tuple[list[Completion], Timing]:
+  """Returns the completions of all steps together, and their time."""
+  pairs = list(steps)
+  return join(completions for completions, _ in pairs), pairs[-1][1]
 
 
 def _summarise(completions: Sequence[Completion], timing: Timing) -> None:

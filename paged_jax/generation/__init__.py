@@ -1,11 +1,7 @@
-"""Generation from prompts, in loops that run inside jit."""
+"""Generation from prompts, by steps that run inside jit."""
 
-from paged_jax.generation.driver import (
-  CacheConfig,
-  Completion,
-  generate,
-  stream,
-)
+from paged_jax.generation.driver import Completion, generate, join, stream
+from paged_jax.kv.config import CacheConfig
 from paged_jax.sampling import SamplingParams
 
 __all__ = [
@@ -13,5 +9,6 @@ __all__ = [
   "Completion",
   "SamplingParams",
   "generate",
+  "join",
   "stream",
 ]

@@ -1,50 +1,46 @@
 """Generation from a ragged batch of prompts: the host's side of the loops."""
 
+import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from paged_jax import devices, sampling
-from paged_jax.generation import loop
-from paged_jax.generation.batch import Batch, CacheConfig, bucket
-from paged_jax.kv import cache as paged_cache
-from paged_jax.kv import pool as kv_pool
-from paged_jax.models.llama import Llama
+from paged_jax.generation import programs
+from paged_jax.generation import rows as rows_lib
+from paged_jax.generation.batch import Batch
+from paged_jax.generation.rows import Status
+from paged_jax.kv import layout
+from paged_jax.kv.cache import PagedCache
+from paged_jax.kv.config import CacheConfig
+from paged_jax.models import contract
+from paged_jax.models.contract import DecoderModel
 from paged_jax.sampling import SamplingParams
+from pallas_kernels.common.rounding import next_power_of_two
 
 # Of the free memory, what the pool may take: the rest is for the activations.
 _POOL_SHARE = 0.8
 # The least that is compiled for: most short calls then share their programs.
-_LEAST_CAPACITY = 256
 _LEAST_PAGES = 64
-
-_prefill = jax.jit(
-  loop.prefill,
-  static_argnames=("chunk",),
-  donate_argnames=("cache",),
-)
-_start = jax.jit(
-  loop.start,
-  static_argnames=("capacity", "with_logprobs"),
-  donate_argnames=("cache",),
-)
-_decode = jax.jit(loop.decode, donate_argnames=("state",))
+# Steps that run or wait on the device while the host reads an earlier one.
+_IN_FLIGHT = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-  """What was generated for one prompt.
+  """New tokens of one prompt.
 
   Attributes:
     prompt_token_ids: The prompt.
-    token_ids: New tokens only, a stop token included.
+    token_ids: New tokens, a stop token included: all of them from `generate`,
+      those since the last time from `stream`.
     finish_reason: `"stop"`, `"length"`, `"out_of_pages"`, or None while the
       sequence is running.
-    logprobs: Natural log of each new token's probability under the model,
-      before temperature and filters; None unless asked for.
+    logprobs: Natural log of the probability of each of `token_ids` under the
+      model, before temperature and filters; None unless asked for.
   """
 
   prompt_token_ids: tuple[int, ...]
@@ -54,7 +50,7 @@ class Completion:
 
 
 def generate(
-  model: Llama,
+  model: DecoderModel,
   prompts: Sequence[Sequence[int]],
   params: SamplingParams | Sequence[SamplingParams] | None = None,
   *,
@@ -74,32 +70,32 @@ def generate(
     One completion for each prompt, in order.
 
   Raises:
+    TypeError: If the model lacks what `DecoderModel` asks for.
     ValueError: If a prompt is empty, longer than `max_len`, or has a token
       that the model does not know; if there are no prompts, or another number
-      of `params`; or if `max_len` is more than the model's.
+      of `params`; if `max_len` is more than the model's; or if the model
+      breaks its contract.
+    NotImplementedError: If the implementation that `cache` requests cannot
+      serve the model here.
     MemoryError: If `num_pages`, or one page, does not fit in the free memory.
   """
-  *_, last = stream(
-    model,
-    prompts,
-    params,
-    cache=cache,
-    with_logprobs=with_logprobs,
-    interval=np.iinfo(np.int32).max,
+  return join(
+    stream(model, prompts, params, cache=cache, with_logprobs=with_logprobs)
   )
-  return last
 
 
 def stream(
-  model: Llama,
+  model: DecoderModel,
   prompts: Sequence[Sequence[int]],
   params: SamplingParams | Sequence[SamplingParams] | None = None,
   *,
   cache: CacheConfig | None = None,
   with_logprobs: bool = False,
-  interval: int = 8,
 ) -> Iterator[list[Completion]]:
-  """Like `generate`, but yields what there is every `interval` steps.
+  """Like `generate`, but yields the new tokens of every step.
+
+  The first item comes when all prompts have been read. The device is two steps
+  ahead of what is yielded.
 
   Args:
     model: See `generate`, as for the next four.
@@ -107,106 +103,169 @@ def stream(
     params: How to sample.
     cache: Size of the paged cache.
     with_logprobs: Whether to return log-probabilities.
-    interval: Decode steps between two yields, at least 1. They run in one
-      compiled program, whatever the number.
 
   Returns:
-    An iterator over the batch as it grows. Arguments are checked at once, not
+    An iterator over lists with a completion for each prompt, in order, that
+    holds the tokens since the item before. Arguments are checked at once, not
     at the first `next`.
 
   Raises:
-    ValueError: As `generate`, or if `interval` is below 1.
-    MemoryError: As `generate`.
+    As `generate`.
   """
-  if interval < 1:
-    raise ValueError(f"{interval=} must be at least 1.")
+  contract.check(model)
   config = cache or CacheConfig()
   batch = Batch.of(model, prompts, params, config)
-  num_pages = _num_pages(model, batch, config)
-  return _run(model, batch, config, num_pages, with_logprobs, interval)
+  config = _sized(model, batch, config)
+  return _run(model, batch, config, with_logprobs)
 
 
-def _run(model, batch, config, num_pages, with_logprobs, interval):
-  status = batch.status(num_pages, config.page_size)
-  max_new = jnp.asarray(batch.max_new, jnp.int32)
-  how = sampling.stack(batch.params)
-  cache = paged_cache.init(
-    num_pages=num_pages,
-    num_seqs=len(batch.params),
-    pages_per_seq=-(-batch.max_len // config.page_size),
-    implementation=config.implementation,
-    **_pool_layout(model, config),
-  )
-  tokens, lens, chunk = batch.flatten(status, config.prefill_chunk)
-  cache, logits, ok = _prefill(model, cache, tokens, lens, chunk=chunk)
-  state = _start(
-    cache,
-    logits,
-    ok,
-    jnp.asarray(status),
-    max_new,
-    how,
-    capacity=bucket(max(batch.max_new), _LEAST_CAPACITY),
-    with_logprobs=with_logprobs,
-  )
-  steps = jnp.asarray(interval, jnp.int32)
-  while True:
-    completions = _completions(batch, state, with_logprobs)
-    yield completions
-    if all(completion.finish_reason for completion in completions):
-      return
-    state = _decode(model, state, max_new, how, steps)
-
-
-def _completions(batch, state, with_logprobs) -> list[Completion]:
-  tokens, logprobs, num_new, status = jax.device_get(
-    (state.tokens, state.logprobs, state.num_new, state.status)
-  )
+def join(items: Iterable[list[Completion]]) -> list[Completion]:
+  """Returns the completions whose tokens are those of all items, in order."""
+  tokens: list[list[int]] = []
+  logprobs: list[list[float]] = []
+  last: list[Completion] = []
+  for last in items:
+    if not tokens:
+      tokens, logprobs = [[] for _ in last], [[] for _ in last]
+    for i, completion in enumerate(last):
+      tokens[i] += completion.token_ids
+      logprobs[i] += completion.logprobs or ()
   return [
-    Completion(
-      prompt_token_ids=prompt,
-      token_ids=tuple(tokens[row, : num_new[row]].tolist()),
-      finish_reason=loop.FINISH_REASONS[status[row]],
-      logprobs=(
-        tuple(logprobs[row, : num_new[row]].tolist()) if with_logprobs else None
-      ),
+    dataclasses.replace(
+      completion,
+      token_ids=tuple(tokens[i]),
+      logprobs=None if completion.logprobs is None else tuple(logprobs[i]),
     )
-    for row, prompt in enumerate(batch.prompts)
+    for i, completion in enumerate(last)
   ]
 
 
-def _pool_layout(model, config) -> dict:
-  """Returns the arguments of the pool but for its number of pages."""
-  shape = model.config
-  return dict(
-    num_layers=shape.num_layers,
-    num_kv_heads=shape.num_kv_heads,
-    head_dim=shape.head_dim,
-    page_size=config.page_size,
-    dtype=config.dtype or model.embed_tokens.embedding.dtype,
+def _run(
+  model: DecoderModel, batch: Batch, config: CacheConfig, with_logprobs: bool
+) -> Iterator[list[Completion]]:
+  structure, leaves = programs.flatten(model)
+  cache = PagedCache.init(model.layers, config)
+  num_pages = min(group.table.num_pages for group in cache.groups)
+  status = batch.status(num_pages, config.page_size)
+  rows = rows_lib.init(
+    cache,
+    sampling.stack(batch.params),
+    jnp.asarray(batch.max_new, jnp.int32),
+    status=jnp.asarray(status),
+    with_logprobs=with_logprobs,
   )
 
+  # 1. Prompts.
+  read = _Reader(batch, status, with_logprobs)
+  packed = []
+  for plan in batch.chunks(status, config.prefill_chunk):
+    rows, each = programs.prefill_step(structure, leaves, rows, plan)
+    packed.append(each)
+  yield read(packed)
 
-def _num_pages(model, batch, config) -> int:
-  """Returns the pages asked for, or what the batch can need and what fits."""
-  wanted = config.num_pages
+  # 2. Steps, of which a few are ahead of the one that is read.
+  in_flight: collections.deque[jax.Array] = collections.deque()
+  num_left = max(batch.max_new) - 1
+  while not read.is_done:
+    # More steps than tokens are needed where rows have waited for pages.
+    while not in_flight or (len(in_flight) < _IN_FLIGHT and num_left > 0):
+      rows, each = programs.decode_step(structure, leaves, rows)
+      each.copy_to_host_async()
+      in_flight.append(each)
+      num_left -= 1
+    yield read([in_flight.popleft()])
+
+
+class _Reader:
+  """Makes completions of the results of steps.
+
+  Attributes:
+    is_done: Whether all prompts have ended.
+  """
+
+  def __init__(self, batch: Batch, status: np.ndarray, with_logprobs: bool):
+    self._prompts = batch.prompts
+    self._status = status
+    self._with_logprobs = with_logprobs
+    self.is_done = False
+
+  def __call__(self, packed: Sequence[jax.Array]) -> list[Completion]:
+    """Returns the new tokens of some steps; waits for them."""
+    results = [programs.unpack(np.asarray(each)) for each in packed]
+    if results:
+      self._status = results[-1].status
+    reasons = [
+      Status(status).finish_reason
+      for status in self._status[: len(self._prompts)].tolist()
+    ]
+    self.is_done = None not in reasons
+    tokens, logprobs = self._columns(results)
+    return [
+      Completion(prompt, tokens[row], reasons[row], logprobs[row])
+      for row, prompt in enumerate(self._prompts)
+    ]
+
+  def _columns(
+    self, results: list[programs.HostResult]
+  ) -> tuple[list[tuple[int, ...]], list[tuple[float, ...] | None]]:
+    """Returns the new tokens of each prompt, and their log-probabilities."""
+    num_prompts = len(self._prompts)
+    tokens: list[list[int]] = [[] for _ in range(num_prompts)]
+    logprobs: list[list[float]] = [[] for _ in range(num_prompts)]
+    for result in results:
+      for row in np.flatnonzero(result.num_new[:num_prompts]).tolist():
+        tokens[row].append(int(result.tokens[row]))
+        if result.logprobs is not None:
+          logprobs[row].append(float(result.logprobs[row]))
+    if not self._with_logprobs:
+      return [tuple(x) for x in tokens], [None] * num_prompts
+    return [tuple(x) for x in tokens], [tuple(x) for x in logprobs]
+
+
+def _sized(
+  model: DecoderModel, batch: Batch, config: CacheConfig
+) -> CacheConfig:
+  """Returns the config with all sizes: those given, else chosen.
+
+  Raises:
+    MemoryError: If the pages do not fit in the free memory.
+  """
+  dtype = _dtype(model) if config.dtype is None else config.dtype
+  layouts = layout.layouts(model.layers, config.page_size, dtype)
   free = devices.free_bytes(devices.default_device())
-  page_bytes = kv_pool.page_bytes(**_pool_layout(model, config))
-  if wanted is not None:
-    if free is not None and wanted * page_bytes > free:
-      raise MemoryError(
-        f"num_pages={wanted} of {page_bytes=} take more than the {free} free "
-        "bytes of device memory."
-      )
-    return wanted
-  wanted = bucket(batch.most_pages(config.page_size), _LEAST_PAGES)
-  if free is None:
-    return wanted
-  fitting = int(free * _POOL_SHARE) // page_bytes
-  if fitting < 1:
-    raise MemoryError(
-      f"not one page of {page_bytes=} fits in {free} free bytes of device "
-      "memory."
+  config = dataclasses.replace(
+    config, dtype=dtype, num_seqs=len(batch.params), max_len=batch.max_len
+  )
+  if config.num_pages is not None:
+    counts = config.pages_of_groups(len(layouts))
+    needed = sum(
+      n * each.page_bytes for n, each in zip(counts, layouts, strict=True)
     )
-  # Rounded, so that free memory does not choose a new shape every time.
-  return min(wanted, 1 << (fitting.bit_length() - 1))
+    if free is not None and needed > free:
+      raise MemoryError(
+        f"num_pages={config.num_pages} take {needed} bytes, more than the "
+        f"{free} free bytes of device memory."
+      )
+    return config
+  page_bytes = sum(each.page_bytes for each in layouts)
+  wanted = next_power_of_two(batch.most_pages(config.page_size))
+  wanted = max(wanted, _LEAST_PAGES)
+  if free is not None:
+    fitting = int(free * _POOL_SHARE) // page_bytes
+    if fitting < 1:
+      raise MemoryError(
+        f"not one page of {page_bytes=} fits in {free} free bytes of device "
+        "memory."
+      )
+    # Rounded, so that free memory does not choose a new shape every time.
+    wanted = min(wanted, 1 << (fitting.bit_length() - 1))
+  return dataclasses.replace(config, num_pages=wanted)
+
+
+def _dtype(model: DecoderModel) -> np.dtype:
+  """Returns the float dtype that most parameters of a model have."""
+  counts: collections.Counter[np.dtype] = collections.Counter()
+  for leaf in jax.tree.leaves(model):
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+      counts[jnp.dtype(leaf.dtype)] += leaf.size
+  return max(counts, key=counts.__getitem__, default=jnp.dtype(jnp.bfloat16))

@@ -1,7 +1,8 @@
 """The generation loops: what runs inside jit, from prompt to last token.
 
-Prefill and decode are one compiled program each. The decode loop reserves
-pages, writes, attends, samples and stops on its own; the host only starts it.
+`step` is the one step that everything folds: `prefill` and `decode` inside one
+program, for callers that embed them; `generate`, `stream` and an engine by
+dispatching it.
 """
 
 import dataclasses
@@ -9,200 +10,218 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
 from paged_jax import sampling
-from paged_jax.kv import cache as paged_cache
-from paged_jax.kv.cache import PagedCache
-from paged_jax.models.llama import Llama
-from paged_jax.sampling import SamplingArrays
-from paged_jax.typing import Leaf
-
-# Values of `Generation.status`.
-RUNNING, STOP, LENGTH, OUT_OF_PAGES = range(4)
-FINISH_REASONS = (None, "stop", "length", "out_of_pages")
+from paged_jax.generation import rows as rows_lib
+from paged_jax.generation.rows import Plan, Result, Rows, Status
+from paged_jax.kv.step import Step, begin_step
+from paged_jax.models import contract
+from paged_jax.models.contract import DecoderModel
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Generation:
-  """A batch of sequences while they are being continued."""
+def step(model: DecoderModel, rows: Rows, plan: Plan) -> tuple[Rows, Result]:
+  """Runs one step: reserves pages, runs the model, samples.
 
-  cache: PagedCache
-  last_tokens: Leaf  # i32[num_seqs], sampled, not yet in the cache
-  tokens: Leaf  # i32[num_seqs, capacity], sampled so far
-  logprobs: Leaf  # f32[num_seqs, capacity]; capacity 0 if not asked for
-  num_new: Leaf  # i32[num_seqs], how many of `tokens` are there
-  status: Leaf  # i32[num_seqs]
+  Pages are only taken, never given back: rows that end keep theirs, and entries
+  of ended rows change nothing. A refused row stays as it was.
+
+  Args:
+    model: The model.
+    rows: The rows; donate them.
+    plan: Which rows take part, with which tokens.
+
+  Returns:
+    The rows after the step, and what it did.
+
+  Raises:
+    ValueError: If the model breaks its contract, or the plan does not fit the
+      rows.
+  """
+  num_entries = plan.q_lens.shape[0]
+  num_tokens = num_entries if plan.tokens is None else plan.tokens.shape[0]
+  running = _of_entries(plan, rows.running, False)
+
+  # 1. Room for the tokens.
+  q_lens, table_rows = plan.q_lens, plan.slots
+  if plan.max_q_len == 1:
+    q_lens = jnp.where(running, q_lens, 0)
+  else:  # ended rows keep their span of the token axis
+    table_rows = _slots(plan, num_entries)
+    table_rows = jnp.where(running, table_rows, rows.num_seqs)
+  cache, now = begin_step(
+    rows.cache, q_lens, num_tokens, rows=table_rows, max_q_len=plan.max_q_len
+  )
+
+  # 2. The model.
+  tokens = _tokens(rows, plan, now)
+  hidden, cache = contract.run(model, tokens, cache, now)
+  rows = dataclasses.replace(rows, cache=cache)
+
+  # 3. A token for each entry that samples.
+  if plan.max_q_len != 1:
+    hidden = hidden.at[now.cu_q_lens[1:] - 1].get(mode="clip")
+  logits = contract.logits(model, hidden)
+  arrays = _sampling_of_entries(rows, plan)
+  index = _of_entries(plan, rows.num_new, 0)
+  new_tokens = sampling.sample(logits, arrays, index)
+  logprobs = None
+  if rows.with_logprobs:
+    logprobs = sampling.logprobs(logits, new_tokens)
+  sampled = now.ok if plan.samples is None else now.ok & plan.samples
+  rows = rows_lib.record(rows, plan, sampled, new_tokens, logprobs)
+  return rows, Result(
+    tokens=new_tokens[:, None],
+    num_new=sampled.astype(jnp.int32),
+    status=_of_entries(plan, rows.status, Status.ABORTED),
+    refused=running & (plan.q_lens > 0) & ~now.ok,
+    logprobs=None if logprobs is None else logprobs[:, None],
+  )
+
+
+def prefill_step(
+  model: DecoderModel, rows: Rows, plan: Plan
+) -> tuple[Rows, Result]:
+  """Runs a chunk of the prompts of all rows; ended rows give pages back.
+
+  A refused row cannot make up for the chunk: it ends with `OUT_OF_PAGES`. The
+  plan has no `slots`.
+  """
+  rows, result = step(model, rows, plan)
+  rows = rows_lib.end(rows, result.refused, Status.OUT_OF_PAGES)
+  result = dataclasses.replace(result, status=rows.status)
+  return rows_lib.release_ended(rows), result
+
+
+def decode_step(model: DecoderModel, rows: Rows) -> tuple[Rows, Result]:
+  """Continues every running row by one token; ended rows give pages back.
+
+  When pages run short, the last of the refused rows ends with `OUT_OF_PAGES`
+  and gives its pages back; the others try again in the next step.
+  """
+  rows, result = step(model, rows, decode_plan(rows))
+  row = jnp.arange(rows.num_seqs, dtype=jnp.int32)
+  last = jnp.max(jnp.where(result.refused, row, -1))
+  rows = rows_lib.end(rows, row == last, Status.OUT_OF_PAGES)
+  result = dataclasses.replace(result, status=rows.status)
+  return rows_lib.release_ended(rows), result
+
+
+def decode_plan(rows: Rows) -> Plan:
+  """Returns the plan by which every running row gets one more token."""
+  return Plan(q_lens=jnp.ones(rows.num_seqs, jnp.int32), max_q_len=1)
 
 
 def prefill(
-  model: Llama,
-  cache: PagedCache,
+  model: DecoderModel,
+  rows: Rows,
   tokens: Int[Array, " num_tokens"],
   prompt_lens: Int[Array, " num_seqs"],
   *,
   chunk: int,
-) -> tuple[
-  PagedCache, Float[Array, "num_seqs vocab_size"], Bool[Array, " num_seqs"]
-]:
-  """Writes the prompts of a batch into an empty cache, chunk by chunk.
+) -> Rows:
+  """Reads the prompts of a batch, and samples a token after each.
 
   The prompts lie one after the other on the token axis; a chunk is the next
-  `chunk` tokens of it, of however many sequences. A row whose chunk finds no
-  pages gives back what it has and takes no part in later chunks.
+  `chunk` tokens of it, of however many rows. A row whose chunk finds no pages
+  ends with `OUT_OF_PAGES`, gives back what it has, and samples nothing.
 
   Args:
     model: The model.
-    cache: The cache; donate it.
+    rows: The rows; donate them.
     tokens: i32[num_tokens], all prompts, padded to a multiple of `chunk`.
     prompt_lens: i32[num_seqs], 0 for rows without a prompt.
     chunk: Tokens a step.
 
   Returns:
-    The cache, f32[num_seqs, vocab_size] logits at the end of each prompt, and
-    `ok` bool[num_seqs], False for rows whose prompt did not get its pages.
+    The rows, each with its first new token.
   """
   ends = jnp.cumsum(prompt_lens, dtype=jnp.int32)
-  starts = ends - prompt_lens
 
-  def step_body(i, carry):
-    cache, last_hidden, served = carry
-    first = i * chunk
-    q_lens = jnp.minimum(ends, first + chunk) - jnp.maximum(starts, first)
-    q_lens = jnp.maximum(q_lens, 0)
-    cache, step = paged_cache.begin_step(cache, q_lens, chunk, rows=served)
-    refused = served & (q_lens > 0) & ~step.ok
-    chunk_tokens = lax.dynamic_slice(tokens, (first,), (chunk,))
-    hidden, cache = model(chunk_tokens, cache, step)
-    last = ends - 1 - first
-    ends_here = (last >= 0) & (last < chunk) & (q_lens > 0)
-    here = hidden.at[last].get(mode="clip")
-    last_hidden = jnp.where(ends_here[:, None], here, last_hidden)
-    return paged_cache.release(cache, refused), last_hidden, served & ~refused
+  def body(i, rows):
+    return prefill_step(model, rows, chunk_plan(tokens, ends, i, chunk))[0]
 
-  width = model.config.hidden_size
-  dtype = jax.eval_shape(model.embed_tokens, tokens[:1]).dtype
   num_chunks = (ends[-1] + chunk - 1) // chunk
-  num_seqs = prompt_lens.shape[0]
-  carry = cache, jnp.zeros((num_seqs, width), dtype), jnp.ones(num_seqs, bool)
-  cache, hidden, ok = lax.fori_loop(0, num_chunks, step_body, carry)
-  return cache, model.logits(hidden), ok
+  return lax.fori_loop(0, num_chunks, body, rows)
 
 
-def start(
-  cache: PagedCache,
-  logits: Float[Array, "num_seqs vocab_size"],
-  ok: Bool[Array, " num_seqs"],
-  status: Int[Array, " num_seqs"],
-  max_new: Int[Array, " num_seqs"],
-  how: SamplingArrays,
-  *,
-  capacity: int,
-  with_logprobs: bool,
-) -> Generation:
-  """Samples the first token of every running row after `prefill`.
+def chunk_plan(
+  tokens: Int[Array, " num_tokens"],
+  ends: Int[Array, " num_seqs"],
+  i: Int[Array, ""],
+  chunk: int,
+) -> Plan:
+  """Returns the plan of the i-th chunk of prompts.
 
   Args:
-    cache: From `prefill`.
-    logits: From `prefill`.
-    ok: From `prefill`; other rows that should run end with `OUT_OF_PAGES`.
-    status: i32[num_seqs], RUNNING for the rows that have a prompt.
-    max_new: i32[num_seqs], most new tokens of each row, at most `capacity`.
-    how: How each row samples.
-    capacity: Tokens the result has room for.
-    with_logprobs: Whether to keep the log-probability of each token.
+    tokens: i32[num_tokens], all prompts, padded to a multiple of `chunk`.
+    ends: i32[num_seqs], where on the token axis each prompt ends.
+    i: Number of the chunk.
+    chunk: Tokens a chunk.
   """
-  num_seqs = status.shape[0]
-  status = jnp.where((status == RUNNING) & ~ok, OUT_OF_PAGES, status)
-  state = Generation(
-    cache=cache,
-    last_tokens=jnp.zeros(num_seqs, jnp.int32),
-    tokens=jnp.zeros((num_seqs, capacity), jnp.int32),
-    logprobs=jnp.zeros((num_seqs, capacity * with_logprobs), jnp.float32),
-    num_new=jnp.zeros(num_seqs, jnp.int32),
-    status=status,
+  first = i * chunk
+  starts = jnp.pad(ends[:-1], (1, 0))
+  q_lens = jnp.minimum(ends, first + chunk) - jnp.maximum(starts, first)
+  return Plan(
+    q_lens=jnp.maximum(q_lens, 0),
+    tokens=lax.dynamic_slice(tokens, (first,), (chunk,)),
+    samples=(ends > first) & (ends <= first + chunk),
   )
-  return _record(state, logits, status == RUNNING, max_new, how)
 
 
 def decode(
-  model: Llama,
-  state: Generation,
-  max_new: Int[Array, " num_seqs"],
-  how: SamplingArrays,
-  num_steps: Int[Array, ""],
-) -> Generation:
+  model: DecoderModel, rows: Rows, num_steps: Int[Array, ""] | int
+) -> Rows:
   """Continues every running row, until all have ended or `num_steps` are done.
-
-  When pages run short, of the rows that are refused the last one stops with
-  `OUT_OF_PAGES` and gives its pages back; the others try again.
 
   Args:
     model: The model.
-    state: The batch; donate it.
-    max_new: i32[num_seqs], most new tokens of each row.
-    how: How each row samples.
-    num_steps: i32, most steps to run.
+    rows: The rows; donate them. They keep their tokens if they were made with a
+      `capacity`.
+    num_steps: Most steps to run.
 
   Returns:
-    The batch, later.
+    The rows after the last step; see `decode_step`.
   """
 
   def wants_more(carry):
-    i, state = carry
-    return (i < num_steps) & jnp.any(state.status == RUNNING)
+    i, rows = carry
+    return (i < num_steps) & jnp.any(rows.running)
 
   def body(carry):
-    i, state = carry
-    running = state.status == RUNNING
-    cache, step = paged_cache.begin_decode(state.cache, running)
-    hidden, cache = model(state.last_tokens, cache, step)
-    state = dataclasses.replace(state, cache=cache)
-    state = _stop_one(state, running & ~step.ok)
-    return i + 1, _record(state, model.logits(hidden), step.ok, max_new, how)
+    i, rows = carry
+    rows, _ = decode_step(model, rows)
+    return i + 1, rows
 
-  _, state = lax.while_loop(wants_more, body, (jnp.int32(0), state))
-  return state
+  _, rows = lax.while_loop(wants_more, body, (jnp.int32(0), rows))
+  return rows
 
 
-def _stop_one(state: Generation, refused: Array) -> Generation:
-  """Of the refused rows, stops the last and releases its pages."""
-  row = jnp.arange(refused.shape[0], dtype=jnp.int32)
-  last = jnp.max(jnp.where(refused, row, -1))
-  victim = row == last
-  return dataclasses.replace(
-    state,
-    cache=paged_cache.release(state.cache, victim),
-    status=jnp.where(victim, OUT_OF_PAGES, state.status),
-  )
+def _slots(plan: Plan, num_entries: int) -> Array:
+  if plan.slots is None:
+    return jnp.arange(num_entries, dtype=jnp.int32)
+  return plan.slots
 
 
-def _record(
-  state: Generation,
-  logits: Array,
-  rows: Array,
-  max_new: Array,
-  how: SamplingArrays,
-) -> Generation:
-  """Samples a token for `rows`, keeps it, and releases the rows it ends."""
-  tokens = sampling.sample(logits, how, state.num_new)
-  row = jnp.arange(rows.shape[0], dtype=jnp.int32)
-  column = jnp.where(rows, state.num_new, state.tokens.shape[1])
-  logprobs = state.logprobs
-  if logprobs.shape[1]:
-    normal = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    logprobs = logprobs.at[row, column].set(chosen - normal, mode="drop")
-  num_new = state.num_new + rows.astype(jnp.int32)
-  status = jnp.where(rows & (num_new >= max_new), LENGTH, state.status)
-  status = jnp.where(rows & sampling.is_stop(tokens, how), STOP, status)
-  return dataclasses.replace(
-    state,
-    cache=paged_cache.release(state.cache, rows & (status != RUNNING)),
-    last_tokens=jnp.where(rows, tokens, state.last_tokens),
-    tokens=state.tokens.at[row, column].set(tokens, mode="drop"),
-    logprobs=logprobs,
-    num_new=num_new,
-    status=status,
-  )
+def _of_entries(plan: Plan, by_row: Array, otherwise) -> Array:
+  """Returns an array over rows for the entries of a plan."""
+  if plan.slots is None:
+    return by_row
+  return by_row.at[plan.slots].get(mode="fill", fill_value=otherwise)
+
+
+def _sampling_of_entries(rows: Rows, plan: Plan) -> sampling.SamplingArrays:
+  if plan.slots is None:
+    return rows.sampling
+  gather = lambda x: x.at[plan.slots].get(mode="clip")
+  return jax.tree.map(gather, rows.sampling)
+
+
+def _tokens(rows: Rows, plan: Plan, now: Step) -> Array:
+  """Returns i32[num_tokens], with the last tokens of rows filled in."""
+  last = _of_entries(plan, rows.last_tokens, 0)
+  if plan.tokens is None:
+    return last
+  if plan.max_q_len != 1:
+    last = last.at[now.rows_of_tokens()].get(mode="clip")
+  return jnp.where(plan.tokens < 0, last, plan.tokens)

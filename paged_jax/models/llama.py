@@ -1,33 +1,21 @@
 """The Llama architecture (Touvron et al., 2023) over a paged KV cache."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from paged_jax.kv.cache import PagedCache, Step
+from paged_jax.kv.cache import PagedCache
+from paged_jax.kv.layout import LayerKV
+from paged_jax.kv.step import Step
 from paged_jax.models.config import LlamaConfig
+from paged_jax.nn.mlp import GatedMLP
 from paged_jax.nn.nnx import PagedAttention
-
-
-class GatedMLP(nnx.Module):
-  """`down(silu(gate(x)) * up(x))`, gate and up as one product."""
-
-  def __init__(self, config: LlamaConfig, **linear):
-    sizes = config.hidden_size, config.intermediate_size
-    self.gate_up_proj = nnx.Linear(sizes[0], 2 * sizes[1], **linear)
-    self.down_proj = nnx.Linear(sizes[1], sizes[0], **linear)
-
-  def __call__(
-    self, x: Float[Array, "num_tokens hidden_size"]
-  ) -> Float[Array, "num_tokens hidden_size"]:
-    """Returns the update of the residual stream."""
-    gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-    return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
@@ -57,12 +45,15 @@ class Block(nnx.Module):
     )
     self.mlp_norm = nnx.RMSNorm(config.hidden_size, **norm)
     self.mlp = GatedMLP(
-      config, use_bias=False, param_dtype=param_dtype, rngs=rngs
+      config.hidden_size,
+      config.intermediate_size,
+      param_dtype=param_dtype,
+      rngs=rngs,
     )
 
   def __call__(
-    self, x: Array, cache: PagedCache, step: Step
-  ) -> tuple[Array, PagedCache]:
+    self, x: Array, cache: PagedCache | None, step: Step | None
+  ) -> tuple[Array, PagedCache | None]:
     """Returns the residual stream and the next cache."""
     y, cache = self.attention(self.input_norm(x), cache, step)
     x = x + y
@@ -70,7 +61,7 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-  """A decoder-only model whose layers are unrolled.
+  """A `DecoderModel` whose layers are unrolled.
 
   A scan over stacked weights copies each layer's slice before its products:
   2.8 times slower at decode (8B shape, H200).
@@ -96,7 +87,7 @@ class Llama(nnx.Module):
     self.embed_tokens = nnx.Embed(
       config.vocab_size, config.hidden_size, param_dtype=param_dtype, rngs=rngs
     )
-    self.layers = nnx.List(
+    self.blocks = nnx.List(
       Block(
         config,
         layer,
@@ -121,27 +112,48 @@ class Llama(nnx.Module):
         rngs=rngs,
       )
 
+  @property
+  def layers(self) -> tuple[LayerKV, ...]:
+    """What the cache must know of each layer."""
+    layer = LayerKV(self.config.num_kv_heads, self.config.head_dim)
+    return (layer,) * self.config.num_layers
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of token ids."""
+    return self.config.vocab_size
+
+  @property
+  def max_len(self) -> int:
+    """Longest sequence, in tokens."""
+    return self.config.max_len
+
   def __call__(
-    self, tokens: Int[Array, " num_tokens"], cache: PagedCache, step: Step
-  ) -> tuple[Array, PagedCache]:
-    """Runs the flat tokens of one step.
+    self,
+    tokens: Int[Array, "*tokens"],
+    cache: PagedCache | None,
+    step: Step | None,
+  ) -> tuple[Array, PagedCache | None]:
+    """Runs the tokens of one step; see `DecoderModel`.
 
     Args:
-      tokens: i32[num_tokens], in the order of the step.
-      cache: The cache, after `begin_step` or `begin_decode`.
-      step: What they returned.
+      tokens: i32[num_tokens], in the order of the step; or [batch, length]
+        after `begin_padded`.
+      cache: The cache, after `begin_step` or `begin_padded`, or None.
+      step: What they returned; None with `cache`.
 
     Returns:
-      [num_tokens, hidden_size], to be given to `logits`, and the next cache.
+      Hidden states [..., hidden_size], to be given to `logits`, and the next
+      cache.
     """
     x = self.embed_tokens(tokens)
-    for block in self.layers:
+    for block in self.blocks:
       x, cache = block(x, cache, step)
     return self.norm(x), cache
 
   def logits(
-    self, hidden: Float[Array, "num_tokens hidden_size"]
-  ) -> Float[Array, "num_tokens vocab_size"]:
+    self, hidden: Float[Array, "*tokens hidden_size"]
+  ) -> Float[Array, "*tokens vocab_size"]:
     """Returns the logits of the next token, summed and kept in float32."""
     if self.config.tie_word_embeddings:
       head = self.embed_tokens.embedding[...].T
@@ -176,46 +188,78 @@ def from_weights(
   )
   graphdef, state = nnx.split(nnx.eval_shape(build))
   sources = _sources(config)
-  for names in sources.values():
-    for name in names:
+  for source in sources.values():
+    for name in source.names:
       if name not in weights:
         raise ValueError(f"weights lack {name!r}.")
   for path, variable in nnx.to_flat_state(state):
     # One at a time: in float32 the whole model may not fit beside itself.
-    parts = [weights[name] for name in sources[path]]
-    # A kernel is [in, out], of one product or several side by side.
-    is_kernel = path[-1] == "kernel"
-    value = np.concatenate(parts).T if is_kernel else parts[0]
+    source = sources[path]
+    value = source.combine([weights[name] for name in source.names])
     if value.shape != variable.shape:
       raise ValueError(
-        f"weights of {'.'.join(map(str, path))} have shape {value.shape}; "
-        f"the config says {variable.shape}."
+        f"weights {', '.join(source.names)} give a parameter of shape "
+        f"{value.shape}; the config says {variable.shape}."
       )
     variable.set_value(jnp.asarray(value, param_dtype))
   return nnx.merge(graphdef, state)
 
 
-def _sources(config: LlamaConfig) -> dict[tuple, tuple[str, ...]]:
-  """Returns of which weights each parameter is made, by its path."""
-  sources: dict[tuple, tuple[str, ...]] = {
-    ("embed_tokens", "embedding"): ("model.embed_tokens.weight",),
-    ("norm", "scale"): ("model.norm.weight",),
+class _Source(NamedTuple):
+  """Which weights a parameter is made of, and how."""
+
+  names: tuple[str, ...]
+  combine: Callable[[Sequence[np.ndarray]], np.ndarray]
+
+
+def _as_it_is(parts: Sequence[np.ndarray]) -> np.ndarray:
+  return parts[0]
+
+
+def _kernel(parts: Sequence[np.ndarray]) -> np.ndarray:
+  """Returns a kernel [in, out] of a weight [out, in]."""
+  return parts[0].T
+
+
+def _gate_up(parts: Sequence[np.ndarray]) -> np.ndarray:
+  """Returns the kernel [in, 2, out] of two weights [out, in]."""
+  return np.stack([part.T for part in parts], axis=1)
+
+
+def _qkv(num_kv_heads: int, parts: Sequence[np.ndarray]) -> np.ndarray:
+  """Returns the kernel of q, k and v, whose columns are ordered by KV head."""
+  hidden_size = parts[0].shape[1]
+  by_head = [part.reshape(num_kv_heads, -1, hidden_size) for part in parts]
+  return np.concatenate(by_head, axis=1).reshape(-1, hidden_size).T
+
+
+def _sources(config: LlamaConfig) -> dict[tuple, _Source]:
+  """Returns the source of each parameter, by its path."""
+  qkv = functools.partial(_qkv, config.num_kv_heads)
+  sources: dict[tuple, _Source] = {
+    ("embed_tokens", "embedding"): _Source(
+      ("model.embed_tokens.weight",), _as_it_is
+    ),
+    ("norm", "scale"): _Source(("model.norm.weight",), _as_it_is),
   }
   if not config.tie_word_embeddings:
-    sources["lm_head", "kernel"] = ("lm_head.weight",)
+    sources["lm_head", "kernel"] = _Source(("lm_head.weight",), _kernel)
+  of_layer = {
+    ("input_norm", "scale"): (("input_layernorm",), _as_it_is),
+    ("mlp_norm", "scale"): (("post_attention_layernorm",), _as_it_is),
+    ("attention", "qkv_proj", "kernel"): (
+      ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+      qkv,
+    ),
+    ("attention", "o_proj", "kernel"): (("self_attn.o_proj",), _kernel),
+    ("mlp", "gate_up_proj", "kernel"): (
+      ("mlp.gate_proj", "mlp.up_proj"),
+      _gate_up,
+    ),
+    ("mlp", "down_proj", "kernel"): (("mlp.down_proj",), _kernel),
+  }
   for i in range(config.num_layers):
-    at, name = ("layers", i), f"model.layers.{i}"
-    products = lambda part, *which, name=name: tuple(
-      f"{name}.{part}.{each}_proj.weight" for each in which
-    )
-    sources |= {
-      (*at, "input_norm", "scale"): (f"{name}.input_layernorm.weight",),
-      (*at, "mlp_norm", "scale"): (f"{name}.post_attention_layernorm.weight",),
-      (*at, "attention", "qkv_proj", "kernel"): products(
-        "self_attn", "q", "k", "v"
-      ),
-      (*at, "attention", "o_proj", "kernel"): products("self_attn", "o"),
-      (*at, "mlp", "gate_up_proj", "kernel"): products("mlp", "gate", "up"),
-      (*at, "mlp", "down_proj", "kernel"): products("mlp", "down"),
-    }
+    for path, (parts, combine) in of_layer.items():
+      names = tuple(f"model.layers.{i}.{part}.weight" for part in parts)
+      sources["blocks", i, *path] = _Source(names, combine)
   return sources

@@ -1,7 +1,5 @@
 """Self-attention over a paged KV cache, as a Flax NNX module."""
 
-import dataclasses
-import typing
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -9,18 +7,17 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from paged_jax.kv import pool as kv_pool
-from paged_jax.kv import quantised
-from paged_jax.kv.cache import PagedCache, Step
+from paged_jax.kv.cache import PagedCache
+from paged_jax.kv.step import Step
 from paged_jax.nn.rotary import apply_rotary
-from paged_jax.ops import attention
+from paged_jax.ops.layer import attend_layer
 
 
 class PagedAttention(nnx.Module):
-  """Grouped-query causal attention whose K and V live in pages.
+  """Grouped-query causal attention: projections, rotary, `attend_layer`.
 
   The cache is passed in and returned, never mutated: jit, scan and while_loop
-  see an ordinary value. It says by which implementation it is written and read.
+  see an ordinary value.
 
   Example:
     cache, step = begin_step(cache, q_lens, num_tokens=x.shape[0])
@@ -53,16 +50,15 @@ class PagedAttention(nnx.Module):
       num_q_heads: Query heads, a multiple of `num_kv_heads`.
       num_kv_heads: Key and value heads.
       head_dim: Width of one head, even.
-      layer: Which layer of the pool this module writes and reads.
-      rope_theta: Base of the rotary frequencies; None leaves q and k as they
-        are.
-      sliding_window: See `paged_jax.paged_attention`, as for the next six.
+      layer: The model's number of this layer.
+      rope_theta: Base of the rotary frequencies; None does not rotate q and k.
+      sliding_window: See `attend_layer`, as for the next five.
       num_sink_tokens: First tokens that stay visible besides the window.
       logits_soft_cap: Soft cap of the logits.
       scale: Multiplies the logits; `head_dim ** -0.5` if None.
       alibi_slopes: Constants, one for each query head: head `i` of `n`, a power
-        of two, has `2 ** (-8 * (i + 1) / n)` in the paper on ALiBi. Models that
-        have them have no rotary embedding.
+        of two, has `2 ** (-8 * (i + 1) / n)` in the paper on ALiBi. Models with
+        ALiBi have no rotary embedding.
       batch_invariant: Whether a row must not depend on other rows.
       dtype: Of the computation; that of the input and parameters if None.
       param_dtype: Of the parameters.
@@ -98,72 +94,58 @@ class PagedAttention(nnx.Module):
       use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
     )
     num_heads = num_q_heads + 2 * num_kv_heads
-    # One product for q, k and v: three small ones cost more at decode.
+    # One product for q, k and v: three small ones cost more at decode. Its
+    # columns are ordered by KV head (its query heads, its key, its value), so
+    # that a shard that divides the KV heads is a plain slice.
     self.qkv_proj = nnx.Linear(hidden_size, num_heads * head_dim, **linear)
     self.o_proj = nnx.Linear(num_q_heads * head_dim, hidden_size, **linear)
 
   def __call__(
     self,
-    x: Float[Array, "num_tokens hidden_size"],
-    cache: PagedCache,
-    step: Step,
-  ) -> tuple[Array, PagedCache]:
+    x: Float[Array, "*tokens hidden_size"],
+    cache: PagedCache | None,
+    step: Step | None,
+  ) -> tuple[Float[Array, "*tokens hidden_size"], PagedCache | None]:
     """Returns the output, and the cache with this layer's K and V written.
 
     Args:
-      x: [num_tokens, hidden_size], the flat tokens of the step.
-      cache: The cache, after `begin_step` or `begin_decode`.
-      step: What they returned.
+      x: [num_tokens, hidden_size], the flat tokens of the step; or
+        [batch, length, hidden_size] after `begin_padded`.
+      cache: The cache, after `begin_step` or `begin_padded`; None attends
+        without a cache, as `attend_layer`.
+      step: What they returned; None with `cache`.
 
     Returns:
-      [num_tokens, hidden_size] and the next cache.
+      The output in the shape of `x`, and the next cache.
     """
-    num_tokens = x.shape[0]
-    qkv = self.qkv_proj(x).reshape(num_tokens, -1, self.head_dim)
-    ends = (self.num_q_heads, self.num_q_heads + self.num_kv_heads)
-    q, k, v = jnp.split(qkv, ends, axis=1)
+    tokens = x.shape[:-1]
+    qkv = self.qkv_proj(x).reshape(*tokens, self.num_kv_heads, -1)
+    group = self.num_q_heads // self.num_kv_heads
+    qkv = qkv.reshape(*tokens, self.num_kv_heads, group + 2, self.head_dim)
+    q = qkv[..., :group, :].reshape(*tokens, self.num_q_heads, self.head_dim)
+    k, v = qkv[..., group, :], qkv[..., group + 1, :]
     if self.rope_theta is not None:
-      q = apply_rotary(q, step.positions, self.rope_theta)
-      k = apply_rotary(k, step.positions, self.rope_theta)
-    pool = kv_pool.write(
-      cache.pool,
-      self.layer,
-      k,
-      v,
-      step.slots,
-      debug=cache.table.debug,
-      implementation=cache.implementation,
-    )
-    cache = dataclasses.replace(cache, pool=pool)
-    q = q.astype(quantised.query_dtype(q.dtype, pool.k.dtype))
-    out = self._attend(q, cache, step)
-    out = out.astype(x.dtype).reshape(num_tokens, -1)
-    return self.o_proj(out), cache
-
-  def _attend(self, q: Array, cache: PagedCache, step: Step) -> Array:
-    pages = kv_pool.layer_pages(
-      cache.pool, self.layer, cache.table.page_indices
-    )
+      length = tokens[-1]
+      positions = (
+        jnp.arange(length, dtype=jnp.int32) if step is None else step.positions
+      )
+      q = apply_rotary(q, positions, self.rope_theta)
+      k = apply_rotary(k, positions, self.rope_theta)
     slopes = self.alibi_slopes
     if slopes is not None:
       slopes = jnp.asarray(slopes, jnp.float32)
-    options = dict(
-      k_scales=pages.k_scales,
-      v_scales=pages.v_scales,
+    out, cache = attend_layer(
+      q,
+      k,
+      v,
+      cache,
+      step,
+      self.layer,
       scale=self.scale,
       sliding_window=self.sliding_window,
       num_sink_tokens=self.num_sink_tokens,
       logits_soft_cap=self.logits_soft_cap,
       batch_invariant=self.batch_invariant,
       alibi_slopes=slopes,
-      implementation=cache.implementation,
     )
-    paged = (pages.k_pages, pages.v_pages, step.kv_lens, pages.page_indices)
-    if step.is_decode:
-      out = attention.paged_attention(q, *paged, **options)
-    else:
-      num_active = cache.table.num_seqs
-      out = attention.ragged_paged_attention(
-        q, *paged, step.cu_q_lens, num_active, **options
-      )
-    return typing.cast(Array, out)  # no LSE asked for
+    return self.o_proj(out.reshape(*tokens, -1)), cache

@@ -5,17 +5,17 @@ from jaxtyping import Array, Float, Int
 
 
 def apply_rotary(
-  x: Float[Array, "num_tokens num_heads head_dim"],
-  positions: Int[Array, " num_tokens"],
+  x: Float[Array, "*tokens num_heads head_dim"],
+  positions: Int[Array, "*positions"],
   theta: float,
-) -> Float[Array, "num_tokens num_heads head_dim"]:
+) -> Float[Array, "*tokens num_heads head_dim"]:
   """Rotates each pair `(x[i], x[i + head_dim / 2])` by its position's angle.
 
-  Angle of pair `i` at position `p`: `p * theta ** (-2 i / head_dim)`.
+  The angle of pair `i` at position `p` is `p * theta ** (-2 i / head_dim)`.
 
   Args:
-    x: [num_tokens, num_heads, head_dim], queries or keys; head_dim is even.
-    positions: i32[num_tokens].
+    x: [..., num_heads, head_dim], queries or keys; head_dim is even.
+    positions: i32, of the last axes of the tokens `[...]`, or of all.
     theta: Base of the frequencies.
 
   Returns:
@@ -23,9 +23,12 @@ def apply_rotary(
   """
   half = x.shape[-1] // 2
   exponent = jnp.arange(half, dtype=jnp.float32) / half
-  frequency = theta**-exponent
-  angle = positions.astype(jnp.float32)[:, None] * frequency[None]
-  cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+  frequency = (theta**-exponent).reshape(*[1] * positions.ndim, half)
+  angle = positions.astype(jnp.float32)[..., None] * frequency
+  # One axis for the heads, and those that positions lack in front.
+  missing = x.ndim - 1 - angle.ndim
+  angle = angle.reshape(*[1] * missing, *angle.shape[:-1], 1, half)
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return rotated.astype(x.dtype)

@@ -6,26 +6,30 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from paged_jax.page_table._check import checked
-from paged_jax.page_table._state import (
-  Changed,
-  PageTable,
-  first_to_name,
-  integers,
-  mapped,
-)
+from paged_jax.page_table._requests import requested
+from paged_jax.page_table._state import Changed, PageTable, mapped
 
 # A tenant with this quota may have any number of pages.
 NO_QUOTA = 2**31 - 1
 
 
-def tenant_pages(table: PageTable) -> Int[Array, " num_tenants"]:
+def tenant_pages(table: PageTable) -> Int[Array, " num_tenants"] | None:
   """Returns i32[num_tenants]: pages that the rows of each tenant name.
 
-  A page that several rows share counts once for each of them, so that what a
-  tenant uses does not depend on what others do.
+  A page that several rows share counts once for each of them, so that the use
+  of a tenant does not depend on the others. None if the table has no quotas.
   """
+  if table.quotas is None:
+    return None
+  return pages_of_tenants(table, table.num_tenants)
+
+
+def pages_of_tenants(
+  table: PageTable, num_tenants: int
+) -> Int[Array, " num_tenants"]:
+  """Returns `tenant_pages` of a table that has quotas."""
   used = jnp.sum(mapped(table), axis=1, dtype=jnp.int32)
-  nobody = jnp.zeros_like(table.quotas)
+  nobody = jnp.zeros(num_tenants, jnp.int32)
   return nobody.at[table.tenants].add(used, mode="drop")
 
 
@@ -46,9 +50,10 @@ def allows(
     need: i32[num_entries], pages it asks for, at least 0.
     ahead: bool, `[i, j]`: entry j comes before entry i.
   """
-  if not table.num_tenants:
+  if table.quotas is None:
     return jnp.ones(need.shape, bool)
-  room = (table.quotas - tenant_pages(table)).at[tenants].get(mode="clip")
+  uses = pages_of_tenants(table, table.num_tenants)
+  room = (table.quotas - uses).at[tenants].get(mode="clip")
   same = tenants[:, None] == tenants[None]
   total = need + jnp.sum(jnp.where(ahead & same, need[None], 0), axis=1)
   return (need == 0) | (total <= room)
@@ -81,15 +86,11 @@ def assign(
   Raises:
     ValueError: If an argument has another shape or is not an integer.
   """
-  shape = jnp.shape(seq)
-  row = integers(seq, shape, "seq").reshape(-1)
-  owner = integers(tenant, shape, "tenant").reshape(-1)
-  asks = row != table.num_seqs
-  exists = (row >= 0) & (row < table.num_seqs)
+  requests = requested(table, seq, "seq")
+  row, owner = requests.rows, requests.flat(tenant, "tenant")
   empty = table.kv_lens.at[row].get(mode="clip") == 0
   known = (owner >= 0) & (owner < max(1, table.num_tenants))
-  done = asks & exists & empty & known & first_to_name(row, asks)
+  done = requests.valid & empty & known
   where = jnp.where(done, row, table.num_seqs)
   tenants = table.tenants.at[where].set(owner, mode="drop")
-  ok = (done | ~asks).reshape(shape)
-  return Changed(table=dataclasses.replace(table, tenants=tenants), ok=ok)
+  return requests.result(dataclasses.replace(table, tenants=tenants), done)

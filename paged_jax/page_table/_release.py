@@ -6,12 +6,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from paged_jax.page_table._check import checked
+from paged_jax.page_table._requests import requested
 from paged_jax.page_table._stack import give_back
 from paged_jax.page_table._state import (
   Changed,
   PageTable,
   check_rows,
-  first_to_name,
   integers,
   mapped,
   pages_for,
@@ -68,11 +68,9 @@ def truncate(
   Raises:
     ValueError: If an argument has another shape or is not an integer.
   """
-  shape = jnp.shape(seq)
-  row = integers(seq, shape, "seq").reshape(-1)
-  length = integers(new_len, shape, "new_len").reshape(-1)
-  asks = row != table.num_seqs
-  done = asks & (row >= 0) & (row < table.num_seqs) & first_to_name(row, asks)
+  requests = requested(table, seq, "seq")
+  row, length = requests.rows, requests.flat(new_len, "new_len")
+  done = requests.valid
   done &= length <= table.kv_lens.at[row].get(mode="clip")
   done &= length >= table.min_lens.at[row].get(mode="clip")  # at least 0
 
@@ -88,7 +86,7 @@ def truncate(
     page_indices=table.page_indices.at[where].set(entries, mode="drop"),
     kv_lens=table.kv_lens.at[where].set(length, mode="drop"),
   )
-  return Changed(table=table, ok=(done | ~asks).reshape(shape))
+  return requests.result(table, done)
 
 
 @checked

@@ -7,11 +7,11 @@ from jaxtyping import Array, Int
 
 from paged_jax.page_table import _quota
 from paged_jax.page_table._check import checked
+from paged_jax.page_table._requests import requested
 from paged_jax.page_table._stack import count_in, give_back
 from paged_jax.page_table._state import (
   Changed,
   PageTable,
-  first_to_name,
   integers,
   pages_for,
 )
@@ -48,10 +48,11 @@ def fork(
   """
   shape = jnp.shape(src)
   src = integers(src, shape, "src").reshape(-1)
-  dst = integers(dst, shape, "dst").reshape(-1)
-  nobody = table.num_seqs
-  asks = (src != nobody) & (dst != nobody)
-  done = asks & (src >= 0) & (src < nobody) & first_to_name(dst, asks)
+  if jnp.shape(dst) != shape:
+    raise ValueError(f"dst must have shape {shape}, got {jnp.shape(dst)}.")
+  requests = requested(table, dst, "dst", also=src != table.num_seqs)
+  dst = requests.rows
+  done = requests.valid & (src >= 0) & (src < table.num_seqs)
   done &= _is_empty(table, dst)
 
   entries = table.page_indices.at[src].get(mode="clip")
@@ -63,15 +64,15 @@ def fork(
   lens = table.kv_lens.at[src].get(mode="clip")
   floor = table.min_lens.at[src].get(mode="clip")
   table = _start(table, done, dst, entries, lens, floor)
-  return Changed(table=table, ok=(done | ~asks).reshape(shape))
+  return requests.result(table, done)
 
 
 @checked
 def permute(table: PageTable, parents: Int[Array, " num_seqs"]) -> Changed:
   """Makes each row a fork of an old row, all at once: a beam reorder.
 
-  No page is moved. A row that is nobody's parent gives back what it alone had.
-  Rows keep their tenants.
+  No page is moved. Rows that no one descends from release the pages that only
+  they referenced. Rows keep their tenants.
 
   Args:
     table: The current table.
@@ -89,9 +90,11 @@ def permute(table: PageTable, parents: Int[Array, " num_seqs"]) -> Changed:
   num_seqs = table.num_seqs
   parents = integers(parents, (num_seqs,), "parents")
   ok = jnp.all((parents >= 0) & (parents <= num_seqs))
-  if table.num_tenants:
-    uses = _quota.tenant_pages(table)
-    would_use = _quota.tenant_pages(_reordered(table, parents))
+  if table.quotas is not None:
+    uses, would_use = (
+      _quota.pages_of_tenants(each, table.num_tenants)
+      for each in (table, _reordered(table, parents))
+    )
     ok &= jnp.all((would_use <= uses) | (would_use <= table.quotas))
   itself = jnp.arange(num_seqs, dtype=jnp.int32)
   after = _reordered(table, jnp.where(ok, parents, itself))
@@ -139,16 +142,15 @@ def adopt(
   Raises:
     ValueError: If an argument has another shape or is not an integer.
   """
-  shape, width = jnp.shape(seq), table.pages_per_seq
-  row = integers(seq, shape, "seq").reshape(-1)
+  requests, width = requested(table, seq, "seq"), table.pages_per_seq
+  row, shape = requests.rows, requests.shape
   entries = integers(pages, (*shape, width), "pages").reshape(-1, width)
-  lens = integers(kv_len, shape, "kv_len").reshape(-1)
+  lens = requests.flat(kv_len, "kv_len")
   floor = integers(min_len, jnp.shape(min_len), "min_len")
   if floor.shape not in ((), shape):
     raise ValueError(f"min_len must have shape {shape}, got {floor.shape}.")
   floor = jnp.broadcast_to(floor.reshape(-1), lens.shape)
-  asks = row != table.num_seqs
-  done = asks & _is_empty(table, row) & first_to_name(row, asks)
+  done = requests.valid & _is_empty(table, row)
   done &= (lens >= 0) & (lens <= table.max_len)
   done &= (floor >= 0) & (floor <= lens)
 
@@ -169,7 +171,7 @@ def adopt(
   done &= _quota.allows_in_turn(table, owner, need)
   floor = jnp.where(jnp.any(is_used & is_hole, axis=1), floor, 0)
   table = _start(table, done, row, entries, lens, floor)
-  return Changed(table=table, ok=(done | ~asks).reshape(shape))
+  return requests.result(table, done)
 
 
 @checked

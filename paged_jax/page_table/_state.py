@@ -30,7 +30,7 @@ class PageTable:
   free_pages: Leaf  # i32[num_pages], a stack: the first num_free are free
   num_free: Leaf  # i32[]
   tenants: Leaf  # i32[num_seqs], whose quota the row's pages count against
-  quotas: Leaf  # i32[num_tenants], most pages; of length 0: no limits at all
+  quotas: Leaf | None  # i32[num_tenants], most pages; None: no limits at all
   page_size: int = dataclasses.field(metadata=dict(static=True))  # tokens
   # Whether transitions check their result (see `assert_valid`).
   debug: bool = dataclasses.field(default=False, metadata=dict(static=True))
@@ -53,7 +53,7 @@ class PageTable:
   @property
   def num_tenants(self) -> int:
     """Tenants that have a quota; 0 where nothing is limited."""
-    return self.quotas.shape[0]
+    return 0 if self.quotas is None else self.quotas.shape[0]
 
   @property
   def max_len(self) -> int:
@@ -108,7 +108,7 @@ def init(
     free_pages=jnp.arange(num_pages - 1, -1, -1, dtype=jnp.int32),
     num_free=jnp.asarray(num_pages, jnp.int32),
     tenants=jnp.asarray(owners, jnp.int32),
-    quotas=jnp.asarray(limits, jnp.int32),
+    quotas=None if limits is None else jnp.asarray(limits, jnp.int32),
     page_size=page_size,
     debug=debug,
   )
@@ -207,7 +207,8 @@ def _tenancy(
   num_seqs: int,
   tenants: Sequence[int] | None,
   quotas: Sequence[int] | None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray | None]:
+  """Returns the tenant of each row, and the quotas if there are any."""
   limits = np.asarray(() if quotas is None else quotas, np.int64)
   owners = np.asarray([0] * num_seqs if tenants is None else tenants, np.int64)
   if limits.ndim != 1 or (limits < 0).any() or (limits >= 2**31).any():
@@ -216,4 +217,4 @@ def _tenancy(
     raise ValueError(f"{tenants=} must have one entry for each row.")
   if (owners < 0).any() or (owners >= max(1, limits.size)).any():
     raise ValueError(f"{tenants=} must be in [0, {max(1, limits.size)}).")
-  return owners, limits
+  return owners, limits if limits.size else None

@@ -29,7 +29,7 @@ class Stats:
   # What a buffer of max_len for each live row would take, less what is used.
   pages_saved: Leaf  # i32
   bytes_saved: Leaf  # f32
-  tenant_pages: Leaf  # i32[num_tenants]
+  tenant_pages: Leaf | None  # i32[num_tenants]; None without quotas
 
 
 def stats(table: PageTable, page_bytes: int = 0) -> Stats:
@@ -37,7 +37,7 @@ def stats(table: PageTable, page_bytes: int = 0) -> Stats:
 
   Args:
     table: The table.
-    page_bytes: Bytes of a page (see `kv_pool.page_bytes`), for `bytes_saved`.
+    page_bytes: Bytes of a page (see `kv.layout.KVLayout`), for `bytes_saved`.
   """
   page_size = table.page_size
   column = jnp.arange(table.pages_per_seq, dtype=jnp.int32)

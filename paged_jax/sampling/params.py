@@ -1,8 +1,4 @@
-"""How the next token is chosen, row by row, inside jit.
-
-Every option is an array over the rows, so that a batch may mix them and no
-value compiles anything anew.
-"""
+"""How a sequence is continued: parameters, and their arrays for a batch."""
 
 import dataclasses
 import math
@@ -11,10 +7,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Float, Int
 
 from paged_jax.typing import Leaf
+from pallas_kernels.common.rounding import next_power_of_two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +24,8 @@ class SamplingParams:
       (Holtzman et al., 2020), in (0, 1]; after `top_k`.
     min_p: Keeps tokens of at least this share of the top token's probability,
       in [0, 1].
-    seed: Of this sequence's random numbers, in [0, 2**32). They depend on
-      nothing else: neither on batchmates nor on the row.
+    seed: Of this sequence's random numbers, in [0, 2**32). They do not depend
+      on batchmates or on the row.
     stop_token_ids: Tokens that end the sequence; the one that did is kept.
   """
 
@@ -72,100 +67,65 @@ def _check_integer(name: str, value: object) -> None:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SamplingArrays:
-  """The `SamplingParams` of a batch."""
+class Filters:
+  """Options that leave out unlikely tokens. They need a sort of the logits."""
 
-  temperature: Leaf  # f32[num_seqs]
   top_k: Leaf  # i32[num_seqs], vocab_size or more keeps all
   top_p: Leaf  # f32[num_seqs]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draws:
+  """Options of rows that draw at random."""
+
+  temperature: Leaf  # f32[num_seqs], 0 takes the most likely token
   min_p: Leaf  # f32[num_seqs]
   seed: Leaf  # u32[num_seqs]
+  filters: Filters | None  # None if no row has any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingArrays:
+  """The `SamplingParams` of a batch.
+
+  Whether any row draws, and whether any row filters, is part of the structure,
+  and so of the compiled program; their values are not.
+  """
+
   stop_ids: Leaf  # i32[num_seqs, most_stop_ids], NO_TOKEN where fewer
+  draws: Draws | None  # None if all rows take the most likely token
 
 
 NO_TOKEN = -1  # compared with token ids only, never an index
+_KEEP_ALL = 2**31 - 1
 
 
 def stack(params: Sequence[SamplingParams]) -> SamplingArrays:
   """Returns the parameters of a batch as arrays, one row each."""
   most = max(len(p.stop_token_ids) for p in params)
   # Few widths, so that few programs are compiled.
-  width = 1 << max(0, most - 1).bit_length()
+  width = next_power_of_two(most)
   stop_ids = np.full((len(params), width), NO_TOKEN, np.int32)
   for row, p in zip(stop_ids, params, strict=True):
     row[: len(p.stop_token_ids)] = p.stop_token_ids
-  gather = lambda name, dtype: jnp.asarray(
+  column = lambda name, dtype: jnp.asarray(
     np.array([getattr(p, name) for p in params], dtype)
   )
-  top_k = [min(p.top_k or np.iinfo(np.int32).max, 2**31 - 1) for p in params]
-  return SamplingArrays(
-    temperature=gather("temperature", np.float32),
-    top_k=jnp.asarray(np.array(top_k, np.int32)),
-    top_p=gather("top_p", np.float32),
-    min_p=gather("min_p", np.float32),
-    seed=gather("seed", np.uint32),
-    stop_ids=jnp.asarray(stop_ids),
-  )
-
-
-def sample(
-  logits: Float[Array, "num_seqs vocab_size"],
-  arrays: SamplingArrays,
-  index: Int[Array, " num_seqs"],
-) -> Int[Array, " num_seqs"]:
-  """Returns the next token of every row.
-
-  Args:
-    logits: f32[num_seqs, vocab_size].
-    arrays: How each row samples.
-    index: i32[num_seqs], how many tokens each row has sampled before; with the
-      seed it fixes the random numbers.
-  """
-  greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-  def draw():
-    keys = jax.vmap(
-      lambda seed, i: jax.random.fold_in(jax.random.key(seed), i)
-    )(arrays.seed, index)
-    kept = _keep(logits, arrays)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    drawn = jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
-    return jnp.where(arrays.temperature > 0, drawn, greedy)
-
-  return lax.cond(jnp.any(arrays.temperature > 0), draw, lambda: greedy)
-
-
-def is_stop(tokens: Int[Array, " num_seqs"], arrays: SamplingArrays) -> Array:
-  """Returns bool[num_seqs], whether each row's token ends it."""
-  return jnp.any(tokens[:, None] == arrays.stop_ids, axis=-1)
-
-
-def _keep(logits: Array, arrays: SamplingArrays) -> Array:
-  """Returns tempered logits, -inf where top-k, top-p or min-p leaves out."""
-  temperature = jnp.where(arrays.temperature > 0, arrays.temperature, 1.0)
-  # The top is then 0, however small the temperature, and stays finite.
-  logits = logits - jnp.max(logits, axis=-1, keepdims=True)
-  logits = logits / temperature[:, None]
-  wants_sort = (arrays.top_k < logits.shape[-1]) | (arrays.top_p < 1)
-  # A sort of the vocabulary costs more than all the rest: only if asked for.
-  least = lax.cond(
-    jnp.any(wants_sort),
-    lambda: _least_kept(logits, arrays),
-    lambda: jnp.full(logits.shape[:1], -jnp.inf, logits.dtype),
-  )
-  top = jnp.max(logits, axis=-1)
-  least = jnp.maximum(least, top + jnp.log(arrays.min_p))
-  # Rounding must not leave out the top token itself.
-  least = jnp.minimum(least, top)
-  return jnp.where(logits >= least[:, None], logits, -jnp.inf)
-
-
-def _least_kept(logits: Array, arrays: SamplingArrays) -> Array:
-  """Returns the smallest logit that top-k and then top-p keep, per row."""
-  ordered = jnp.sort(logits, axis=-1, descending=True)
-  rank = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-  in_top_k = rank[None] < arrays.top_k[:, None]
-  probability = jax.nn.softmax(ordered, axis=-1, where=in_top_k)
-  before = jnp.cumsum(probability, axis=-1) - probability
-  kept = in_top_k & ((before < arrays.top_p[:, None]) | (rank[None] == 0))
-  return jnp.min(ordered, axis=-1, where=kept, initial=jnp.inf)
+  drawing = [p for p in params if p.temperature > 0]
+  draws = filters = None
+  if any(p.top_k or p.top_p < 1 for p in drawing):
+    top_k = [min(p.top_k or _KEEP_ALL, _KEEP_ALL) for p in params]
+    filters = Filters(
+      top_k=jnp.asarray(np.array(top_k, np.int32)),
+      top_p=column("top_p", np.float32),
+    )
+  if drawing:
+    draws = Draws(
+      temperature=column("temperature", np.float32),
+      min_p=column("min_p", np.float32),
+      seed=column("seed", np.uint32),
+      filters=filters,
+    )
+  return SamplingArrays(stop_ids=jnp.asarray(stop_ids), draws=draws)

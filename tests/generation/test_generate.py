@@ -1,7 +1,5 @@
 import dataclasses
 import functools
-import importlib
-import itertools
 
 import chex
 import jax
@@ -11,15 +9,18 @@ import oracle
 import pytest
 import tiny_llama
 
-from paged_jax import devices, sampling
+from paged_jax import PagedCache, devices, sampling
 from paged_jax.generation import (
   CacheConfig,
   SamplingParams,
   generate,
+  join,
   loop,
+  programs,
   stream,
 )
-from paged_jax.kv import cache as paged_cache
+from paged_jax.generation import rows as rows_lib
+from paged_jax.generation.rows import Status
 from paged_jax.models import llama
 
 LENS = [1, 7, 8, 9, 17, 30]
@@ -161,33 +162,31 @@ def test_a_prompt_that_is_refused_on_the_device_never_samples():
   # Of 4 pages, the first prompt needs 2 and the second 3: its second chunk is
   # refused, and no later chunk is stored in its place.
   run = _Loop([9, 23, 5], [3, 3, 3], num_pages=4, chunk=16)
-  state = run.prefilled()
-  assert state.status.tolist()[:3] == [
-    loop.RUNNING,
-    loop.OUT_OF_PAGES,
-    loop.RUNNING,
+  rows = run.prefilled()
+  assert rows.status.tolist()[:3] == [
+    Status.RUNNING,
+    Status.OUT_OF_PAGES,
+    Status.RUNNING,
   ]
-  assert state.num_new.tolist() == [1, 0, 1, 0]
-  assert state.cache.table.kv_lens.tolist() == [9, 0, 5, 0]
-  state = loop.decode(*run.decode_args(state))
+  assert rows.num_new.tolist() == [1, 0, 1, 0]
+  assert rows.cache.kv_lens.tolist() == [9, 0, 5, 0]
+  rows = run.decoded(rows)
   for row, length in ((0, 9), (2, 5)):
-    assert state.tokens[row, :3].tolist() == _expected(length)[0][:3]
-  assert not state.tokens[1].any()
+    assert rows.tokens[row, :3].tolist() == _expected(length)[0][:3]
+  assert not rows.tokens[1].any()
 
 
 def _kernels(implementation):
   config = dataclasses.replace(tiny_llama.CONFIG, head_dim=64)
   run = _Loop([9], [3], config=config, implementation=implementation)
-  state = jax.eval_shape(run.prefilled)
-  programs = (
+  traced = (
     jax.jit(loop.prefill, static_argnames="chunk").trace(
-      run.model, run.cache, run.tokens, run.lens, chunk=32
+      run.model, run.rows, run.tokens, run.lens, chunk=32
     ),
-    jax.jit(loop.decode).trace(*run.decode_args(state)),
+    jax.jit(loop.decode).trace(run.model, run.rows, 100),
   )
   texts = [
-    program.lower(lowering_platforms=("cuda",)).as_text()
-    for program in programs
+    program.lower(lowering_platforms=("cuda",)).as_text() for program in traced
   ]
   names = "ragged_attention", "paged_decode", "write_tokens", "copy_pages"
   return tuple({n for n in names if n in text} for text in texts)
@@ -212,16 +211,26 @@ def test_generate_hands_the_implementation_to_its_cache():
     CacheConfig(implementation="cuda")
 
 
-def test_stream_grows_to_what_generate_returns():
-  whole = _greedy()
+def test_stream_yields_what_generate_returns_step_by_step():
+  whole = _greedy(with_logprobs=True)
   params = SamplingParams(max_new_tokens=NUM_NEW)
-  snapshots = list(stream(tiny_llama.model(), _prompts(), params, interval=3))
-  assert snapshots[-1] == whole
-  assert len(snapshots) == 1 + -(-(NUM_NEW - 1) // 3)
-  for before, after in itertools.pairwise(snapshots):
-    for a, b in zip(before, after, strict=True):
-      assert b.token_ids[: len(a.token_ids)] == a.token_ids
-      assert a.finish_reason is None
+  items = list(
+    stream(tiny_llama.model(), _prompts(), params, with_logprobs=True)
+  )
+  assert len(items) == NUM_NEW
+  assert join(items) == whole
+  for item in items:
+    assert [len(completion.token_ids) for completion in item] == [1] * 6
+    assert [len(completion.logprobs) for completion in item] == [1] * 6
+  assert {c.finish_reason for item in items[:-1] for c in item} == {None}
+
+
+def test_stream_says_nothing_of_rows_that_have_ended():
+  params = [SamplingParams(max_new_tokens=n) for n in (2, 5)]
+  items = list(stream(tiny_llama.model(), _prompts([9, 17]), params))
+  lens = [[len(completion.token_ids) for completion in item] for item in items]
+  assert lens == [[1, 1], [1, 1], [0, 1], [0, 1], [0, 1]]
+  assert [item[0].finish_reason for item in items] == [None] + ["length"] * 4
 
 
 def test_sampled_tokens_depend_on_the_seed_and_not_on_the_batch():
@@ -242,7 +251,7 @@ def test_sampled_tokens_depend_on_the_seed_and_not_on_the_batch():
 
 
 class _Loop:
-  """The compiled loops on the tiny model, as `generate` runs them."""
+  """The compiled loops on the tiny model, as a caller that embeds them."""
 
   def __init__(
     self,
@@ -256,86 +265,75 @@ class _Loop:
     implementation=None,
   ):
     dtype = "float32" if config is None else "bfloat16"
-    config = config or tiny_llama.CONFIG
-    self.model = tiny_llama.model(config, dtype)
+    self.model = tiny_llama.model(config or tiny_llama.CONFIG, dtype)
     self.lens = jnp.asarray(lens + [0] * (rows - len(lens)), jnp.int32)
-    self.max_new = jnp.asarray(num_new + [1] * (rows - len(num_new)), jnp.int32)
-    self.how = sampling.stack([SamplingParams()] * rows)
-    self.cache = paged_cache.init(
+    self.chunk = chunk
+    cache_config = CacheConfig(
       num_pages=num_pages,
       page_size=8,
       num_seqs=rows,
-      pages_per_seq=16,
-      num_layers=config.num_layers,
-      num_kv_heads=config.num_kv_heads,
-      head_dim=config.head_dim,
+      max_len=128,
       dtype=kv_dtype or dtype,
       implementation=implementation,
     )
-    self.chunk = chunk
+    self.rows = rows_lib.init(
+      PagedCache.init(self.model.layers, cache_config),
+      sampling.stack([SamplingParams()] * rows),
+      jnp.asarray(num_new + [1] * (rows - len(num_new)), jnp.int32),
+      status=jnp.where(self.lens > 0, Status.RUNNING, Status.LENGTH),
+      capacity=32,
+    )
     flat = [token for prompt in _prompts(lens) for token in prompt]
     self.tokens = (
       jnp.zeros(64, jnp.int32).at[: len(flat)].set(jnp.asarray(flat, jnp.int32))
     )
 
   def prefilled(self):
-    cache, logits, ok = jax.jit(loop.prefill, static_argnames="chunk")(
-      self.model, self.cache, self.tokens, self.lens, chunk=self.chunk
-    )
-    return loop.start(
-      cache,
-      logits,
-      ok,
-      jnp.where(self.lens > 0, loop.RUNNING, loop.LENGTH),
-      self.max_new,
-      self.how,
-      capacity=32,
-      with_logprobs=False,
+    return jax.jit(loop.prefill, static_argnames="chunk")(
+      self.model, self.rows, self.tokens, self.lens, chunk=self.chunk
     )
 
-  def decode_args(self, state, num_steps=100):
-    steps = jnp.asarray(num_steps, jnp.int32)
-    return self.model, state, self.max_new, self.how, steps
+  def decoded(self, rows=None, num_steps=100):
+    rows = self.prefilled() if rows is None else rows
+    return loop.decode(self.model, rows, num_steps)
+
+
+def _table(rows):
+  return rows.cache.groups[0].table
 
 
 def test_swapping_two_live_pages_changes_the_tokens():
   # Of two sequences: within one, keys keep the position they were written
   # with, and attention does not mind their order.
   run = _Loop([30, 17], [NUM_NEW, NUM_NEW])
-  state = run.prefilled()
-  right = loop.decode(*run.decode_args(state))
+  rows = run.prefilled()
+  right = run.decoded(rows)
   assert right.tokens[0, :NUM_NEW].tolist() == _expected(30)[0]
   assert right.tokens[1, :NUM_NEW].tolist() == _expected(17)[0]
-  table = state.cache.table
+  table = _table(rows)
   swapped = table.page_indices.at[:2, 0].set(table.page_indices[1::-1, 0])
   table = dataclasses.replace(table, page_indices=swapped)
-  state = dataclasses.replace(
-    state, cache=dataclasses.replace(state.cache, table=table)
-  )
-  wrong = loop.decode(*run.decode_args(state))
+  rows = dataclasses.replace(rows, cache=rows.cache.with_tables([table]))
+  wrong = run.decoded(rows)
   assert wrong.tokens[0, :NUM_NEW].tolist() != _expected(30)[0]
   assert wrong.tokens[1, :NUM_NEW].tolist() != _expected(17)[0]
 
 
 def test_every_page_is_free_when_all_have_ended():
-  run = _Loop([30, 9, 1], [3, 20, 7])
-  state = loop.decode(*run.decode_args(run.prefilled()))
-  table = state.cache.table
+  table = _table(_Loop([30, 9, 1], [3, 20, 7]).decoded())
   assert int(table.num_free) == table.num_pages
   assert not np.asarray(table.ref_counts).any()
   assert not np.asarray(table.kv_lens).any()
 
 
 def test_batches_of_a_bucket_share_their_programs():
-  generation = importlib.import_module("paged_jax.generation.driver")
-  programs = lambda: [
-    f._cache_size()
-    for f in (generation._prefill, generation._start, generation._decode)
+  compiled = lambda: [
+    f._cache_size() for f in (programs.prefill_step, programs.decode_step)
   ]
-  before = programs()
+  before = compiled()
   for lens, num_new in [([1, 9, 30], 3), ([17, 8, 7, 1], 20), ([5, 5, 5], 60)]:
     _greedy(lens, num_new, page_size=24)  # a size that no other test has
-    assert programs() == [n + 1 for n in before]
+    assert compiled() == [n + 1 for n in before]
 
 
 def test_the_decode_loop_is_traced_once_whatever_the_lengths():
@@ -343,19 +341,25 @@ def test_the_decode_loop_is_traced_once_whatever_the_lengths():
   decode = jax.jit(chex.assert_max_traces(loop.decode, n=1))
   for lens, num_new in [([30, 9, 1], [3, 20, 7]), ([5], [32]), ([1] * 4, [2])]:
     run = _Loop(lens, num_new)
-    state = decode(*run.decode_args(run.prefilled()))
+    rows = decode(run.model, run.prefilled(), 100)
     for row, length in enumerate(lens):
       n = num_new[row] if row < len(num_new) else 1
-      got = state.tokens[row, : int(state.num_new[row])].tolist()
+      got = rows.tokens[row, : int(rows.num_new[row])].tolist()
       assert got == _expected(length, 32)[0][:n]
 
 
 def _compiled_decode(run):
   """The decode loop's program, and the pool that it carries."""
-  state = jax.eval_shape(run.prefilled)
-  decode = jax.jit(loop.decode, donate_argnames="state")
-  lowered = decode.lower(*run.decode_args(state))
-  return lowered.compile(), state.cache.pool.k
+  decode = jax.jit(loop.decode, donate_argnames="rows")
+  lowered = decode.lower(run.model, run.rows, 100)
+  return lowered.compile(), run.rows.cache.groups[0].pool.k
+
+
+def _compiled_step(run):
+  """The program of one decode step, and the pool that it carries."""
+  structure, leaves = programs.flatten(run.model)
+  lowered = programs.decode_step.lower(structure, leaves, run.rows)
+  return lowered.compile(), run.rows.cache.groups[0].pool.k
 
 
 def _assert_keeps_one_pool(compiled, pool):
@@ -378,6 +382,23 @@ def test_the_decode_loop_keeps_one_pool_and_calls_no_host(kv_dtype):
   hlo = compiled.as_text()
   assert "while" in hlo
   for word in ("callback", "outfeed", "infeed", "send("):
+    assert word not in hlo
+
+
+def test_a_dispatched_step_keeps_one_pool():
+  run = _Loop([30, 9, 1], [3, 20, 7], num_pages=4096)
+  compiled, pool = _compiled_step(run)
+  _assert_keeps_one_pool(compiled, pool)
+
+
+@pytest.mark.gpu
+def test_a_dispatched_step_is_straight_line():
+  # In plain JAX, attention is a loop over tiles whose end is data.
+  config = dataclasses.replace(tiny_llama.CONFIG, head_dim=64)
+  run = _Loop([30, 9, 1], [3, 20, 7], num_pages=4096, config=config)
+  with jax.numpy_dtype_promotion("standard"):  # Flax promotes in its norms
+    hlo = _compiled_step(run)[0].as_text()
+  for word in (" while(", " conditional("):
     assert word not in hlo
 
 
@@ -430,8 +451,6 @@ def test_parameters_must_be_one_or_one_for_each_prompt():
   for params in ([SamplingParams()] * 3, []):
     with pytest.raises(ValueError, match=r"len\(params\)="):
       generate(tiny_llama.model(), [[1], [2]], params)
-  with pytest.raises(ValueError, match="interval=0"):
-    stream(tiny_llama.model(), [[1]], interval=0)
 
 
 def test_a_length_beyond_the_models_is_refused():
@@ -443,7 +462,7 @@ def test_a_pool_that_does_not_fit_in_memory_is_refused(monkeypatch):
   monkeypatch.setattr("paged_jax.devices.free_bytes", lambda device: 100)
   with pytest.raises(MemoryError, match="page_bytes=8192"):
     generate(tiny_llama.model(), [[1]])
-  with pytest.raises(MemoryError, match="num_pages=5"):
+  with pytest.raises(MemoryError, match="num_pages=5 take 40960 bytes"):
     generate(tiny_llama.model(), [[1]], cache=CacheConfig(num_pages=5))
 
 
@@ -451,4 +470,4 @@ def test_batch_invariance_reaches_every_layer():
   model = llama.from_weights(
     tiny_llama.CONFIG, tiny_llama.weights(), batch_invariant=True
   )
-  assert all(layer.attention.batch_invariant for layer in model.layers)
+  assert all(block.attention.batch_invariant for block in model.blocks)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.experimental import checkify
 
-from paged_jax.kv import cache as paged_cache
+from paged_jax import CacheConfig, LayerKV, PagedCache, begin_step
 from paged_jax.nn import PagedAttention, apply_rotary
 
 HIDDEN, NUM_Q, NUM_KV, HEAD_DIM = 24, 4, 2, 16
@@ -29,17 +29,29 @@ def _module(layer=0, **options):
 
 
 def _cache(num_seqs=2, num_pages=12, dtype=jnp.float32, **options):
-  return paged_cache.init(
+  config = CacheConfig(
     num_pages=num_pages,
     page_size=8,
     num_seqs=num_seqs,
-    pages_per_seq=5,
-    num_layers=2,
-    num_kv_heads=NUM_KV,
-    head_dim=HEAD_DIM,
+    max_len=40,
     dtype=dtype,
     **options,
   )
+  return PagedCache.init([LayerKV(NUM_KV, HEAD_DIM)] * 2, config)
+
+
+def _begin_decode(cache, *rows):
+  """Begins a step with one token of each row, or of those that are True."""
+  tokens = jnp.asarray(rows or [True] * cache.num_seqs, jnp.int32)
+  return begin_step(cache, tokens, cache.num_seqs, max_q_len=1)
+
+
+def _pool(cache):
+  return cache.groups[0].pool
+
+
+def _table(cache):
+  return cache.groups[0].table
 
 
 def _tokens(n, seed=0):
@@ -65,9 +77,10 @@ def _expected(
   K and V come back from the cache as `stored`.
   """
   qkv = np.asarray(x, np.float64) @ np.asarray(module.qkv_proj.kernel[...])
-  q, k, v = np.split(
-    qkv.reshape(len(x), -1, HEAD_DIM), [NUM_Q, NUM_Q + NUM_KV], axis=1
-  )
+  # By KV head: its query heads, its key, its value.
+  by_head = qkv.reshape(len(x), NUM_KV, -1, HEAD_DIM)
+  q = by_head[:, :, :-2].reshape(len(x), NUM_Q, HEAD_DIM)
+  k, v = by_head[:, :, -2], by_head[:, :, -1]
   positions = np.arange(len(x))
   if rotated:
     q, k = (oracle.rotate(part, positions, 50.0) for part in (q, k))
@@ -91,7 +104,7 @@ def _expected(
 def _prefill(module, cache, sequences):
   lens = jnp.array([len(x) for x in sequences], jnp.int32)
   flat = jnp.concatenate(sequences)
-  cache, step = paged_cache.begin_step(cache, lens, len(flat))
+  cache, step = begin_step(cache, lens, len(flat))
   out, cache = module(flat, cache, step)
   return np.split(np.asarray(out), np.cumsum(lens)[:-1]), cache
 
@@ -110,7 +123,7 @@ def test_decoding_token_by_token_is_prefilling_at_once():
   _, cache = _prefill(module, _cache(), [x[:7] for x in sequences])
   decode = jax.jit(lambda module, x, cache, step: module(x, cache, step))
   for i in range(7, 11):
-    cache, step = paged_cache.begin_decode(cache, jnp.ones(2, bool))
+    cache, step = _begin_decode(cache)
     out, cache = decode(
       module, jnp.stack([x[i] for x in sequences]), cache, step
     )
@@ -137,7 +150,7 @@ def test_decoding_token_by_token_is_prefilling_at_once():
 def test_options_reach_the_op(options, expected):
   module, x = _module(**options), _tokens(9)
   outs, cache = _prefill(module, _cache(1), [x[:8]])
-  cache, step = paged_cache.begin_decode(cache, jnp.ones(1, bool))
+  cache, step = _begin_decode(cache)
   last, _ = module(x[8:], cache, step)
   got = np.concatenate([outs[0], np.asarray(last)])
   np.testing.assert_allclose(
@@ -155,7 +168,7 @@ def test_only_k_and_v_are_rounded_to_a_quantised_cache(dtype):
   module, x = _module(), _tokens(12)
   cache = _cache(1, dtype=jnp.dtype(dtype))
   outs, cache = _prefill(module, cache, [x[:11]])
-  cache, step = paged_cache.begin_decode(cache, jnp.ones(1, bool))
+  cache, step = _begin_decode(cache)
   last, _ = module(x[11:], cache, step)
   got = np.concatenate([outs[0], np.asarray(last)])
   expected = _expected(module, x, stored=stored)
@@ -165,17 +178,17 @@ def test_only_k_and_v_are_rounded_to_a_quantised_cache(dtype):
 
 def test_the_cache_is_returned_and_not_mutated():
   module, cache = _module(), _cache()
-  before = jax.tree.leaves(jax.tree.map(lambda x: np.array(x), cache.pool.k))
+  before = np.array(_pool(cache).k)
   _, after = _prefill(module, cache, [_tokens(3), _tokens(3, 1)])
-  np.testing.assert_array_equal(np.asarray(cache.pool.k), before[0])
-  assert np.asarray(after.pool.k).any()
+  np.testing.assert_array_equal(np.asarray(_pool(cache).k), before)
+  assert np.asarray(_pool(after).k).any()
 
 
 def test_a_refused_row_writes_nothing_and_attends_to_nothing():
   module = _module()
   cache = _cache(num_pages=2)
   outs, after = _prefill(module, cache, [_tokens(11), _tokens(9, 1)])
-  assert after.table.kv_lens.tolist() == [11, 0]
+  assert after.kv_lens.tolist() == [11, 0]
   assert not outs[1].any()
   expected = _expected(module, _tokens(11))
   np.testing.assert_allclose(outs[0], expected, rtol=0, atol=2e-5)
@@ -184,44 +197,39 @@ def test_a_refused_row_writes_nothing_and_attends_to_nothing():
 def test_a_decode_step_leaves_other_rows_alone():
   module = _module()
   _, cache = _prefill(module, _cache(), [_tokens(8), _tokens(8, 1)])
-  after, step = paged_cache.begin_decode(cache, jnp.array([False, True]))
+  after, step = _begin_decode(cache, False, True)
   assert step.ok.tolist() == [False, True]
-  assert after.table.kv_lens.tolist() == [8, 9]
+  assert after.kv_lens.tolist() == [8, 9]
   out, after = module(_tokens(2, 2), after, step)
   assert not np.asarray(out[0]).any()
-  page = int(cache.table.page_indices[0, 0])
+  page = int(_table(cache).page_indices[0, 0])
   np.testing.assert_array_equal(
-    np.asarray(after.pool.k[page]), np.asarray(cache.pool.k[page])
+    np.asarray(_pool(after).k[page]), np.asarray(_pool(cache).k[page])
   )
-
-
-@pytest.mark.usefixtures("unchecked_shapes")
-def test_a_decode_step_takes_rows_and_not_counts():
-  with pytest.raises(ValueError, match=r"rows must be bool\[2\]"):
-    paged_cache.begin_decode(_cache(), jnp.array([3, 1]))
 
 
 def test_padding_tokens_of_a_step_have_no_slot():
-  cache, step = paged_cache.begin_step(
-    _cache(), jnp.array([3, 0], jnp.int32), 6
-  )
-  nowhere = cache.pool.num_pages * cache.pool.page_size
-  assert (np.asarray(step.slots[:3]) < nowhere).all()
-  assert (np.asarray(step.slots[3:]) == nowhere).all()
+  cache, step = begin_step(_cache(), jnp.array([3, 0], jnp.int32), 6)
+  nowhere = _pool(cache).num_pages * _pool(cache).page_size
+  assert (np.asarray(step.groups[0].slots[:3]) < nowhere).all()
+  assert (np.asarray(step.groups[0].slots[3:]) == nowhere).all()
   assert step.ok.tolist() == [True, False]
   assert step.positions.tolist() == [0, 1, 2, 0, 0, 0]
 
 
 def test_debug_finds_tokens_that_have_one_slot():
-  cache, step = paged_cache.begin_step(_cache(), jnp.array([3, 0]), 3)
-  table = dataclasses.replace(cache.table, debug=True)
-  cache = dataclasses.replace(cache, table=table)
+  cache, step = begin_step(_cache(), jnp.array([3, 0]), 3)
+  cache = cache.with_tables([dataclasses.replace(_table(cache), debug=True)])
   run = jax.jit(
     checkify.checkify(lambda step: _module()(_tokens(3), cache, step))
   )
   assert run(step)[0].get() is None
-  twice = dataclasses.replace(step, slots=step.slots.at[2].set(step.slots[0]))
-  assert "have the slot" in run(twice)[0].get()
+  (group,) = step.groups
+  group = dataclasses.replace(
+    group, slots=group.slots.at[2].set(group.slots[0])
+  )
+  twice = dataclasses.replace(step, groups=(group,))
+  assert "to more than one token" in run(twice)[0].get()
 
 
 def test_rotary_turns_pairs_by_their_position():
@@ -238,10 +246,10 @@ def test_rotary_turns_pairs_by_their_position():
 
 def test_half_precision_pools_take_any_model():
   module, cache = _module(), _cache()
-  pool = jax.tree.map(lambda x: x.astype(jnp.bfloat16), cache.pool)
-  cache = dataclasses.replace(cache, pool=pool)
+  pool = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _pool(cache))
+  cache = cache.with_pool(0, pool)
   outs, after = _prefill(module, cache, [_tokens(11), _tokens(4, 1)])
-  assert after.pool.k.dtype == jnp.bfloat16
+  assert _pool(after).k.dtype == jnp.bfloat16
   assert outs[0].dtype == np.float32
   expected = _expected(module, _tokens(11))
   np.testing.assert_allclose(outs[0], expected, rtol=0, atol=3e-2)
@@ -266,7 +274,7 @@ def test_batch_invariance_reaches_the_op():
   module = _module(batch_invariant="no")
   with pytest.raises(ValueError, match="batch_invariant='no'"):
     _prefill(module, _cache(1), [_tokens(3)])
-  cache, step = paged_cache.begin_decode(_cache(1), jnp.ones(1, bool))
+  cache, step = _begin_decode(_cache(1))
   with pytest.raises(ValueError, match="batch_invariant='no'"):
     module(_tokens(1), cache, step)
 

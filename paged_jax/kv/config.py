@@ -1,0 +1,80 @@
+"""The sizes of a paged cache."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from paged_jax import dispatch
+from paged_jax.kv import dtypes
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+  """Sizes of a paged cache, and how ops on it run.
+
+  Where a field is None, `generate` and `stream` choose its value for the batch
+  at hand; `PagedCache.init` wants all sizes.
+
+  Attributes:
+    page_size: Tokens a page; a positive multiple of 8.
+    num_pages: Pages of each pool; one number for all layer groups, or one for
+      each. None takes what the batch can need at most, rounded up to a power of
+      two, within a share of the free memory.
+    max_len: Longest sequence in tokens; None is the model's own.
+    dtype: Of K and V; None is that of the model. int8 and float8_e4m3fn are
+      quantised, and take half the memory of bfloat16.
+    prefill_chunk: Prompt tokens of a step of `generate`, at least 1.
+    implementation: Of every op on the cache: attention, writes and page
+      copies. `"mosaic_gpu"`, `"xla"`, or None to choose for each.
+    num_seqs: Rows of the batch; None makes a row for each prompt.
+    debug: Whether every change of the page table is checked; see
+      `page_table.assert_valid`.
+  """
+
+  page_size: int = 16
+  num_pages: int | tuple[int, ...] | None = None
+  max_len: int | None = None
+  dtype: DTypeLike | None = None
+  prefill_chunk: int = 512
+  implementation: str | None = None
+  num_seqs: int | None = None
+  debug: bool = False
+
+  def __post_init__(self):
+    dispatch.check_implementation(self.implementation)
+    if self.page_size < 1 or self.page_size % 8:
+      raise ValueError(f"{self.page_size=} must be a positive multiple of 8.")
+    if self.dtype is not None and jnp.dtype(self.dtype) not in dtypes.DTYPES:
+      raise ValueError(f"{self.dtype=} must be {dtypes.NAMES}.")
+    counts = self.num_pages
+    if counts is not None and min(self.pages_of_groups(1)) < 1:
+      raise ValueError(f"num_pages={counts} must be at least 1.")
+    for name in ("max_len", "prefill_chunk", "num_seqs"):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(f"{name}={value} must be at least 1.")
+
+  @property
+  def pages_per_seq(self) -> int:
+    """Pages of the longest sequence."""
+    if self.max_len is None:
+      raise ValueError("max_len=None must be a number here.")
+    return -(-self.max_len // self.page_size)
+
+  def pages_of_groups(self, num_groups: int) -> tuple[int, ...]:
+    """Returns the pages of each pool.
+
+    Raises:
+      ValueError: If there is not one number for each group.
+    """
+    if self.num_pages is None:
+      raise ValueError("num_pages=None must be a number here.")
+    if isinstance(self.num_pages, int):
+      return (self.num_pages,) * num_groups
+    if num_groups != 1 and len(self.num_pages) != num_groups:
+      raise ValueError(
+        f"num_pages={self.num_pages} must be one number, or one for each of "
+        f"the {num_groups} layer groups."
+      )
+    return tuple(self.num_pages)

@@ -1,0 +1,138 @@
+"""What a model must be for the generation loops to run it.
+
+The loops know this contract and no class. A model is a pytree: an NNX module,
+or a Linen module with its parameters (`paged_jax.nn.linen.LinenDecoder`).
+"""
+
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from paged_jax.kv.cache import PagedCache
+from paged_jax.kv.layout import LayerKV
+from paged_jax.kv.step import Step
+
+
+@runtime_checkable
+class DecoderModel(Protocol):
+  """A decoder-only language model over a paged cache."""
+
+  @property
+  def layers(self) -> tuple[LayerKV, ...]:
+    """What the cache must know of each layer."""
+    ...
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of token ids."""
+    ...
+
+  @property
+  def max_len(self) -> int:
+    """Longest sequence that the model takes, in tokens."""
+    ...
+
+  def __call__(
+    self, tokens: Array, cache: PagedCache | None, step: Step | None
+  ) -> tuple[Array, PagedCache | None]:
+    """Runs the tokens of one step.
+
+    Args:
+      tokens: i32[num_tokens], in the order of the step.
+      cache: The cache, after `begin_step`. None runs plain causal attention
+        over tokens `[..., length]`, and can be differentiated.
+      step: What `begin_step` returned; None with `cache`.
+
+    Returns:
+      [num_tokens, width] hidden states, to be given to `logits`, and the cache
+      in which every layer has written its keys and values.
+    """
+    ...
+
+  def logits(self, hidden: Array) -> Array:
+    """Returns f32[..., vocab_size], the logits of the next token.
+
+    Args:
+      hidden: [..., width], some of the hidden states of a call.
+    """
+    ...
+
+
+def check(model: DecoderModel) -> None:
+  """Raises a TypeError if an object lacks what the contract asks for."""
+  for name in ("layers", "vocab_size", "max_len", "logits", "__call__"):
+    if not hasattr(model, name):
+      raise TypeError(
+        f"{type(model).__name__} lacks {name!r}: it is not a DecoderModel."
+      )
+
+
+def run(
+  model: DecoderModel, tokens: Array, cache: PagedCache, step: Step
+) -> tuple[Array, PagedCache]:
+  """Returns the hidden states and the next cache of a step, checked.
+
+  Raises:
+    ValueError: If the model breaks the contract.
+  """
+  name = type(model).__name__
+  if tuple(model.layers) != cache.layers:
+    raise ValueError(
+      f"{name}.layers={tuple(model.layers)} must be those of the cache, "
+      f"{cache.layers}."
+    )
+  result = model(tokens, cache, step)
+  if not isinstance(result, tuple) or len(result) != 2:
+    raise ValueError(f"{name} must return (hidden, cache), got {result!r}.")
+  hidden, after = result
+  if not isinstance(after, PagedCache):
+    raise ValueError(
+      f"{name} must return the cache that it was given, with its layers "
+      f"written; got {type(after).__name__}."
+    )
+  shape, num_tokens = jnp.shape(hidden), tokens.shape[0]
+  if len(shape) != 2 or shape[0] != num_tokens:
+    raise ValueError(
+      f"{name} returned hidden of shape {shape}; it must be "
+      f"({num_tokens}, width)."
+    )
+  _check_cache(name, cache, after)
+  return hidden, after
+
+
+def logits(model: DecoderModel, hidden: Array) -> Array:
+  """Returns the logits of hidden states [num_rows, width], checked.
+
+  Raises:
+    ValueError: If the model breaks the contract.
+  """
+  name = type(model).__name__
+  result = model.logits(hidden)
+  if result.dtype != jnp.float32:
+    raise ValueError(
+      f"{name}.logits returned {result.dtype}; it must be float32."
+    )
+  shape = hidden.shape[0], model.vocab_size
+  if result.shape != shape:
+    raise ValueError(
+      f"{name}.logits returned shape {result.shape}; it must be {shape}."
+    )
+  return result
+
+
+def _check_cache(name: str, before: PagedCache, after: PagedCache) -> None:
+  """Raises a ValueError if a returned cache is not the next one."""
+  spec = lambda cache: jax.tree.map(lambda x: (x.shape, x.dtype), cache)
+  if spec(before) != spec(after):
+    raise ValueError(
+      f"{name} must return the cache that it was given, with its layers "
+      "written; got one of another layout."
+    )
+  for i, (old, new) in enumerate(zip(before.groups, after.groups, strict=True)):
+    if old.pool.k is new.pool.k:
+      raise ValueError(
+        f"{name} returned a cache in which no layer of group {i} has written: "
+        "return the cache of the last `attend_layer`."
+      )
