@@ -3,11 +3,12 @@
 import dataclasses
 import json
 
-import bench_cascade
-import decode_batches
 import numpy as np
 import pytest
-from bench_cascade import Case
+
+from benchmarks.cascade import __main__ as bench_cascade
+from benchmarks.cascade.__main__ import Case
+from benchmarks.harness import batches
 
 CASE = bench_cascade.SMALL_CASES["small"]
 
@@ -30,7 +31,7 @@ def test_figures_of_every_side_are_taken_and_failures_show(capsys):
 
 
 def test_rows_of_a_group_share_their_prefix_and_nothing_else():
-  sizes = dataclasses.replace(decode_batches.SMALL, page_size=16)
+  sizes = dataclasses.replace(batches.SMALL, page_size=16)
   batch = bench_cascade.make(sizes, CASE)
   tables = np.asarray(batch.tables)
   num_shared, groups = (np.asarray(x) for x in batch.more)
@@ -48,11 +49,11 @@ def test_rows_of_a_group_share_their_prefix_and_nothing_else():
 
 def test_the_roof_counts_keys_once_and_the_products_of_the_shared_part():
   case = Case(128, 32768, 256)
-  least = bench_cascade.at_least_us(decode_batches.FULL, case)
+  least = bench_cascade.at_least_us(batches.FULL, case)
   # 68.7 GFLOP at 687 TFLOP/s; 134 MB, and 17.3 GB, at 4.6 TB/s.
   assert least["shared part"] == pytest.approx(100.0, abs=0.1)
   assert least["own part"] == pytest.approx(29.2, abs=0.1)
   assert least["paged"] == pytest.approx(3764, abs=1)
   few = dataclasses.replace(case, num_seqs=8)
-  least = bench_cascade.at_least_us(decode_batches.FULL, few)
+  least = bench_cascade.at_least_us(batches.FULL, few)
   assert least["shared part"] == pytest.approx(29.2, abs=0.1)

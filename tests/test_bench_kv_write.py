@@ -3,13 +3,13 @@
 import dataclasses
 import json
 
-import bench_kv_write
 import jax.numpy as jnp
-import kv_write_batch
-import kv_write_rival
 import numpy as np
 import pytest
 
+from benchmarks.kv_write import __main__ as bench_kv_write
+from benchmarks.kv_write import batch as kv_write_batch
+from benchmarks.kv_write import rival as kv_write_rival
 from paged_jax.kv import pool as kv_pool
 
 SIZES = kv_write_batch.SMALL

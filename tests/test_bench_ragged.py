@@ -4,10 +4,11 @@ import dataclasses
 import json
 import sys
 
-import bench_ragged
 import jax
 import pytest
-from decode_loop import loop_inputs
+
+from benchmarks.harness.attention import loop_inputs
+from benchmarks.ragged import __main__ as bench_ragged
 
 SMALL_CASES = bench_ragged.SMALL_CASES
 

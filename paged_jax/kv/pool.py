@@ -164,7 +164,7 @@ def write(
       or page_write.unsupported(pool.k.shape, pool.k.dtype, num_tokens)
     ),
     # With quantised tokens it takes 12 to 15 % longer than scatters (H200,
-    # bench_kv_write); float32 was not measured.
+    # benchmarks/kv_write); float32 was not measured.
     by_default=pool.k.dtype.itemsize == 2,
   )
   if debug:
