@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.cascade import __main__ as bench_cascade
 from benchmarks.cascade.__main__ import Case
-from benchmarks.harness import batches
+from benchmarks.harness import batches, cases
 
 CASE = bench_cascade.SMALL_CASES["small"]
 
@@ -21,12 +21,13 @@ def test_figures_of_every_side_are_taken_and_failures_show(capsys):
   for name in ("cascade", "paged"):
     assert sides["sides"][name]["relative_error"] < 1e-2
   assert "error" in sides["sides"][bench_cascade.RIVAL]  # it needs a GPU
-  assert not bench_cascade.failures({"small": sides})
+  assert not cases.failures(record["cases"], bench_cascade.RIVAL)
   assert len(capsys.readouterr().out.splitlines()) == 7
   sides["sides"]["paged"] = {"error": "none"}
-  assert bench_cascade.failures({"a": sides, "b": {"error": "none"}}) == [
-    "b",
-    "a, paged",
+  record["cases"]["other"] = {"error": "none"}
+  assert cases.failures(record["cases"], bench_cascade.RIVAL) == [
+    "small, sides, paged",
+    "other",
   ]
 
 

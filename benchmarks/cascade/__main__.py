@@ -17,7 +17,6 @@ Results: benchmarks/results/h200/cascade.json
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Iterator
 
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ import numpy as np
 
 import paged_jax
 from benchmarks.cascade import rival
-from benchmarks.harness import batches, command, results
+from benchmarks.harness import batches, command, results, table
 from benchmarks.harness.attention import (
   decode,
   reference,
@@ -33,12 +32,17 @@ from benchmarks.harness.attention import (
   timed,
 )
 from benchmarks.harness.batches import Batch, Sizes
-from benchmarks.harness.cases import attempt
+from benchmarks.harness.cases import attempt, failures
 
 PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy", *rival.NAMES]
 # Of an H200: random 4 KB pages, and bfloat16 products of 8192^3.
 ROOF = dict(bytes_per_us=4.6e6, flop_per_us=6.87e8)
 RIVAL = "FlashInfer"
+COLUMNS = {
+  "us": "{[median]:9.1f} us",
+  "percent_of_roof": "{:5.0f} % of the roof",
+  "relative_error": "  error {:.1e}",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +90,7 @@ def main() -> None:
   args, environment = command.start_on_gpu("cascade", __doc__, PACKAGES)
   records = figures(SMALL_CASES if args.small else CASES, small=args.small)
   record = results.keep("cascade", records, args, environment)
-  if failed := failures(record["cases"]):
-    sys.exit(f"failed: {'; '.join(failed)}")
+  command.finish(failures(record["cases"], RIVAL))
 
 
 def figures(cases: dict[str, Case], *, small: bool) -> Iterator[dict]:
@@ -100,25 +103,11 @@ def figures(cases: dict[str, Case], *, small: bool) -> Iterator[dict]:
     yield record
 
 
-def line(side: dict, at_least_us: float) -> str:
+def line(name: str, side: dict, at_least_us: float) -> str:
   """Returns the figures of a side, or its error, as text."""
-  if "error" in side:
-    return side["error"]
-  us = side["us"]["median"]
-  text = f"{us:9.1f} us {100 * at_least_us / us:4.0f} % of the roof"
-  if "relative_error" in side:
-    text += f"  error {side['relative_error']:.1e}"
-  return text
-
-
-def failures(cases: dict) -> list[str]:
-  """Returns what has no figures; the rival may fail."""
-  failed = [name for name, sides in cases.items() if "error" in sides]
-  for name, sides in cases.items():
-    for side, its in sides.get("sides", {}).items():
-      if "error" in its and side != RIVAL:
-        failed.append(f"{name}, {side}")
-  return failed
+  if "us" in side:
+    side = side | {"percent_of_roof": 100 * at_least_us / side["us"]["median"]}
+  return table.line(f"  {name}", side, COLUMNS, width=15)
 
 
 def measured(case: Case, *, small: bool) -> dict:
@@ -151,7 +140,7 @@ def measured(case: Case, *, small: bool) -> dict:
   sides, least = {}, at_least_us(sizes, case)
   for name, part in parts.items():
     sides[name] = side = attempt(*part)
-    print(f"  {name:12} {line(side, least[name])}", flush=True)
+    print(line(name, side, least[name]), flush=True)
   return {
     "case": dataclasses.asdict(case),
     "at_least_us": least,

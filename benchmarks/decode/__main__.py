@@ -21,7 +21,6 @@ Results: benchmarks/results/h200/decode.json and decode.svg
 """
 
 import dataclasses
-import sys
 import time
 from collections.abc import Iterator
 
@@ -35,6 +34,7 @@ from benchmarks.harness import command, results
 from benchmarks.harness.attention import MAX_ERROR
 from benchmarks.harness.batches import DTYPE
 from benchmarks.harness.cases import attempt, failures, walk
+from benchmarks.harness.table import lines
 
 PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy", "matplotlib"]
 # The rival comes last: what faults on a GPU takes the process with it.
@@ -47,6 +47,15 @@ PARTS = (
   parts.rows_apart,
   parts.batches,
 )
+
+COLUMNS = {
+  "us": "{[median]:9.1f}",
+  "gb_per_s": "{:7.0f}",
+  "percent_of_ceiling": "{:7.1f} %",
+  "waste_percent": "  waste {:.1f} %",
+  "more_than_plain_percent": "  {:+.1f} % time",
+  "speedup": "  x {:.2f}",
+}
 
 
 def main() -> None:
@@ -61,8 +70,7 @@ def main() -> None:
     except ImportError as error:
       print("no picture:", error)
   print(table(record))
-  if failed := failures(record, RIVAL):
-    sys.exit(f"failed: {', '.join(failed)}")
+  command.finish(failures(record, RIVAL))
 
 
 def figures(sizes: Sizes) -> Iterator[dict]:
@@ -106,25 +114,8 @@ def settings(sizes: Sizes) -> dict:
 
 def table(record: dict) -> str:
   """Returns the figures as lines of text."""
-  lines = [f"{'':64}{'us':>9}{'GB/s':>7}{'ceiling':>9}"]
-  for path, side in walk(record):
-    name = ", ".join(path)[:63]
-    if "error" in side:
-      lines.append(f"{name:64} {side['error'][:60]}")
-      continue
-    speed = ""
-    if "gb_per_s" in side:
-      speed = f"{side['gb_per_s']:7.0f}"
-    if "percent_of_ceiling" in side:
-      speed += f"{side['percent_of_ceiling']:7.1f} %"
-    if "waste_percent" in side:
-      speed += f"  waste {side['waste_percent']:.1f} %"
-    if "more_than_plain_percent" in side:
-      speed += f"  {side['more_than_plain_percent']:+.1f} % time"
-    if "speedup" in side:
-      speed += f"  x {side['speedup']:.2f}"
-    lines.append(f"{name:64}{side['us']['median']:9.1f}{speed}")
-  return "\n".join(lines)
+  heading = f"{'':64}{'us':>9}{'GB/s':>7}{'ceiling':>9}"
+  return f"{heading}\n{lines(record, COLUMNS, width=64)}"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import time
 import warnings
 from collections.abc import Callable
 
@@ -28,13 +27,13 @@ from benchmarks.harness.attention import (
 from benchmarks.harness.batches import (
   DTYPE,
   Batch,
+  in_8_bits,
   make,
   random_queries,
   uniform,
 )
 from benchmarks.harness.cases import attempt
-from benchmarks.harness.timing import spread_p99
-from paged_jax.kv.quantised import quantise
+from benchmarks.harness.timing import call_us, spread_p99
 
 RIVAL = "pallas.ops.gpu.paged_attention"  # of JAX
 MAX_RIVAL_ERROR = 5e-2  # the rival merges in bfloat16
@@ -191,12 +190,7 @@ def quantised(sizes: Sizes) -> dict:
   def one(dtype: str) -> dict:
     batch = make(sizes, lens)
     if dtype != wide_name:
-      narrow = jax.jit(functools.partial(quantise, dtype=dtype))
-      k_pages, k_scales = narrow(batch.k_pages)
-      v_pages, v_scales = narrow(batch.v_pages)
-      batch = dataclasses.replace(
-        batch, k_pages=k_pages, v_pages=v_pages, more=(k_scales, v_scales)
-      )
+      batch = in_8_bits(batch, dtype)
     expected = reference(attend("xla"), batch)
     side, _ = timed(
       sizes,
@@ -230,16 +224,13 @@ def rows_apart(sizes: Sizes) -> dict:
     traces.append(state)
     return lax.fori_loop(0, steps, lambda i, s: step(i, s, *inputs), state)
 
-  start, inputs, us = loop_start(batch), loop_inputs(batch), []
+  start, inputs = loop_start(batch), loop_inputs(batch)
   grown = dataclasses.replace(batch, kv_lens=batch.kv_lens + (steps - 1))
   error = relative_error(
     reference(decode(sizes, "xla"), grown), run(start, inputs)[1]
   )
   with jax.transfer_guard("disallow"):
-    for _ in range(sizes.num_loops):
-      begin = time.perf_counter()
-      jax.block_until_ready(run(start, inputs))
-      us.append((time.perf_counter() - begin) / steps * 1e6)
+    us = call_us(lambda: run(start, inputs), sizes.num_loops, steps)
   if len(traces) != 1:
     raise RuntimeError(f"the loop was compiled {len(traces)} times")
   num_tokens = lens.sum() + len(lens) * (steps - 1) / 2  # of a step, on average

@@ -18,13 +18,9 @@ def plot(record: dict, path: pathlib.Path) -> pathlib.Path:
   Raises:
     ImportError: If matplotlib is not installed.
   """
-  import matplotlib as mpl
-  from matplotlib.figure import Figure
+  from benchmarks.harness import picture
 
-  # The same picture, byte for byte, from the same figures.
-  mpl.rcParams.update({"svg.hashsalt": "decode", "font.size": 10})
-  figure = Figure(figsize=(9.6, 3.9), layout="constrained")
-  left, right = figure.subplots(1, 2)
+  figure, left, right = picture.two_axes("decode")
   settings, parts = record["settings"], record["page_sizes"]
   for name, (color, label) in BATCHES.items():
     sides = {
@@ -47,13 +43,7 @@ def plot(record: dict, path: pathlib.Path) -> pathlib.Path:
   right.set_title("Memory wasted in last pages")
   right.set_ylabel("slots without a token (%)")
   for axes in (left, right):
-    ticks = settings["page_sizes"]
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [str(size) for size in ticks])
-    axes.set_xlabel("page size (tokens)")
+    picture.over_page_size(axes, settings["page_sizes"])
     axes.set_ylim(bottom=0)
-    axes.grid(axis="y", color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-  figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {})
-  return path
+  return picture.save(figure, path)

@@ -58,6 +58,20 @@ def timed(
   """
   guess = num_bytes(sizes, num_tokens) / GUESS + CALL_COST
   steps = max(1, round(sizes.loop_us / guess / (50 if slow else 1)))
+  num_loops = sizes.slow_loops if slow else sizes.num_loops
+  side, out = measured(batch, attend, steps, num_loops, check)
+  side["gb_per_s"] = gb_per_s(sizes, num_tokens, side)
+  return side, out
+
+
+def measured(
+  batch: Batch,
+  attend: Callable[..., Any],
+  num_steps: int,
+  num_calls: int,
+  check: Callable[[jax.Array], float] | None,
+) -> tuple[dict, jax.Array]:
+  """Verifies and times calls of a loop of an op; see `timed`."""
   outputs, error = [], {}
 
   def verify(state):
@@ -66,14 +80,13 @@ def timed(
       error["relative_error"] = check(state[1])
 
   side = device_loop.measure(
-    loop_step(attend, batch, steps),
+    loop_step(attend, batch, num_steps),
     loop_start(batch),
-    steps,
-    sizes.slow_loops if slow else sizes.num_loops,
+    num_steps,
+    num_calls,
     verify,
     inputs=loop_inputs(batch),
   )
-  side["gb_per_s"] = gb_per_s(sizes, num_tokens, side)
   return side | error, outputs[0]
 
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from paged_jax.kv.quantised import quantise
+
 DTYPE = jnp.bfloat16
 
 
@@ -92,6 +94,19 @@ def make(
     fill(2),
     jnp.asarray(lens, jnp.int32),
     jnp.asarray(tables),
+  )
+
+
+def in_8_bits(batch: Batch, dtype: str) -> Batch:
+  """Returns the same in pages of 8-bit numbers; their scales come last."""
+  narrow = jax.jit(functools.partial(quantise, dtype=dtype))
+  k_pages, k_scales = narrow(batch.k_pages)
+  v_pages, v_scales = narrow(batch.v_pages)
+  return dataclasses.replace(
+    batch,
+    k_pages=k_pages,
+    v_pages=v_pages,
+    more=(*batch.more, k_scales, v_scales),
   )
 
 

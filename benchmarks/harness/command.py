@@ -3,6 +3,7 @@
 import argparse
 import json
 import pathlib
+import sys
 
 import jax
 
@@ -58,3 +59,9 @@ def start_on_gpu(
   where = environment(packages, on_cpu=on_cpu)
   print(json.dumps(where), flush=True)
   return args, where
+
+
+def finish(failed: list[str]) -> None:
+  """Ends the process with an error if anything has failed."""
+  if failed:
+    sys.exit(f"failed: {'; '.join(failed)}")

@@ -1,15 +1,12 @@
 """Batches with many query tokens, for attention over pages."""
 
 import dataclasses
-import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness import batches
 from benchmarks.harness.batches import Batch
-from paged_jax.kv.quantised import quantise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +43,11 @@ def make(case: Case) -> Batch:
   lens = np.array(case.q_lens) + np.array(case.contexts)
   starts = np.concatenate([[0], np.cumsum(case.q_lens)])
   batch = batches.make(sizes, lens)
-  pools, scales = (batch.k_pages, batch.v_pages), ()
-  if case.kv_dtype is not None:
-    narrow = jax.jit(functools.partial(quantise, dtype=case.kv_dtype))
-    pools, scales = zip(*map(narrow, pools), strict=True)
-  return dataclasses.replace(
+  batch = dataclasses.replace(
     batch,
     q=batches.random_queries(sizes, int(starts[-1])),
-    k_pages=pools[0],
-    v_pages=pools[1],
-    more=(jnp.asarray(starts, jnp.int32), jnp.int32(len(lens)), *scales),
+    more=(jnp.asarray(starts, jnp.int32), jnp.int32(len(lens))),
   )
+  if case.kv_dtype is None:
+    return batch
+  return batches.in_8_bits(batch, case.kv_dtype)

@@ -18,7 +18,6 @@ Results: benchmarks/results/h200/kv_write.json
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Iterator
 
 import jax
@@ -26,7 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from benchmarks.harness import command, device_loop, results
-from benchmarks.harness.cases import attempt
+from benchmarks.harness.cases import attempt, failures
+from benchmarks.harness.table import line
 from benchmarks.kv_write import rival
 from benchmarks.kv_write.batch import FULL, SMALL, Batch, Sizes, make
 from paged_jax.kv import pool as kv_pool
@@ -44,6 +44,11 @@ PACKAGES = [
 COPY, RIVAL = "plain copy", "flashinfer.append_paged_kv_cache"
 GUESS = 2e6  # bytes moved in a microsecond, to choose how often to write
 WRITE_COST = 2  # microseconds of a write at least, to the same end
+COLUMNS = {
+  "us": "{[median]:9.2f}",
+  "gb_per_s": "{:7.0f}",
+  "percent_of_copy": "{:7.0f} %",
+}
 
 
 def main() -> None:
@@ -51,8 +56,7 @@ def main() -> None:
   args, environment = command.start_on_gpu("kv_write", __doc__, PACKAGES)
   records = figures(SMALL if args.small else FULL)
   record = results.keep("kv_write", records, args, environment)
-  if failed := failures(record):
-    sys.exit(f"failed: {', '.join(failed)}")
+  command.finish(failures(record, RIVAL))
 
 
 def figures(sizes: Sizes) -> Iterator[dict]:
@@ -67,7 +71,8 @@ def figures(sizes: Sizes) -> Iterator[dict]:
       side = attempt(measure, sizes, batch)
       record[part][name][side_name] = side
       compare(side, record["write"][name][COPY])
-      print(line(f"{part}, {name}, {side_name}", side), flush=True)
+      title = f"{part}, {name}, {side_name}"
+      print(line(title, side, COLUMNS, width=52), flush=True)
       yield record
 
 
@@ -220,27 +225,6 @@ def _holds(pages: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
   same = jnp.all(got == rows[:, None].astype(jnp.float32))
   count = lambda x: jnp.count_nonzero(x.astype(jnp.float32))
   return same & (count(pages) == pages.shape[1] * count(rows))
-
-
-def failures(record: dict) -> list[str]:
-  """Returns what has no figures; the rival may be missing."""
-  return [
-    f"{name}, {side_name}"
-    for part in ("write", "pieces")
-    for name, sides in record[part].items()
-    for side_name, side in sides.items()
-    if "error" in side and side_name != RIVAL
-  ]
-
-
-def line(title: str, side: dict) -> str:
-  """Returns the figures, or the error, as text."""
-  title = f"{title[:51]:52}"
-  if "error" in side:
-    return f"{title} {side['error'][:60]}"
-  share = side.get("percent_of_copy")
-  speed = f"{side['us']['median']:9.2f}{side['gb_per_s']:7.0f}"
-  return title + speed + ("" if share is None else f"{share:7.0f} %")
 
 
 if __name__ == "__main__":

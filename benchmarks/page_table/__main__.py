@@ -28,12 +28,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness import command, device_loop, results
+from benchmarks.harness.table import lines
 from benchmarks.page_table import parts, rivals
 from benchmarks.page_table.workload import FULL, SMALL, Sizes, check, filled
 from paged_jax import page_table
 
 OURS = ("append", "append, max_new_tokens unknown")
-COLUMNS = ("min", "median", "p99", "max")
+COLUMNS = {
+  "us": "{0[min]:10.2f}{0[median]:10.2f}{0[p99]:10.2f}{0[max]:10.2f}",
+  "gb_per_s": "{:8.0f} GB/s",
+}
 PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy"]
 
 
@@ -51,7 +55,8 @@ def main() -> None:
 def figures(sizes: Sizes) -> dict:
   """Returns all figures, and prints them as they come."""
   record: dict = {"settings": settings(sizes), "append": {}}
-  print(f"{'us of a step':60}" + "".join(f"{name:>10}" for name in COLUMNS))
+  heads = f"{'min':>10}{'median':>10}{'p99':>10}{'max':>10}"
+  print(f"{'us of a step':60}{heads}")
   for num_pages in sizes.pools:
     sides = append(sizes, num_pages)
     record["append"][str(num_pages)] = sides
@@ -146,12 +151,7 @@ def check_memory(record: dict) -> None:
 
 def table(part: str, sides: dict[str, dict]) -> str:
   """Returns the figures of a part as lines of text."""
-  lines = []
-  for name, side in sides.items():
-    us = "".join(f"{side['us'][column]:10.2f}" for column in COLUMNS)
-    speed = f"{side['gb_per_s']:8.0f} GB/s" if "gb_per_s" in side else ""
-    lines.append(f"{part + ': ' + name:60}{us}{speed}")
-  return "\n".join(lines)
+  return lines({part: sides}, COLUMNS, width=60)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """Times what else there is: other transitions, sums, copies of pages."""
 
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness import device_loop
-from benchmarks.harness.timing import spread_p99
+from benchmarks.harness.timing import call_us, spread_p99
 from benchmarks.page_table.workload import Sizes, check, filled
 from paged_jax import page_table
 from paged_jax.kv import pool as kv_pool
@@ -233,11 +232,7 @@ def _plain_copy(sizes: Sizes, pages: jax.Array) -> dict:
   """Times a copy of the keys of the whole pool, by itself."""
   copy = jax.jit(jnp.copy).lower(pages).compile()
   jax.block_until_ready(copy(pages))
-  us = []
-  for _ in range(sizes.slow_calls):
-    begin = time.perf_counter()
-    jax.block_until_ready(copy(pages))
-    us.append((time.perf_counter() - begin) * 1e6)
+  us = call_us(lambda: copy(pages), sizes.slow_calls)
   figures = {"us": spread_p99(us), "steps": 1, "calls": len(us)}
   num_bytes = 2 * pages.size * pages.dtype.itemsize
   return figures | {"gb_per_s": num_bytes / figures["us"]["median"] / 1e3}

@@ -21,7 +21,6 @@ Results: benchmarks/results/h200/prefill.json
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Iterator
 
 import jax
@@ -33,15 +32,15 @@ from jax import lax
 import paged_jax
 from benchmarks.harness import command, device_loop, queries, results
 from benchmarks.harness.attention import (
-  loop_inputs,
-  loop_start,
-  loop_step,
+  measured,
   no_attention,
+  reference,
   relative_error,
 )
 from benchmarks.harness.batches import DTYPE, Batch
-from benchmarks.harness.cases import attempt, failures, walk
+from benchmarks.harness.cases import attempt, failures
 from benchmarks.harness.queries import Case
+from benchmarks.harness.table import lines
 from paged_jax.generation import loop
 from paged_jax.kv import cache as paged_cache
 from paged_jax.models.config import LlamaConfig
@@ -51,6 +50,13 @@ PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "flax", "numpy"]
 # A 32-layer model 256 wide: weights that change by 0.2 % give 0.03, one other
 # token of 256 gives 0.7.
 MAX_ERROR_OF_LOGITS = 0.1
+COLUMNS = {
+  "us": "{[median]:12.1f} us",
+  "tflop_per_s": "{:7.0f} TFLOP/s",
+  "percent_of_ceiling": "{:7.1f} %",
+  "tokens_per_s": "{:9.0f} tokens/s",
+  "mixed_to_sum": "  x {:.3f} of chunks and decodes",
+}
 LLAMA_8B = LlamaConfig(
   vocab_size=128_256,
   hidden_size=4096,
@@ -126,8 +132,7 @@ def main() -> None:
   full = ALL_CHUNKS if args.all_chunks else FULL
   records = figures(SMALL if args.small else full)
   record = results.keep("prefill", records, args, environment)
-  if failed := failures(record):
-    sys.exit(f"failed: {', '.join(failed)}")
+  command.finish(failures(record))
 
 
 def figures(sizes: Sizes) -> Iterator[dict]:
@@ -166,23 +171,7 @@ def settings(sizes: Sizes) -> dict:
 
 def table(record: dict) -> str:
   """Returns the figures as lines of text."""
-  lines = []
-  for path, side in walk(record):
-    name = f"{', '.join(path):24}"
-    if "error" in side:
-      lines.append(f"{name} {side['error']}")
-      continue
-    text = f"{name}{side['us']['median']:12.1f} us"
-    if "tflop_per_s" in side:
-      text += f"{side['tflop_per_s']:7.0f} TFLOP/s"
-    if "percent_of_ceiling" in side:
-      text += f"{side['percent_of_ceiling']:7.1f} %"
-    if "tokens_per_s" in side:
-      text += f"{side['tokens_per_s']:9.0f} tokens/s"
-    if "mixed_to_sum" in side:
-      text += f"  x {side['mixed_to_sum']:.3f} of chunks and decodes"
-    lines.append(text)
-  return "\n".join(lines)
+  return lines(record, COLUMNS, width=24)
 
 
 def ceiling(sizes: Sizes) -> dict:
@@ -222,7 +211,10 @@ def mixed(sizes: Sizes) -> dict:
   decode = functools.partial(
     paged_jax.paged_attention, implementation=sizes.implementation
   )
-  expected = _plain(both)
+  plain = functools.partial(
+    paged_jax.ragged_paged_attention, implementation="xla"
+  )
+  expected = reference(plain, both)
   end = len(chunks.q)
   sides = {
     "loop": attempt(_timed, sizes, decodes, no_attention, None),
@@ -270,33 +262,13 @@ def split(batch: Batch, num_first: int) -> tuple[Batch, Batch]:
   return first, others
 
 
-def _plain(batch: Batch) -> jax.Array:
-  """Returns what plain JAX makes of the first table."""
-  k_pages, v_pages, kv_lens, tables, *more = loop_inputs(batch)
-  plain = functools.partial(
-    paged_jax.ragged_paged_attention, implementation="xla"
-  )
-  return jax.jit(plain)(batch.q, k_pages, v_pages, kv_lens, tables[0], *more)
-
-
 def _timed(
   sizes: Sizes, batch: Batch, attend: Callable, expected: jax.Array | None
 ) -> dict:
-  error = {}
-
-  def verify(state):
-    if expected is not None:
-      error["relative_error"] = relative_error(expected, state[1])
-
-  side = device_loop.measure(
-    loop_step(attend, batch, sizes.steps),
-    loop_start(batch),
-    sizes.steps,
-    sizes.calls,
-    verify,
-    inputs=loop_inputs(batch),
-  )
-  return side | error
+  check = None
+  if expected is not None:
+    check = functools.partial(relative_error, expected)
+  return measured(batch, attend, sizes.steps, sizes.calls, check)[0]
 
 
 def model(sizes: Sizes) -> Iterator[tuple[str, dict]]:

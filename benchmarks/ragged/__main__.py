@@ -17,24 +17,18 @@ Results: benchmarks/results/h200/ragged.json
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 import paged_jax
-from benchmarks.harness import command, device_loop, queries, results
-from benchmarks.harness.attention import (
-  loop_inputs,
-  loop_start,
-  loop_step,
-  reference,
-  relative_error,
-)
+from benchmarks.harness import command, queries, results
+from benchmarks.harness.attention import measured, reference, relative_error
 from benchmarks.harness.batches import Batch
-from benchmarks.harness.cases import attempt
+from benchmarks.harness.cases import attempt, failures, walk
 from benchmarks.harness.queries import make
+from benchmarks.harness.table import line
 from paged_jax.kv.quantised import DTYPES
 from pallas_kernels.ragged import kernel as ragged_kernel
 from pallas_kernels.ragged.config import Config, default_config, padded_group
@@ -43,6 +37,12 @@ PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy"]
 GUESS = 5e8  # FLOP in a microsecond, to choose how often to call
 CALL_COST = 20  # microseconds of a call at least, to the same end
 LOOP_US = 100_000  # of a loop, about: the host waits 1 ms for its end
+NUM_LOOPS = 5
+COLUMNS = {
+  "us": "{[median]:9.1f} us",
+  "tflop_per_s": "{:7.0f} TFLOP/s",
+  "relative_error": "  error {:.1e}",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +94,7 @@ def main() -> None:
   args, environment = command.start_on_gpu("ragged", __doc__, PACKAGES)
   records = figures(SMALL_CASES if args.small else CASES, small=args.small)
   record = results.keep("ragged", records, args, environment)
-  failed = [name for name, sides in record["cases"].items() if failures(sides)]
-  if failed:
-    sys.exit(f"failed: {'; '.join(failed)}")
+  command.finish(failures(record["cases"]))
 
 
 def figures(cases: dict[str, Case], *, small: bool) -> Iterator[dict]:
@@ -104,22 +102,10 @@ def figures(cases: dict[str, Case], *, small: bool) -> Iterator[dict]:
   record: dict = {"cases": {}}
   for name, case in cases.items():
     record["cases"][name] = sides = attempt(timed, case, small=small)
-    for config, side in sides.items():
-      print(f"{name:32} {line(config, side)}", flush=True)
+    for path, side in walk(sides):
+      text = line(name, side, COLUMNS, width=40)
+      print(text, *path, sep="  ", flush=True)
     yield record
-
-
-def line(config: str, side: dict | str) -> str:
-  """Returns the figures, or the error, as text."""
-  if isinstance(side, str) or "error" in side:
-    return f"{config} {side}"
-  speed = f"{side['us']['median']:9.1f} us {side['tflop_per_s']:6.0f} TFLOP/s"
-  return f"{speed}  error {side['relative_error']:.1e}  {config}"
-
-
-def failures(sides: dict) -> bool:
-  """Tells whether a case, or one of its Configs, has no figures."""
-  return "error" in sides or any("error" in side for side in sides.values())
 
 
 def configs(case: Case) -> tuple[Config, ...]:
@@ -195,21 +181,10 @@ def _output(attend: Callable[..., Any]) -> Callable[..., jax.Array]:
 
 
 def _timed(case: Case, batch: Batch, attend, steps: int, expected) -> dict:
-  error = {}
-
-  def verify(state):
-    error["relative_error"] = relative_error(expected, state[1])
-
-  side = device_loop.measure(
-    loop_step(attend, batch, steps),
-    loop_start(batch),
-    steps,
-    5,
-    verify,
-    inputs=loop_inputs(batch),
-  )
+  check = functools.partial(relative_error, expected)
+  side, _ = measured(batch, attend, steps, NUM_LOOPS, check)
   side["tflop_per_s"] = case.flops / side["us"]["median"] / 1e6
-  return side | error
+  return side
 
 
 if __name__ == "__main__":

@@ -2,31 +2,22 @@
 
 import pathlib
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
+from benchmarks.harness import picture
 
 PAGED, BUFFERS, SAMPLES, BEAMS = "#1f5fa8", "#b5482a", "#2c7a4b", "#7a4b9a"
 
 
 def save(record: dict, path: pathlib.Path) -> pathlib.Path:
   """Draws the figures of a record, and returns the path."""
-  # The same picture, byte for byte, from the same figures.
-  mpl.rcParams.update({"svg.hashsalt": "waste", "font.size": 10})
-  figure = Figure(figsize=(9.6, 3.9), layout="constrained")
-  left, right = figure.subplots(1, 2)
+  figure, left, right = picture.two_axes("waste")
   _waste(left, record)
   _saved(right, record)
   for axes in (left, right):
     sizes = [int(size) for size in record["batching"]["page_sizes"]]
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(size) for size in sizes])
+    picture.over_page_size(axes, sizes)
     axes.set_xlim(sizes[0] / 1.4, sizes[-1] * 1.4)
-    axes.set_xlabel("page size (tokens)")
     axes.set_ylim(0, 100)
-    axes.grid(axis="y", color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
-  figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {})
-  return path
+  return picture.save(figure, path)
 
 
 def _waste(axes, record):
