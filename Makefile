@@ -29,7 +29,7 @@ format: setup ## Formats the code
 	$(python) -m ruff format .
 
 bench: setup ## Runs a benchmark: make bench NAME=waste, NAME=generate ARGS=...
-	$(python) benchmarks/bench_$(or $(NAME),generate).py $(ARGS)
+	$(python) -m benchmarks.$(or $(NAME),generate) $(ARGS)
 
 pins: ## Resolves requirements/*.txt anew: make pins JAX=0.11.2
 	tools/pins.sh $(or $(JAX),$(error give the version: make pins JAX=0.11.2))

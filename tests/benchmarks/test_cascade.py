@@ -3,11 +3,12 @@
 import dataclasses
 import json
 
-import bench_cascade
-import decode_batches
 import numpy as np
 import pytest
-from bench_cascade import Case
+
+from benchmarks.cascade import __main__ as bench_cascade
+from benchmarks.cascade.__main__ import Case
+from benchmarks.harness import batches, cases
 
 CASE = bench_cascade.SMALL_CASES["small"]
 
@@ -20,17 +21,18 @@ def test_figures_of_every_side_are_taken_and_failures_show(capsys):
   for name in ("cascade", "paged"):
     assert sides["sides"][name]["relative_error"] < 1e-2
   assert "error" in sides["sides"][bench_cascade.RIVAL]  # it needs a GPU
-  assert not bench_cascade.failures({"small": sides})
+  assert not cases.failures(record["cases"], bench_cascade.RIVAL)
   assert len(capsys.readouterr().out.splitlines()) == 7
   sides["sides"]["paged"] = {"error": "none"}
-  assert bench_cascade.failures({"a": sides, "b": {"error": "none"}}) == [
-    "b",
-    "a, paged",
+  record["cases"]["other"] = {"error": "none"}
+  assert cases.failures(record["cases"], bench_cascade.RIVAL) == [
+    "small, sides, paged",
+    "other",
   ]
 
 
 def test_rows_of_a_group_share_their_prefix_and_nothing_else():
-  sizes = dataclasses.replace(decode_batches.SMALL, page_size=16)
+  sizes = dataclasses.replace(batches.SMALL, page_size=16)
   batch = bench_cascade.make(sizes, CASE)
   tables = np.asarray(batch.tables)
   num_shared, groups = (np.asarray(x) for x in batch.more)
@@ -48,11 +50,11 @@ def test_rows_of_a_group_share_their_prefix_and_nothing_else():
 
 def test_the_roof_counts_keys_once_and_the_products_of_the_shared_part():
   case = Case(128, 32768, 256)
-  least = bench_cascade.at_least_us(decode_batches.FULL, case)
+  least = bench_cascade.at_least_us(batches.FULL, case)
   # 68.7 GFLOP at 687 TFLOP/s; 134 MB, and 17.3 GB, at 4.6 TB/s.
   assert least["shared part"] == pytest.approx(100.0, abs=0.1)
   assert least["own part"] == pytest.approx(29.2, abs=0.1)
   assert least["paged"] == pytest.approx(3764, abs=1)
   few = dataclasses.replace(case, num_seqs=8)
-  least = bench_cascade.at_least_us(decode_batches.FULL, few)
+  least = bench_cascade.at_least_us(batches.FULL, few)
   assert least["shared part"] == pytest.approx(29.2, abs=0.1)

@@ -3,8 +3,9 @@
 import argparse
 import json
 
-import harness
 import pytest
+
+from benchmarks.harness import results
 
 ENVIRONMENT = {"device": "some GPU"}
 
@@ -23,7 +24,7 @@ def test_each_figure_is_written_when_it_was_taken(tmp_path):
 
   args = argparse.Namespace(small=False, out=tmp_path)
   with pytest.raises(KeyboardInterrupt):
-    harness.keep("some", figures(), args, ENVIRONMENT)
+    results.keep("some", figures(), args, ENVIRONMENT)
   assert json.loads(path.read_text())["cases"] == {"a": 1, "b": 1}
   assert list(path.parent.iterdir()) == [path]
 
@@ -31,5 +32,5 @@ def test_each_figure_is_written_when_it_was_taken(tmp_path):
 def test_what_is_tried_out_is_not_written(tmp_path):
   args = argparse.Namespace(small=True, out=tmp_path)
   records = [{"cases": {}}, {"cases": {"a": 1}}]
-  assert harness.keep("some", records, args, ENVIRONMENT) == records[-1]
+  assert results.keep("some", records, args, ENVIRONMENT) == records[-1]
   assert not list(tmp_path.iterdir())

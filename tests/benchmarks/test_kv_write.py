@@ -3,13 +3,14 @@
 import dataclasses
 import json
 
-import bench_kv_write
 import jax.numpy as jnp
-import kv_write_batch
-import kv_write_rival
 import numpy as np
 import pytest
 
+from benchmarks.harness import cases
+from benchmarks.kv_write import __main__ as bench_kv_write
+from benchmarks.kv_write import batch as kv_write_batch
+from benchmarks.kv_write import rival as kv_write_rival
 from paged_jax.kv import pool as kv_pool
 
 SIZES = kv_write_batch.SMALL
@@ -22,7 +23,7 @@ def _figures(sizes):
 
 def test_figures_of_every_kind_are_taken(capsys):
   record = _figures(SIZES)
-  assert not bench_kv_write.failures(record)
+  assert not cases.failures(record, bench_kv_write.RIVAL)
   for sides in record["write"].values():
     assert "error" in sides.pop(bench_kv_write.RIVAL)  # it needs a GPU
     assert len(sides) == 1 + 2 * len(SIZES.dtypes)
@@ -36,7 +37,9 @@ def test_what_fails_is_named_and_the_others_are_timed(capsys):
   some = dict(batches=((2, 3),), dtypes=("int8",), head_dim=3)
   sizes = dataclasses.replace(SIZES, implementation="mosaic_gpu", **some)
   record = _figures(sizes)
-  assert bench_kv_write.failures(record) == ["6 tokens, int8, mosaic_gpu"]
+  assert cases.failures(record, bench_kv_write.RIVAL) == [
+    "write, 6 tokens, int8, mosaic_gpu"
+  ]
   assert "NotImplementedError" in capsys.readouterr().out
 
 

@@ -4,31 +4,29 @@ import copy
 import dataclasses
 import json
 
-import bench_page_table
-import device_loop
 import jax
 import jax.numpy as jnp
 import numpy as np
-import page_parts
-import page_rivals
-import page_workload
 import pytest
 
+from benchmarks.harness import device_loop
+from benchmarks.page_table import __main__ as bench_page_table
+from benchmarks.page_table import parts, rivals, workload
 from paged_jax import page_table
 
-SIZES = page_workload.SMALL
+SIZES = workload.SMALL
 PAGE_SIZE = SIZES.page_size
 RIVALS = [
-  (page_rivals.pop_each, page_rivals.stacked),
-  (page_rivals.search_each, page_rivals.bitmap),
-  (page_rivals.search_if_needed, page_rivals.bitmap),
-  (page_rivals.search_once, page_rivals.bitmap),
+  (rivals.pop_each, rivals.stacked),
+  (rivals.search_each, rivals.bitmap),
+  (rivals.search_if_needed, rivals.bitmap),
+  (rivals.search_once, rivals.bitmap),
 ]
 
 
 @pytest.fixture(scope="module")
 def start():
-  return page_workload.filled(SIZES, SIZES.pools[0])
+  return workload.filled(SIZES, SIZES.pools[0])
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +47,7 @@ def test_rivals_serve_the_same_rows(start, grown, serve, state):
   begin = state(start.table)
   run = device_loop.compiled(step, begin, SIZES.num_steps)
   end = run(device_loop.copy(begin), ())
-  page_rivals.verify(start.table, end, SIZES.num_steps)
+  rivals.verify(start.table, end, SIZES.num_steps)
   np.testing.assert_array_equal(end.kv_lens, grown.kv_lens)
   nothing = grown.num_pages
   np.testing.assert_array_equal(
@@ -75,7 +73,7 @@ def test_rivals_hand_out_no_page_that_is_not_there(start, serve, state):
 
 def test_faults_are_found(start, grown):
   num_steps = SIZES.num_steps
-  page_rivals.verify(start.table, grown, num_steps)
+  rivals.verify(start.table, grown, num_steps)
   entries = grown.page_indices
   faults = {
     "lengths": dict(kv_lens=grown.kv_lens.at[1].add(1)),
@@ -86,9 +84,7 @@ def test_faults_are_found(start, grown):
   }
   for name, fault in faults.items():
     with pytest.raises(RuntimeError, match=name):
-      page_rivals.verify(
-        start.table, dataclasses.replace(grown, **fault), num_steps
-      )
+      rivals.verify(start.table, dataclasses.replace(grown, **fault), num_steps)
 
 
 def test_a_copy_of_the_state_is_found():
@@ -114,9 +110,9 @@ def test_figures_of_every_kind_are_taken():
   num_pages = SIZES.pools[0]
   sides = bench_page_table.append(SIZES, num_pages)
   record = {"append": {str(num_pages): sides}}
-  record["transitions"] = page_parts.diverging(SIZES)
-  record["sums"] = page_parts.sums(SIZES)
-  record["copies"] = page_parts.copies(SIZES)
+  record["transitions"] = parts.diverging(SIZES)
+  record["sums"] = parts.sums(SIZES)
+  record["copies"] = parts.copies(SIZES)
   record = json.loads(json.dumps(record))
   assert "append, max_new_tokens unknown" in sides
   for part in (sides, record["transitions"], record["sums"], record["copies"]):

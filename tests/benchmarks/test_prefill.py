@@ -3,15 +3,14 @@
 import dataclasses
 import json
 
-import bench_decode
-import bench_prefill
-import bench_ragged
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks.harness import cases, queries
+from benchmarks.prefill import __main__ as bench_prefill
 from paged_jax.models.llama import Llama
 
 SIZES = bench_prefill.SMALL
@@ -26,8 +25,8 @@ def usual_promotion():
 def test_figures_of_every_kind_are_taken(capsys):
   *_, record = bench_prefill.figures(SIZES)
   record = json.loads(json.dumps(record))
-  assert not bench_decode.failures(record)
-  timed = [", ".join(path) for path, _ in bench_decode.cases(record)]
+  assert not cases.failures(record)
+  timed = [", ".join(path) for path, _ in cases.walk(record)]
   assert timed == [
     "ceiling",
     "mixed, loop",
@@ -50,7 +49,7 @@ def test_figures_of_every_kind_are_taken(capsys):
 def test_what_fails_is_named_and_the_others_are_timed():
   sizes = dataclasses.replace(SIZES, implementation="mosaic_gpu")
   record = {"mixed": bench_prefill.mixed(sizes)}
-  failed = bench_decode.failures(record)
+  failed = cases.failures(record)
   assert failed == ["mixed, chunks", "mixed, decodes", "mixed, mixed"]
   assert "NotImplementedError" in bench_prefill.table(record)
 
@@ -74,7 +73,7 @@ def test_flops_are_those_of_the_parameters_and_of_the_keys_seen(sizes):
 
 
 def test_both_kinds_are_those_of_the_mixture():
-  batch = bench_ragged.make(bench_prefill.mixed_case(SIZES))
+  batch = queries.make(bench_prefill.mixed_case(SIZES))
   chunks, decodes = bench_prefill.split(batch, 2)
   np.testing.assert_array_equal(chunks.kv_lens, [29, 7])
   np.testing.assert_array_equal(decodes.kv_lens, [33] * 3)

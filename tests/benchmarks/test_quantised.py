@@ -3,12 +3,13 @@
 import json
 import pathlib
 
-import bench_quantised
 import jax
 import numpy as np
 import oracle
 import pytest
 import tiny_llama
+
+from benchmarks.quantised import __main__ as bench_quantised
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULT = json.loads(

@@ -1,0 +1,1 @@
+"""What attention of sequences that share a prefix costs on a GPU."""

@@ -1,0 +1,1 @@
+"""What decode attention costs on a GPU."""

@@ -1,0 +1,1 @@
+"""Greedy generation on the demo model beside transformers."""

@@ -1,0 +1,1 @@
+"""What writing K and V of a step into the paged pool costs."""

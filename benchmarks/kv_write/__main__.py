@@ -1,0 +1,231 @@
+"""What writing K and V of a step into the paged pool costs, in microseconds.
+
+  write    `kv_pool.write` of 64, 512 and 8,192 tokens, by the kernel and by
+           scatters of XLA, to pages of each dtype; a plain copy of the same
+           bytes; and FlashInfer's append where it can be imported
+  pieces   the kernel with other numbers of pieces for a thread
+
+A step of a loop writes to all layers of a pool, one after the other, as the
+layers of a model do; pages lie at random places, tokens begin anywhere in a
+page. A figure is the time of a compiled loop seen from the host, divided by its
+writes. What a loop has written is verified before it is timed, and it may copy
+no array of the pool's size.
+
+  python -m benchmarks.kv_write
+
+Results: benchmarks/results/h200/kv_write.json
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from benchmarks.harness import command, device_loop, results
+from benchmarks.harness.cases import attempt, failures
+from benchmarks.harness.table import line
+from benchmarks.kv_write import rival
+from benchmarks.kv_write.batch import FULL, SMALL, Batch, Sizes, make
+from paged_jax.kv import dtypes, layout, quantised
+from paged_jax.kv import pool as kv_pool
+from pallas_kernels.pages import write as page_write
+
+PACKAGES = [
+  "jax",
+  "jaxlib",
+  "jax-cuda13-plugin",
+  "numpy",
+  "torch",
+  "flashinfer-python",
+]
+COPY, RIVAL = "plain copy", "flashinfer.append_paged_kv_cache"
+GUESS = 2e6  # bytes moved in a microsecond, to choose how often to write
+WRITE_COST = 2  # microseconds of a write at least, to the same end
+COLUMNS = {
+  "us": "{[median]:9.2f}",
+  "gb_per_s": "{:7.0f}",
+  "percent_of_copy": "{:7.0f} %",
+}
+
+
+def main() -> None:
+  """Times everything, prints the figures and writes them."""
+  args, environment = command.start_on_gpu("kv_write", __doc__, PACKAGES)
+  records = figures(SMALL if args.small else FULL)
+  record = results.keep("kv_write", records, args, environment)
+  command.finish(failures(record, RIVAL))
+
+
+def figures(sizes: Sizes) -> Iterator[dict]:
+  """Yields all figures so far, or errors, after each; prints them."""
+  record: dict = {"settings": settings(sizes), "write": {}, "pieces": {}}
+  print(f"{'':52}{'us':>9}{'GB/s':>7}{'of copy':>9}")
+  for num_seqs, num_new in sizes.batches:
+    batch = make(sizes, num_seqs, num_new)
+    name = f"{len(batch.slots)} tokens"
+    record["write"][name], record["pieces"][name] = {}, {}
+    for part, side_name, measure in ways(sizes):
+      side = attempt(measure, sizes, batch)
+      record[part][name][side_name] = side
+      compare(side, record["write"][name][COPY])
+      title = f"{part}, {name}, {side_name}"
+      print(line(title, side, COLUMNS, width=52), flush=True)
+      yield record
+
+
+def ways(sizes: Sizes) -> Iterator[tuple[str, str, Callable]]:
+  """Yields what is timed of a batch: part, name, and what returns figures."""
+  yield "write", COPY, plain_copy
+  for dtype in sizes.dtypes:
+    for way in (sizes.implementation, "xla"):
+      measure = functools.partial(write, dtype=dtype, implementation=way)
+      yield "write", f"{dtype}, {way or 'chosen'}", measure
+  for pieces in sizes.pieces:
+    measure = functools.partial(write_pieces, pieces=pieces)
+    yield "pieces", str(pieces), measure
+  # The rival comes last: what faults on a GPU takes the process with it.
+  yield "write", RIVAL, rival.append
+
+
+def settings(sizes: Sizes) -> dict:
+  """Returns what the figures mean."""
+  return dataclasses.asdict(sizes) | dict(
+    meaning=dict(
+      us="microseconds of a write: of a loop, divided by its writes",
+      steps="of a loop; each writes to every layer",
+      gb_per_s="tokens read and rows of the pool written, by the median",
+      percent_of_copy="of the speed of the plain copy",
+    )
+  )
+
+
+def compare(side: dict, copy: dict) -> None:
+  """Adds the share of the plain copy's speed to other figures."""
+  if "gb_per_s" in side and "gb_per_s" in copy:
+    side["percent_of_copy"] = 100 * side["gb_per_s"] / copy["gb_per_s"]
+
+
+def plain_copy(sizes: Sizes, batch: Batch) -> dict:
+  """Times a copy of K and V, to one place after the other of an array."""
+  x = jnp.stack([batch.k, batch.v]).reshape(-1)
+  start = jnp.zeros((sizes.num_layers, len(x)), x.dtype)
+
+  def step(_, state, x):
+    for layer in range(sizes.num_layers):
+      state, x = lax.optimization_barrier((state, x))
+      state = lax.dynamic_update_slice(state, x[None], (layer, 0))
+    return state
+
+  def verify(state):
+    if not bool((state == x[None]).all()):
+      raise RuntimeError("the copy is wrong")
+
+  return measured(sizes, step, start, verify, 2 * x.nbytes, inputs=(x,))
+
+
+def write(
+  sizes: Sizes, batch: Batch, dtype: str, implementation: str | None
+) -> dict:
+  """Times writes to all layers of a pool of this dtype."""
+
+  def write_layer(pool, layer, k, v, slots):
+    return kv_pool.write(
+      pool, layer, k, v, slots, implementation=implementation
+    )
+
+  return written(sizes, batch, dtype, write_layer)
+
+
+def write_pieces(sizes: Sizes, batch: Batch, pieces: int) -> dict:
+  """Times the kernel with so many pieces for a thread."""
+
+  def write_layer(pool, layer, k, v, slots):
+    layer = jnp.asarray(layer, jnp.int32)
+    return kv_pool.KVPool(
+      *page_write.write_tokens(
+        (pool.k, pool.v), (k, v), slots, layer, pieces=pieces
+      )
+    )
+
+  return written(sizes, batch, "bfloat16", write_layer)
+
+
+def written(
+  sizes: Sizes, batch: Batch, dtype: str, write_layer: Callable
+) -> dict:
+  """Times a way of writing to a layer."""
+  layer_shape = sizes.num_kv_heads, sizes.page_size, sizes.head_dim
+  start = kv_pool.init(
+    batch.num_pages, sizes.num_layers, *layer_shape, jnp.dtype(dtype)
+  )
+  slots = jnp.asarray(batch.slots)
+
+  def step(_, pool, *tokens):
+    for layer in range(sizes.num_layers):
+      # Nothing of a write is done before the one before, or once for all.
+      pool, tokens = lax.optimization_barrier((pool, tokens))
+      pool = write_layer(pool, layer, *tokens)
+    return pool
+
+  row = layout.page_bytes(1, sizes.num_kv_heads, 1, sizes.head_dim, dtype)
+  side = measured(
+    sizes,
+    step,
+    start,
+    lambda pool: check(batch, pool),
+    2 * batch.k.nbytes + row * len(slots),
+    inputs=(batch.k, batch.v, slots),
+    large=start.k.size,
+  )
+  device_loop.check_in_place(side)
+  return side
+
+
+def measured(
+  sizes: Sizes, step, start, verify, num_bytes: int, **options
+) -> dict:
+  """Returns the figures of a loop whose steps write to every layer."""
+  guess = (num_bytes / GUESS + WRITE_COST) * sizes.num_layers
+  steps = max(1, round(sizes.loop_us / guess))
+  side = device_loop.measure(
+    step, start, steps, sizes.num_loops, verify, **options
+  )
+  side["us"] = {name: us / sizes.num_layers for name, us in side["us"].items()}
+  side["gb_per_s"] = num_bytes / side["us"]["median"] / 1e3
+  return side
+
+
+def check(batch: Batch, pool: kv_pool.KVPool) -> None:
+  """Checks that each layer holds the tokens, and nothing else.
+
+  Raises:
+    RuntimeError: If one does not.
+  """
+  for name in ("k", "v"):
+    rows, pages = getattr(batch, name), getattr(pool, name)
+    pairs = [(rows, pages)]
+    if dtypes.is_quantised(pages.dtype):
+      rows, scales = jax.jit(quantised.quantise, static_argnums=1)(
+        rows, pages.dtype
+      )
+      pairs = [(rows, pages), (scales, getattr(pool, f"{name}_scales"))]
+    for rows, pages in pairs:
+      if not bool(_holds(pages, rows, jnp.asarray(batch.slots))):
+        raise RuntimeError(f"what is written of {name} is wrong")
+
+
+@jax.jit
+def _holds(pages: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
+  page, offset = jnp.divmod(slots, pages.shape[3])
+  # Compared as float32: float8 has no comparison on every device.
+  got = pages[page, :, :, offset].astype(jnp.float32)
+  same = jnp.all(got == rows[:, None].astype(jnp.float32))
+  count = lambda x: jnp.count_nonzero(x.astype(jnp.float32))
+  return same & (count(pages) == pages.shape[1] * count(rows))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,1 @@
+"""What the transitions of the page table cost on a GPU."""

@@ -1,0 +1,158 @@
+"""What the transitions of the page table cost on a GPU, in microseconds.
+
+  append       one token for each of 256 rows, pages of 16, in pools of 65,536
+               to 1,048,576 pages that are free in random order; beside the ways
+               of other projects (`rivals`) and a loop that only counts
+  transitions  the others, and `append` where all rows copy a shared page, in
+               the smallest pool
+  sums         over the rows ahead of each: masked, as `append` takes them, or
+               running
+  copies       `kv_pool.copy_pages`, of the 256 that there could be, beside a
+               copy of one array
+
+Each is a loop compiled as one program, once, whose state is donated; a figure
+is the time of a call seen from the host, divided by the steps of the loop, so
+the calls tell how much it varies. What comes out of a loop is verified before
+it is timed. No loop of `append` copies an array of the pool's size or takes
+temporary memory that grows with the pool, or nothing is written.
+
+  python -m benchmarks.page_table
+
+Results: benchmarks/results/h200/page_table.json
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.harness import command, device_loop, results
+from benchmarks.harness.table import lines
+from benchmarks.page_table import parts, rivals
+from benchmarks.page_table.workload import FULL, SMALL, Sizes, check, filled
+from paged_jax import page_table
+
+OURS = ("append", "append, max_new_tokens unknown")
+COLUMNS = {
+  "us": "{0[min]:10.2f}{0[median]:10.2f}{0[p99]:10.2f}{0[max]:10.2f}",
+  "gb_per_s": "{:8.0f} GB/s",
+}
+PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy"]
+
+
+def main() -> None:
+  """Times everything, prints a table of it and writes the figures."""
+  args, environment = command.start_on_gpu("page_table", __doc__, PACKAGES)
+  record = figures(SMALL if args.small else FULL)
+  check_memory(record)
+  if not args.small:
+    record["environment"] = environment
+    path = results.save("h200", "page_table", record, args.out)
+    print("written to", path)
+
+
+def figures(sizes: Sizes) -> dict:
+  """Returns all figures, and prints them as they come."""
+  record: dict = {"settings": settings(sizes), "append": {}}
+  heads = f"{'min':>10}{'median':>10}{'p99':>10}{'max':>10}"
+  print(f"{'us of a step':60}{heads}")
+  for num_pages in sizes.pools:
+    sides = append(sizes, num_pages)
+    record["append"][str(num_pages)] = sides
+    print(table(f"{num_pages} pages", sides), flush=True)
+  for part in (parts.transitions, parts.sums, parts.copies):
+    record[part.__name__] = part(sizes)
+    print(table(part.__name__, record[part.__name__]), flush=True)
+  return record
+
+
+def settings(sizes: Sizes) -> dict:
+  """Returns what the figures mean."""
+  return dataclasses.asdict(sizes) | dict(
+    us="microseconds of a step: of a call of the loop, divided by its steps",
+    temp_bytes="temporary memory of the loop, beside its state",
+    large_copies="instructions that copy an array as large as the pool's",
+    gb_per_s="bytes read and written, by the median",
+  )
+
+
+def append(sizes: Sizes, num_pages: int) -> dict[str, dict]:
+  """Times a token for every row, in all ways, from the same table."""
+  start = filled(sizes, num_pages)
+  before, page_size = start.table, sizes.page_size
+  large = min(num_pages, before.page_indices.size)
+  often = sizes.num_steps, sizes.append_calls
+  search = sizes.search_steps, sizes.slow_calls
+  slow = sizes.slow_steps, sizes.slow_calls
+  one = jnp.ones(sizes.num_seqs, jnp.int32)
+
+  def ours(limit: int | None) -> dict:
+    def step(_, state: page_table.Appended, num_new: jax.Array):
+      return page_table.append(state.table, num_new, max_new_tokens=limit)
+
+    def verify(end: page_table.Appended) -> None:
+      rivals.verify(before, end.table, sizes.num_steps)
+      check(end.table, np.asarray(before.kv_lens) + sizes.num_steps)
+
+    return device_loop.measure(
+      step, start, *often, verify, inputs=(one,), large=large
+    )
+
+  def theirs(serve, state, num_steps: int, num_calls: int) -> dict:
+    return device_loop.measure(
+      lambda _, state: serve(state, page_size),
+      state,
+      num_steps,
+      num_calls,
+      lambda end: rivals.verify(before, end, num_steps),
+      large=large,
+    )
+
+  stack, bitmap = rivals.stacked(before), rivals.bitmap(before)
+  return {
+    OURS[0]: ours(1),
+    OURS[1]: ours(None),
+    "pop, row by row": theirs(rivals.pop_each, stack, *slow),
+    "bitmap argmax, row by row": theirs(rivals.search_each, bitmap, *slow),
+    "bitmap argmax, rows that need it": theirs(
+      rivals.search_if_needed, bitmap, *slow
+    ),
+    "bitmap nonzero, all rows": theirs(rivals.search_once, bitmap, *search),
+    "lengths alone": device_loop.measure(
+      lambda _, lens, num_new: lens + num_new,
+      before.kv_lens,
+      *often,
+      lambda end: rivals.verify_lens(before, end, sizes.num_steps),
+      inputs=(one,),
+    ),
+  }
+
+
+def check_memory(record: dict) -> None:
+  """Checks that our loops keep one table or pool, and little beside it.
+
+  Raises:
+    RuntimeError: If one copies a large array of its state, or takes temporary
+      memory that grows with the pool.
+  """
+  pools = record["append"]
+  smallest, *_, largest = pools
+  for name in OURS:
+    for sides in pools.values():
+      device_loop.check_in_place(sides[name])
+    small, large = (pools[n][name]["temp_bytes"] for n in (smallest, largest))
+    if large - small >= int(largest) - int(smallest):  # a byte a page
+      raise RuntimeError(f"{name}: {small} bytes of memory became {large}.")
+  for name, figures in record["copies"].items():
+    if name.startswith("copy_pages"):
+      device_loop.check_in_place(figures)
+
+
+def table(part: str, sides: dict[str, dict]) -> str:
+  """Returns the figures of a part as lines of text."""
+  return lines({part: sides}, COLUMNS, width=60)
+
+
+if __name__ == "__main__":
+  main()

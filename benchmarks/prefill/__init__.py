@@ -1,0 +1,1 @@
+"""How fast a model reads prompts on a GPU."""

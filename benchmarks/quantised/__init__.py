@@ -1,0 +1,1 @@
+"""Perplexity of the demo model on quantised pages."""

@@ -1,0 +1,1 @@
+"""What prefill over pages costs on a GPU."""

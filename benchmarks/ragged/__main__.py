@@ -1,0 +1,191 @@
+"""What prefill over pages costs on a GPU, in microseconds and TFLOP/s.
+
+Whole prompts, chunks of prompts on top of a context, and mixed batches, some by
+several Configs of the kernel, some also over pages of int8 and float8_e4m3fn. A
+TFLOP/s counts what the queries see, so nothing above the diagonal:
+4 * head_dim * num_q_heads for every query and key.
+
+Pages lie at random places of a pool with pages to spare, which hold NaN. A
+figure is the time of a compiled loop seen from the host, divided by its calls.
+The list of items is made anew in each call, and counted. The last output of a
+loop is compared with that of plain JAX before the loop is timed.
+
+  python -m benchmarks.ragged
+
+Results: benchmarks/results/h200/ragged.json
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+import paged_jax
+from benchmarks.harness import command, queries, results
+from benchmarks.harness.attention import measured, reference, relative_error
+from benchmarks.harness.batches import Batch
+from benchmarks.harness.cases import attempt, failures, walk
+from benchmarks.harness.queries import make
+from benchmarks.harness.table import line
+from paged_jax.kv.dtypes import QUANTISED_DTYPES
+from pallas_kernels.ragged import kernel as ragged_kernel
+from pallas_kernels.ragged.config import Config, default_config, padded_group
+
+PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy"]
+GUESS = 5e8  # FLOP in a microsecond, to choose how often to call
+CALL_COST = 20  # microseconds of a call at least, to the same end
+LOOP_US = 100_000  # of a loop, about: the host waits 1 ms for its end
+NUM_LOOPS = 5
+COLUMNS = {
+  "us": "{[median]:9.1f} us",
+  "tflop_per_s": "{:7.0f} TFLOP/s",
+  "relative_error": "  error {:.1e}",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case(queries.Case):
+  """A batch, and by what it is timed."""
+
+  all_configs: bool = False  # which takes compiling two loops more
+
+
+def _quantised(name: str, case: Case) -> dict[str, Case]:
+  """Returns a case over quantised pages, by name."""
+  return {
+    f"{name}, {dtype}": dataclasses.replace(case, kv_dtype=dtype.name)
+    for dtype in QUANTISED_DTYPES
+  }
+
+
+MIXED = Case((512, 300) + (1,) * 62, (8192, 0) + (2048,) * 62)
+CASES = {
+  "1 x 4k": Case((4096,), (0,), all_configs=True),
+  **_quantised("1 x 4k", Case((4096,), (0,))),
+  "4 x 4k": Case((4096,) * 4, (0,) * 4),
+  "4 x 4k, page 64": Case((4096,) * 4, (0,) * 4, page_size=64),
+  "1 x 16k": Case((16384,), (0,), all_configs=True),
+  **_quantised("1 x 16k", Case((16384,), (0,))),
+  "1 x 16k, page 64": Case((16384,), (0,), page_size=64),
+  "1 x 4k, 32 KV heads": Case((4096,), (0,), heads=(32, 32)),
+  "8 x 1k": Case((1024,) * 8, (0,) * 8),
+  "8 x 512 on 4k": Case((512,) * 8, (4096,) * 8, all_configs=True),
+  **_quantised("8 x 512 on 4k", Case((512,) * 8, (4096,) * 8)),
+  "8 x 512 on 4k, page 64": Case((512,) * 8, (4096,) * 8, page_size=64),
+  "1 x 512 on 128k": Case((512,), (131072,), all_configs=True),
+  "1 x 512 on 128k, 4 and 1 heads": Case((512,), (131072,), heads=(4, 1)),
+  "2 prompts, 62 decoding": MIXED,
+  **_quantised("2 prompts, 62 decoding", MIXED),
+  "1 x 16k, window 4k": Case((16384,), (0,), sliding_window=4096),
+  "4 x 4k, head_dim 64": Case((4096,) * 4, (0,) * 4, head_dim=64),
+  "4 x 4k, head_dim 256": Case((4096,) * 4, (0,) * 4, head_dim=256),
+}
+SMALL = Case((70, 3), (0, 40), head_dim=64, heads=(4, 2))
+SMALL_CASES = {
+  "small": dataclasses.replace(SMALL, all_configs=True),
+  "small, int8": dataclasses.replace(SMALL, kv_dtype="int8"),
+}
+
+
+def main() -> None:
+  """Times everything, prints the figures and writes them."""
+  args, environment = command.start_on_gpu("ragged", __doc__, PACKAGES)
+  records = figures(SMALL_CASES if args.small else CASES, small=args.small)
+  record = results.keep("ragged", records, args, environment)
+  command.finish(failures(record["cases"]))
+
+
+def figures(cases: dict[str, Case], *, small: bool) -> Iterator[dict]:
+  """Yields all figures so far, or errors, after each case; prints them."""
+  record: dict = {"cases": {}}
+  for name, case in cases.items():
+    record["cases"][name] = sides = attempt(timed, case, small=small)
+    for path, side in walk(sides):
+      text = line(name, side, COLUMNS, width=40)
+      print(text, *path, sep="  ", flush=True)
+    yield record
+
+
+def configs(case: Case) -> tuple[Config, ...]:
+  """Returns the Configs to time, the default first."""
+  num_kv_heads = case.heads[1]
+  group = padded_group(*case.heads, case.head_dim)
+  default = default_config(
+    sum(case.q_lens),
+    num_kv_heads,
+    group,
+    case.head_dim,
+    is_quantised=case.kv_dtype is not None,
+  )
+  if not case.all_configs:
+    return (default,)
+  change = functools.partial(dataclasses.replace, default)
+  return (
+    default,
+    change(splits=not default.splits),
+    change(block_kv=64, num_stages=3 if case.head_dim <= 128 else 2),
+  )
+
+
+def timed(case: Case, *, small: bool) -> dict:
+  """Returns the figures of a case by Config; attends by plain JAX if small."""
+  batch = make(case)
+  expected = reference(plain(case), batch)
+  guess = case.flops / GUESS + CALL_COST
+  steps = 1 if small else max(1, round(LOOP_US / guess))
+  sides = {}
+  for config in configs(case):
+    attend = plain(case) if small else kernel(case, config)
+    sides[str(config)] = attempt(_timed, case, batch, attend, steps, expected)
+  return sides
+
+
+def plain(case: Case) -> Callable[..., jax.Array]:
+  """Returns attention by plain JAX, from arrays as they lie in a `Batch`."""
+  return _output(
+    functools.partial(
+      paged_jax.ragged_paged_attention,
+      scale=case.head_dim**-0.5,
+      sliding_window=case.sliding_window,
+      return_lse=True,
+      implementation="xla",
+    )
+  )
+
+
+def kernel(case: Case, config: Config) -> Callable[..., jax.Array]:
+  """Returns attention by the kernel, as `plain` does."""
+  return _output(
+    functools.partial(
+      ragged_kernel.attend,
+      scale=case.head_dim**-0.5,
+      sliding_window=case.sliding_window,
+      num_sink_tokens=0,
+      logits_soft_cap=None,
+      sinks=None,
+      config=config,
+    )
+  )
+
+
+def _output(attend: Callable[..., Any]) -> Callable[..., jax.Array]:
+  """Returns what gives the output alone, and takes scales by their places."""
+
+  def call(*args):
+    *args, k_scales, v_scales = args if len(args) > 7 else (*args, None, None)
+    return attend(*args, k_scales=k_scales, v_scales=v_scales)[0]
+
+  return call
+
+
+def _timed(case: Case, batch: Batch, attend, steps: int, expected) -> dict:
+  check = functools.partial(relative_error, expected)
+  side, _ = measured(batch, attend, steps, NUM_LOOPS, check)
+  side["tflop_per_s"] = case.flops / side["us"]["median"] / 1e6
+  return side
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,1 @@
+"""How much KV memory pages waste and save."""

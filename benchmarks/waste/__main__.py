@@ -1,0 +1,190 @@
+"""How much KV memory pages waste and save, in replays on the CPU.
+
+Three replays through `paged_jax.page_table`, each at every page size:
+
+  batching  1000 requests, 256 rows: a request that ends gives its pages back
+            and the next starts in its row. Beside it, buffers of 2,048 tokens;
+            a request longer than that (6 of them) takes two.
+  sampling  the first 250 prompts, 4 samples each, forked from one prompt and
+            as long as the next 4 outputs of the same list: prompt `i` takes
+            outputs `4 i` to `4 i + 3`. 64 prompts at once; the next starts
+            when all 4 samples of one have ended.
+  beams     beam searches of width 4, recorded on the demo model by
+            `record_beams`, all at once. Beside them, a buffer for each beam,
+            exactly as long as it gets.
+
+What a step uses is counted when its tokens are stored; figures are over all
+steps, from the first to the last request. Every replay has just as many pages
+as `count` says it needs, and agrees with it in every step, or nothing is
+written.
+
+  python -m benchmarks.waste
+
+Results: benchmarks/results/cpu/waste.json, and waste.svg beside it.
+"""
+
+import json
+
+import jax
+import numpy as np
+
+from benchmarks.harness import command, results
+from benchmarks.harness.data import DATA, requests
+from benchmarks.waste import count, replay
+
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+NUM_ROWS = 256
+BUFFER_LEN = 2048
+NUM_SAMPLES = 4
+
+
+def main() -> None:
+  """Runs the replays, and writes the figures and their picture."""
+  from benchmarks.waste import plot  # not for the tests: it needs matplotlib
+
+  command.parser("waste", __doc__).parse_args()
+  jax.config.update("jax_platforms", "cpu")
+  record = {
+    "settings": settings(),
+    **replays(),
+    "environment": results.environment(["jax", "jaxlib", "numpy"], on_cpu=True),
+  }
+  print(json.dumps(record, indent=1))
+  path = results.save("cpu", "waste", record)
+  print("written to", path, plot.save(record, path.with_suffix(".svg")))
+
+
+def replays() -> dict:
+  """Returns the figures of all replays."""
+  num_groups = NUM_ROWS // NUM_SAMPLES
+  return {
+    "batching": batching(*requests(), NUM_ROWS, PAGE_SIZES),
+    "sampling": sampling(*samples(), num_groups, PAGE_SIZES),
+    "beams": beams(*searches(), PAGE_SIZES),
+  }
+
+
+def samples() -> tuple[list[int], list[list[int]]]:
+  """Returns the lengths of prompts, and of the samples of each."""
+  prompts, outputs = requests()
+  num_prompts = len(outputs) // NUM_SAMPLES
+  grouped = np.reshape(outputs[: num_prompts * NUM_SAMPLES], (num_prompts, -1))
+  return prompts[:num_prompts], grouped.tolist()
+
+
+def searches() -> tuple[list[int], list[list[list[int]]]]:
+  """Returns the lengths of the prompts, and the parents of the beams."""
+  record = json.loads((DATA / "beam_parents.json").read_text())
+  return record["prompt_lens"], record["parents"]
+
+
+def settings() -> dict:
+  """Returns what the figures mean."""
+  return dict(
+    lengths="data/sharegpt_like_lengths.json",
+    beams="data/beam_parents.json",
+    num_rows=NUM_ROWS,
+    num_samples=NUM_SAMPLES,
+    buffer_len=BUFFER_LEN,
+    waste_percent="slots without a token, of all slots taken, over all steps",
+    requests_in_memory="live requests of mean size in num_rows * buffer_len",
+    saved_percent="of the pages that sequences without sharing would use",
+    saved_of_buffers_percent="of the slots of buffers of the final length",
+    copied_tokens="copied to let beams go on, whole pages or whole beams",
+  )
+
+
+def batching(prompt_lens, output_lens, num_rows, page_sizes) -> dict:
+  """Returns the figures of continuous batching."""
+  args = prompt_lens, output_lens, num_rows
+  buffers = count.contiguous(*args, BUFFER_LEN)
+  memory = num_rows * BUFFER_LEN
+  result: dict = {"num_requests": len(prompt_lens), "page_sizes": {}}
+  for page_size in page_sizes:
+    figures = checked("batching", *args, page_size)
+    slots = figures["pages"] * page_size
+    live_rows = int(figures["live_rows"].sum())
+    result |= {"num_steps": len(slots), "mean_rows": live_rows / len(slots)}
+    result["page_sizes"][str(page_size)] = {
+      "waste_percent": percent(figures["waste"], slots),
+      "mean_pages": float(figures["pages"].mean()),
+      "peak_pages": int(figures["pages"].max()),
+      "requests_in_memory": memory * live_rows // int(slots.sum()),
+    }
+  result["contiguous"] = {
+    "waste_percent": percent(buffers["waste"], buffers["slots"]),
+    "peak_slots": int(buffers["slots"].max()),
+    "requests_in_memory": num_rows,
+  }
+  return result
+
+
+def sampling(prompt_lens, output_lens, num_groups, page_sizes) -> dict:
+  """Returns the figures of parallel sampling."""
+  args = prompt_lens, output_lens, num_groups
+  result: dict = {"num_prompts": len(prompt_lens), "page_sizes": {}}
+  for page_size in page_sizes:
+    figures = checked("sampling", *args, page_size)
+    result["num_steps"] = len(figures["pages"])
+    result["page_sizes"][str(page_size)] = sharing(figures)
+  return result
+
+
+def beams(prompt_lens, parents, page_sizes) -> dict:
+  """Returns the figures of beam search."""
+  buffers = count.contiguous_beams(prompt_lens, parents)
+  result: dict = {"num_prompts": len(prompt_lens), "page_sizes": {}}
+  for page_size in page_sizes:
+    figures = checked("beams", prompt_lens, parents, page_size)
+    slots = figures["pages"] * page_size
+    result["num_steps"] = len(slots)
+    result["page_sizes"][str(page_size)] = {
+      **sharing(figures),
+      "saved_of_buffers_percent": 100 - percent(slots, buffers["slots"]),
+      "copied_tokens": int(figures["copied_tokens"].sum()),
+    }
+  result["contiguous"] = {
+    "slots": int(buffers["slots"].max()),
+    "copied_tokens": int(buffers["copied_tokens"].sum()),
+  }
+  return result
+
+
+def checked(name: str, *args) -> count.Figures:
+  """Returns the figures of a replay, which have to be those counted.
+
+  Args:
+    name: Of the function in `count` and `replay`.
+    args: What both of them take.
+
+  Raises:
+    RuntimeError: If the page table uses other pages in any step.
+  """
+  counted = getattr(count, name)(*args)
+  num_pages = int(counted["pages"].max())
+  replayed = getattr(replay, name)(*args, num_pages)
+  for key, values in counted.items():
+    if not np.array_equal(replayed[key], values):
+      raise RuntimeError(f"{name}: {key} differs from what was counted.")
+  return replayed
+
+
+def sharing(figures: count.Figures) -> dict:
+  """Returns what pages that are shared save."""
+  pages, unshared = figures["pages"], figures["unshared_pages"]
+  return {
+    "mean_pages": float(pages.mean()),
+    "mean_pages_unshared": float(unshared.mean()),
+    "saved_percent": 100 - percent(pages, unshared),
+    "peak_pages": int(pages.max()),
+    "peak_pages_unshared": int(unshared.max()),
+  }
+
+
+def percent(part: np.ndarray, whole: np.ndarray) -> float:
+  """Returns the share that a part has of the whole, over all steps."""
+  return 100 * int(part.sum()) / int(whole.sum())
+
+
+if __name__ == "__main__":
+  main()
