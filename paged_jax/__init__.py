@@ -1,6 +1,10 @@
-"""PagedAttention for JAX: a pool of pages, an immutable table, GPU kernels."""
+"""PagedAttention for JAX: a pool of pages, an immutable table, GPU kernels.
+
+Imports neither Pallas nor Flax: a kernel is imported where it is first used.
+"""
 
 from paged_jax import page_table
+from paged_jax.generation import generate
 from paged_jax.kv.cache import PagedCache
 from paged_jax.kv.config import CacheConfig
 from paged_jax.kv.layout import LayerKV
@@ -28,12 +32,3 @@ __all__ = [
   "paged_attention",
   "ragged_paged_attention",
 ]
-
-
-def __getattr__(name: str):
-  # Flax is not needed for the ops and the cache: it is imported on first use.
-  if name == "generate":
-    from paged_jax.generation import generate
-
-    return generate
-  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

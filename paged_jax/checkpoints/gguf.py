@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from paged_jax.checkpoints.gguf_tokenizer import tokenizer_of
 from paged_jax.checkpoints.metadata import ModelFileError, optional, require
 from paged_jax.extras import import_demo
 from paged_jax.models.config import LlamaConfig
@@ -94,7 +95,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     metadata = {key: field.contents() for key, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     _check_supported(metadata)
-    tokenizer = Tokenizer(metadata)
+    tokenizer = tokenizer_of(metadata)
     config = _config(
       metadata, tokenizer.vocab_size, tied="output.weight" not in tensors
     )

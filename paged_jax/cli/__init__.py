@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     of stdout has gone.
 
   Raises:
-    SystemExit: After `--help`.
+    SystemExit: After `--help` and `--version`.
   """
   try:
     try:

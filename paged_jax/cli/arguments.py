@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import NoReturn
 
+from paged_jax import __version__
 from paged_jax.cli.errors import CommandError
 from paged_jax.dispatch import IMPLEMENTATIONS
 from paged_jax.kv import dtypes
@@ -43,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
     prog="paged-jax",
     description="Text generation on a paged KV cache, in JAX.",
     allow_abbrev=False,
+  )
+  top.add_argument(
+    "--version", action="version", version=f"paged-jax {__version__}"
   )
   commands = top.add_subparsers(dest="command", required=True)
   generate = commands.add_parser(

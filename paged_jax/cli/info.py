@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from paged_jax import devices, dispatch
+from paged_jax import __version__, devices, dispatch
 from paged_jax.checkpoints import demo
 from paged_jax.cli.errors import CommandError
 from paged_jax.kv import dtypes
@@ -19,12 +19,13 @@ ATTENTION_OPS = {
   "decode": dispatch.decode_attention,
   "prefill": dispatch.ragged_attention,
 }
-_PACKAGES = ("paged-jax", "jax", "jaxlib", "flax", "gguf", "tokenizers")
+_PACKAGES = ("jax", "jaxlib", "flax", "gguf", "tokenizers")
 
 
 def run(args: argparse.Namespace) -> None:
   """Prints versions, devices, attention implementations and the cache."""
   print(f"python: {platform.python_version()}")
+  print(f"paged-jax: {__version__}")
   for package in _PACKAGES:
     print(f"{package}: {_version(package)}")
   device = default_device()

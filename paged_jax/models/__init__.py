@@ -1,1 +1,1 @@
-"""Decoder-only models and the loaders of their files."""
+"""Decoder-only models, and the contract that they keep."""

@@ -188,10 +188,13 @@ def from_weights(
   )
   graphdef, state = nnx.split(nnx.eval_shape(build))
   sources = _sources(config)
-  for source in sources.values():
-    for name in source.names:
-      if name not in weights:
-        raise ValueError(f"weights lack {name!r}.")
+  names = [name for source in sources.values() for name in source.names]
+  missing = [name for name in names if name not in weights]
+  if missing:
+    raise ValueError(
+      f"weights lack {missing[0]!r} ({len(missing)} of {len(names)} are "
+      f"missing), which {config} asks for."
+    )
   for path, variable in nnx.to_flat_state(state):
     # One at a time: in float32 the whole model may not fit beside itself.
     source = sources[path]

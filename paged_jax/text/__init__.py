@@ -1,1 +1,1 @@
-"""Text to token ids and back, and chat templates."""
+"""Text to token ids and back, and chat templates. Knows no file format."""

@@ -1,28 +1,18 @@
-"""Byte-level BPE tokenizer built from the metadata of a GGUF file.
+"""Byte-level BPE tokenizer, built from its vocabulary and merges.
 
-A GGUF file carries the vocabulary, the merges and the name of the rule that
-cuts text into words before the merges apply, not the rule itself. The rules
-known here are those of `_pre_tokenizer`.
+Text is cut into words before the merges apply. Model files name the rule that
+cuts; the rules known here are those of `_pre_tokenizer`.
 """
 
-import codecs
+import enum
 import functools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
-from paged_jax.checkpoints.metadata import (
-  ModelFileError,
-  optional,
-  require,
-  require_texts,
-)
 from paged_jax.extras import import_demo
 from paged_jax.text.chat_template import render_chat
-
-# Token types of `tokenizer.ggml.token_type`; every other one is plain text.
-_CONTROL = 3
-_USER_DEFINED = 4
+from paged_jax.text.detokenize import StreamDecoder, token_bytes
 
 _LLAMA3_WORDS = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -31,7 +21,7 @@ _LLAMA3_WORDS = (
 _GPT2_WORDS = (
   r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 )
-# What llama.cpp falls back to for files that name no rule.
+# What llama.cpp falls back to where no rule is named.
 _DEFAULT_SPLITS = (
   r"[\p{P}\$\+<=>\^~\|]+",
   _GPT2_WORDS,
@@ -40,53 +30,84 @@ _DEFAULT_SPLITS = (
 )
 
 
+class TokenKind(enum.Enum):
+  """What a token of the vocabulary stands for."""
+
+  TEXT = "text"  # spelled in the byte alphabet, made by merges
+  ADDED = "added"  # text that is matched as a whole, before any merge
+  CONTROL = "control"  # matched as a whole, and not part of the text
+
+
 class Tokenizer:
-  """Text to token ids and back, as one model file defines them.
+  """Text to token ids and back.
 
   Attributes:
     stop_token_ids: Ids that end a reply: the end of the sequence and, where
-      the file names one, the end of the turn.
+      there is one, the end of the turn.
   """
 
-  def __init__(self, metadata: Mapping[str, Any]):
-    """Builds the tokenizer.
+  def __init__(
+    self,
+    tokens: Sequence[str],
+    merges: Sequence[str],
+    *,
+    pre: str,
+    kinds: Sequence[TokenKind] | None = None,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    eot_token_id: int | None = None,
+    add_bos_token: bool = False,
+    chat_template: str | None = None,
+  ):
+    """Builds the tokenizer. An error begins with the name of the argument.
 
     Args:
-      metadata: Key-value metadata of the file, `tokenizer.*` keys included.
+      tokens: The vocabulary; a token's place is its id.
+      merges: Pairs of tokens that become one, as `"left right"`; the first in
+        the list is merged first.
+      pre: Name of the rule that cuts text into words: `"gpt-2"`, `"smollm"`,
+        `"llama-bpe"` or `"default"`.
+      kinds: Of each token; all are `TEXT` if None.
+      bos_token_id: Start of a sequence.
+      eos_token_id: End of a sequence.
+      eot_token_id: End of a turn.
+      add_bos_token: Whether `encode` puts the start token in front.
+      chat_template: Jinja source of the model's conversations.
 
     Raises:
-      ModelFileError: if a key is missing or contradicts another.
-      NotImplementedError: if the tokenizer is not a byte-level BPE, or cuts
-        words by a rule that is not known here.
+      ValueError: if an argument contradicts another, or repeats a token.
+      NotImplementedError: if words are cut by a rule that is not known here.
       ModuleNotFoundError: if the `demo` extra is not installed.
     """
-    model = require(metadata, "tokenizer.ggml.model", str)
-    if model != "gpt2":
-      raise NotImplementedError(
-        f"tokenizer.ggml.model={model!r} is not supported: only byte-level "
-        "BPE ('gpt2') is."
+    self._tokens = tuple(tokens)
+    if kinds is None:
+      kinds = (TokenKind.TEXT,) * len(self._tokens)
+    self._kinds = tuple(kinds)
+    if len(self._kinds) != len(self._tokens):
+      raise ValueError(
+        f"kinds has {len(self._kinds)} entries for {len(self._tokens)} tokens."
       )
-    self._tokens = require_texts(metadata, "tokenizer.ggml.tokens")
-    types = optional(metadata, "tokenizer.ggml.token_type", None, list)
-    self._types = [1] * len(self._tokens) if types is None else types
-    if len(self._types) != len(self._tokens):
-      raise ModelFileError(
-        f"metadata tokenizer.ggml.token_type has {len(self._types)} entries "
-        f"for {len(self._tokens)} tokens."
-      )
-    self._backend = _backend(metadata, self._tokens, self._types)
-    self._bos_id = self._token_id(metadata, "bos")
-    self._eos_id = self._token_id(metadata, "eos")
-    stop_ids = (self._eos_id, self._token_id(metadata, "eot"))
+    self._backend = _backend(self._tokens, self._kinds, merges, pre)
+    ids = dict(
+      bos_token_id=bos_token_id,
+      eos_token_id=eos_token_id,
+      eot_token_id=eot_token_id,
+    )
+    for name, token_id in ids.items():
+      if token_id is not None and not 0 <= token_id < self.vocab_size:
+        raise ValueError(
+          f"{name}={token_id} must be in [0, {self.vocab_size})."
+        )
+    self._bos_id, self._eos_id = bos_token_id, eos_token_id
     self.stop_token_ids = tuple(
-      dict.fromkeys(token_id for token_id in stop_ids if token_id is not None)
+      dict.fromkeys(
+        token_id
+        for token_id in (eos_token_id, eot_token_id)
+        if token_id is not None
+      )
     )
-    self._add_bos = optional(
-      metadata, "tokenizer.ggml.add_bos_token", False, bool
-    )
-    self._chat_template = optional(
-      metadata, "tokenizer.chat_template", None, str
-    )
+    self._add_bos = add_bos_token
+    self._chat_template = chat_template
 
   @property
   def vocab_size(self) -> int:
@@ -97,7 +118,7 @@ class Tokenizer:
     """Returns the token ids of `text`.
 
     Special tokens written out in the text become their ids. A start token is
-    put in front where the file asks for one and the text has none yet.
+    put in front where the model asks for one and the text has none yet.
 
     Raises:
       ValueError: if the text has a lone surrogate, which UTF-8 cannot carry.
@@ -119,9 +140,13 @@ class Tokenizer:
     text = self._text_bytes(ids, skip_special_tokens)
     return text.decode("utf-8", errors="replace")
 
-  def stream(self, skip_special_tokens: bool = True) -> "StreamDecoder":
+  def stream(self, skip_special_tokens: bool = True) -> StreamDecoder:
     """Returns a decoder for ids that arrive a few at a time."""
-    return StreamDecoder(self, skip_special_tokens)
+    return StreamDecoder(
+      functools.partial(
+        self._text_bytes, skip_special_tokens=skip_special_tokens
+      )
+    )
 
   def apply_chat_template(
     self,
@@ -135,8 +160,8 @@ class Tokenizer:
       add_generation_prompt: Whether the text ends where a reply begins.
 
     Raises:
-      ValueError: if the file has no chat template, a message lacks its role
-        or content, or the template refuses the conversation.
+      ValueError: if there is no chat template, a message lacks its role or
+        content, or the template refuses the conversation.
     """
     if self._chat_template is None:
       raise ValueError("this model file has no chat template.")
@@ -148,15 +173,6 @@ class Tokenizer:
       eos_token=self._token(self._eos_id),
     )
 
-  def _token_id(self, metadata: Mapping[str, Any], name: str) -> int | None:
-    key = f"tokenizer.ggml.{name}_token_id"
-    token_id = optional(metadata, key, None, int)
-    if token_id is not None and not 0 <= token_id < self.vocab_size:
-      raise ModelFileError(
-        f"metadata {key}={token_id} must be in [0, {self.vocab_size})."
-      )
-    return token_id
-
   def _token(self, token_id: int | None) -> str:
     return "" if token_id is None else self._tokens[token_id]
 
@@ -167,99 +183,53 @@ class Tokenizer:
     for token_id in map(operator.index, ids):
       if not 0 <= token_id < self.vocab_size:
         raise ValueError(f"{token_id=} must be in [0, {self.vocab_size}).")
-      if not (skip_special_tokens and self._types[token_id] == _CONTROL):
-        pieces.append(self._piece(token_id))
+      kind = self._kinds[token_id]
+      if not (skip_special_tokens and kind is TokenKind.CONTROL):
+        is_added = kind is not TokenKind.TEXT
+        pieces.append(token_bytes(self._tokens[token_id], is_added=is_added))
     return b"".join(pieces)
-
-  def _piece(self, token_id: int) -> bytes:
-    token = self._tokens[token_id]
-    table = _byte_of_symbol()
-    # Added tokens are spelled as they read; so is a token that uses a
-    # character outside the byte alphabet.
-    if self._types[token_id] in (_CONTROL, _USER_DEFINED) or not all(
-      symbol in table for symbol in token
-    ):
-      return token.encode()
-    return bytes(table[symbol] for symbol in token)
-
-
-class StreamDecoder:
-  """Decodes ids as they arrive, holding back unfinished characters.
-
-  The pieces, joined, are `Tokenizer.decode` of all the ids.
-  """
-
-  def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
-    self._tokenizer = tokenizer
-    self._skip_special_tokens = skip_special_tokens
-    self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-  def push(self, ids: Iterable[SupportsIndex]) -> str:
-    """Returns the text that `ids` complete.
-
-    Raises:
-      ValueError: if an id is outside the vocabulary.
-    """
-    return self._utf8.decode(
-      self._tokenizer._text_bytes(ids, self._skip_special_tokens)
-    )
-
-  def finish(self) -> str:
-    """Returns the rest: U+FFFD for a character that was never finished."""
-    return self._utf8.decode(b"", final=True)
-
-
-@functools.cache
-def _byte_of_symbol() -> dict[str, int]:
-  """Returns GPT-2's alphabet: the printable character of every byte.
-
-  Printable Latin-1 bytes stand for themselves; the others are numbered from
-  U+0100 on.
-  """
-  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-  others = [byte for byte in range(0x100) if byte not in set(printable)]
-  return {chr(byte): byte for byte in printable} | {
-    chr(0x100 + i): byte for i, byte in enumerate(others)
-  }
 
 
 def _backend(
-  metadata: Mapping[str, Any], tokens: list[str], types: list[int]
+  tokens: Sequence[str],
+  kinds: Sequence[TokenKind],
+  merges: Sequence[str],
+  pre: str,
 ) -> Any:
   """Returns the `tokenizers.Tokenizer` that cuts and merges."""
   tokenizers = import_demo("tokenizers")
-  pre = require(metadata, "tokenizer.ggml.pre", str)
   pre_tokenizer = _pre_tokenizer(pre)
   vocab = {token: i for i, token in enumerate(tokens)}
   if len(vocab) != len(tokens):
-    raise ModelFileError("metadata tokenizer.ggml.tokens repeats a token.")
-  merges = []
-  for merge in require_texts(metadata, "tokenizer.ggml.merges"):
+    raise ValueError("tokens repeats a token.")
+  pairs = []
+  for merge in merges:
     left, _, right = merge.partition(" ")
     if not {left, right, left + right} <= vocab.keys():
-      raise ModelFileError(
-        f"metadata tokenizer.ggml.merges has {merge!r}, which does not join "
-        "two tokens to a third."
+      raise ValueError(
+        f"merges has {merge!r}, which does not join two tokens to a third."
       )
-    merges.append((left, right))
+    pairs.append((left, right))
   backend = tokenizers.Tokenizer(
     tokenizers.models.BPE(
-      vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"
+      vocab=vocab, merges=pairs, ignore_merges=pre == "llama-bpe"
     )
   )
   backend.pre_tokenizer = pre_tokenizer
   backend.add_tokens(
     [
-      tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
-      for token, kind in zip(tokens, types, strict=True)
-      if kind in (_CONTROL, _USER_DEFINED)
+      tokenizers.AddedToken(
+        token, special=kind is TokenKind.CONTROL, normalized=False
+      )
+      for token, kind in zip(tokens, kinds, strict=True)
+      if kind is not TokenKind.TEXT
     ]
   )
   return backend
 
 
-def _pre_tokenizer(name: str) -> Any:
-  """Returns the rule `name` that cuts text into words.
+def _pre_tokenizer(pre: str) -> Any:
+  """Returns the rule `pre` that cuts text into words.
 
   Raises:
     NotImplementedError: if the rule is not known here.
@@ -271,16 +241,16 @@ def _pre_tokenizer(name: str) -> Any:
     "default": _DEFAULT_SPLITS,
   }
   whole_words = rules.ByteLevel(add_prefix_space=False)
-  if name == "gpt-2":
+  if pre == "gpt-2":
     return whole_words
-  if name == "smollm":
+  if pre == "smollm":
     return rules.Sequence([rules.Digits(individual_digits=True), whole_words])
-  if name not in splits:
+  if pre not in splits:
     raise NotImplementedError(
-      f"tokenizer.ggml.pre={name!r} is not supported: only "
+      f"{pre=} is not supported: only "
       f"{', '.join(['gpt-2', 'smollm', *splits])} are."
     )
   return rules.Sequence(
-    [rules.Split(tokenizers.Regex(s), "isolated") for s in splits[name]]
+    [rules.Split(tokenizers.Regex(s), "isolated") for s in splits[pre]]
     + [rules.ByteLevel(add_prefix_space=False, use_regex=False)]
   )

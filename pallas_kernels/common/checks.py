@@ -1,4 +1,4 @@
-"""Checks of pages and of their scales."""
+"""Checks of pages and of their scales. Imports no Pallas."""
 
 import jax.numpy as jnp
 

@@ -1,4 +1,7 @@
-"""The paged keys and values of one layer, as attention reads them."""
+"""The paged keys and values of one layer, as attention reads them.
+
+Imports no Pallas.
+"""
 
 from typing import NamedTuple
 

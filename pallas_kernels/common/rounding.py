@@ -1,4 +1,4 @@
-"""Rounding of sizes, without importing Pallas."""
+"""Rounding of sizes. Imports no Pallas."""
 
 
 def cdiv(a: int, b: int) -> int:

@@ -2,7 +2,7 @@
 
 The public ops spell every option out as a keyword. Below them, an option is a
 field: of `AttentionSpec` if programs are compiled for its value, of
-`AttentionArrays` if it is an array.
+`AttentionArrays` if it is an array. Imports no Pallas.
 """
 
 import dataclasses

@@ -10,6 +10,7 @@ import tiny_gguf
 from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
+import paged_jax
 from paged_jax import devices, generation
 from paged_jax.checkpoints import gguf
 from paged_jax.cli import main
@@ -265,9 +266,17 @@ def test_info_says_which_attention_runs_here(capsys, cache_dir):
     "mosaic_gpu, since" if on_hopper else "xla, since"
   )
   assert lines["prefill attention"].endswith(".")
+  assert lines["paged-jax"] == paged_jax.__version__
   assert lines["jax"] == jax.__version__
   assert lines["cache folder"] == str(cache_dir)
   assert lines["demo model"] == "not fetched yet"
+
+
+def test_version_is_printed(capsys):
+  with pytest.raises(SystemExit) as end:
+    main(["--version"])
+  assert end.value.code == 0
+  assert capsys.readouterr().out == f"paged-jax {paged_jax.__version__}\n"
 
 
 def test_compile_time_counts_nested_functions_once():

@@ -250,8 +250,8 @@ def test_pool_beyond_memory_is_named(error, model, monkeypatch):
   # K and V, 2 layers, 2 heads of 16, 16 tokens, 4 bytes.
   argv = ["--model", model, *PROMPT, "--dtype", "float32", "--num-pages", "2"]
   assert error(*argv) == (
-    "out of memory: num_pages=2 of page_bytes=8192 take more than the 10000 "
-    "free bytes of device memory."
+    "out of memory: num_pages=2 take 16384 bytes, more than the 10000 free "
+    "bytes of device memory."
   )
 
 

@@ -1,7 +1,5 @@
-import json
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,14 +8,23 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_jax.checkpoints import gguf
-from paged_jax.text.tokenizer import Tokenizer
+from paged_jax.text.tokenizer import Tokenizer, TokenKind
 
-REFERENCE = Path(__file__).parents[1] / "data" / "demo_reference.json"
+KINDS = [TokenKind.CONTROL] * 3 + [TokenKind.ADDED]
+KINDS += [TokenKind.TEXT] * (tiny_gguf.VOCAB_SIZE - 4)
 
 
-def _tokenizer(changes=None):
-  return Tokenizer(tiny_gguf.metadata(changes))
+def _tokenizer(**changes):
+  values = dict(
+    tokens=tiny_gguf.TOKENS,
+    merges=tiny_gguf.MERGES,
+    pre="smollm",
+    kinds=KINDS,
+    bos_token_id=1,
+    eos_token_id=2,
+    chat_template=tiny_gguf.CHAT_TEMPLATE,
+  )
+  return Tokenizer(**(values | changes))
 
 
 def _tokens(tokenizer, text):
@@ -42,16 +49,16 @@ IDS = st.integers(0, tiny_gguf.VOCAB_SIZE - 1)
     ("smollm", "hello", ["hello"]),
   ],
 )
-def test_words_are_cut_by_the_rule_the_file_names(pre, text, tokens):
-  tokenizer = _tokenizer({"tokenizer.ggml.pre": pre})
+def test_words_are_cut_by_the_rule_that_is_named(pre, text, tokens):
+  tokenizer = _tokenizer(pre=pre)
   assert _tokens(tokenizer, text) == tokens
 
 
-def test_merges_apply_in_the_order_of_the_file():
-  changes = {"tokenizer.ggml.merges": ["l l", "h e", "he ll", "hell o"]}
-  assert _tokens(_tokenizer(changes), "hello") == ["hello"]
-  changes = {"tokenizer.ggml.merges": ["h e", "l l", "hell o"]}
-  assert _tokens(_tokenizer(changes), "hello") == ["he", "ll", "o"]
+def test_merges_apply_in_their_order():
+  tokenizer = _tokenizer(merges=["l l", "h e", "he ll", "hell o"])
+  assert _tokens(tokenizer, "hello") == ["hello"]
+  tokenizer = _tokenizer(merges=["h e", "l l", "hell o"])
+  assert _tokens(tokenizer, "hello") == ["he", "ll", "o"]
 
 
 @settings(deadline=None)
@@ -89,20 +96,15 @@ def test_decode_skips_control_tokens_but_not_user_defined_ones():
   )
 
 
-def _with_token(token, kind, changes=None):
+def _with_token(token, kind, **changes):
   """Returns a tokenizer whose last token is `token`."""
-  return _tokenizer(
-    {
-      "tokenizer.ggml.tokens": [*tiny_gguf.TOKENS, token],
-      "tokenizer.ggml.token_type": [*tiny_gguf.TOKEN_TYPES, kind],
-    }
-    | (changes or {})
-  )
+  tokens = [*tiny_gguf.TOKENS, token]
+  return _tokenizer(tokens=tokens, kinds=[*KINDS, kind], **changes)
 
 
 @pytest.mark.parametrize("token", ["né", "n e"])
 def test_added_tokens_are_spelled_as_they_read(token):
-  tokenizer = _with_token(token, 4)
+  tokenizer = _with_token(token, TokenKind.ADDED)
   assert tokenizer.encode(token) == [tiny_gguf.VOCAB_SIZE]
   assert tokenizer.decode([tiny_gguf.VOCAB_SIZE]) == token
 
@@ -111,7 +113,7 @@ def test_added_tokens_are_spelled_as_they_read(token):
   ("pre", "whole"), [("llama-bpe", True), ("gpt-2", False)]
 )
 def test_only_llama3_takes_whole_words_that_no_merge_makes(pre, whole):
-  tokenizer = _with_token("abc", 1, {"tokenizer.ggml.pre": pre})
+  tokenizer = _with_token("abc", TokenKind.TEXT, pre=pre)
   assert (tokenizer.encode("abc") == [tiny_gguf.VOCAB_SIZE]) == whole
 
 
@@ -133,7 +135,7 @@ def test_encode_refuses_lone_surrogates():
 
 
 def test_start_token_is_put_in_front_once():
-  tokenizer = _tokenizer({"tokenizer.ggml.add_bos_token": True})
+  tokenizer = _tokenizer(add_bos_token=True)
   assert tokenizer.encode("he")[0] == 1
   assert tokenizer.encode("<|im_start|>he") == tokenizer.encode("he")
   assert tokenizer.encode("") == [1]
@@ -150,13 +152,8 @@ def test_start_token_is_put_in_front_once():
     (None, None, ()),
   ],
 )
-def test_stop_tokens_are_those_of_the_file(eos, eot, stop):
-  tokenizer = _tokenizer(
-    {
-      "tokenizer.ggml.eos_token_id": eos,
-      "tokenizer.ggml.eot_token_id": eot,
-    }
-  )
+def test_stop_tokens_end_a_sequence_or_a_turn(eos, eot, stop):
+  tokenizer = _tokenizer(eos_token_id=eos, eot_token_id=eot)
   assert tokenizer.stop_token_ids == stop
 
 
@@ -219,7 +216,7 @@ def test_chat_template_may_refuse_a_conversation():
   ["{% for", "{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}{{ x.y }}"],
 )
 def test_chat_template_that_is_broken_or_unsafe_is_refused(template):
-  tokenizer = _tokenizer({"tokenizer.chat_template": template})
+  tokenizer = _tokenizer(chat_template=template)
   with pytest.raises(ValueError, match="the chat template failed"):
     tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
 
@@ -234,7 +231,7 @@ def test_message_without_role_or_content_is_named(message):
 
 
 def test_missing_chat_template_is_an_error():
-  tokenizer = _tokenizer({"tokenizer.chat_template": None})
+  tokenizer = _tokenizer(chat_template=None)
   with pytest.raises(ValueError, match="no chat template"):
     tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
 
@@ -246,46 +243,24 @@ def test_missing_jinja_says_what_to_install(monkeypatch):
     TINY.apply_chat_template([{"role": "user", "content": "x"}])
 
 
-@pytest.fixture(scope="module")
-def reference():
-  return json.loads(REFERENCE.read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+  ("changes", "error", "words"),
+  [
+    ({"kinds": KINDS[1:]}, ValueError, "kinds has"),
+    ({"tokens": [*tiny_gguf.TOKENS[:-1], "a"]}, ValueError, "tokens repeats"),
+    ({"merges": ["q z"]}, ValueError, "merges has 'q z'"),
+    ({"merges": ["he"]}, ValueError, "merges has 'he'"),
+    ({"eos_token_id": 9999}, ValueError, "eos_token_id=9999"),
+    ({"bos_token_id": -1}, ValueError, "bos_token_id=-1"),
+    ({"pre": "qwen2"}, NotImplementedError, "pre='qwen2'"),
+  ],
+)
+def test_an_error_begins_with_the_argument(changes, error, words):
+  with pytest.raises(error, match=f"^{re.escape(words)}"):
+    _tokenizer(**changes)
 
 
-@pytest.fixture(scope="module")
-def demo_tokenizer(demo_path):
-  return gguf.load(demo_path).tokenizer
-
-
-@pytest.mark.model
-def test_demo_encodes_as_the_reference(demo_tokenizer, reference):
-  for prompt in reference["prompts"]:
-    ids = demo_tokenizer.encode(prompt["text"])
-    assert ids == prompt["prompt_token_ids"], prompt["name"]
-  for encoding in reference["encodings"]:
-    assert demo_tokenizer.encode(encoding["text"]) == encoding["ids"]
-
-
-@pytest.mark.model
-def test_demo_decodes_what_it_encodes(demo_tokenizer, reference):
-  for example in [*reference["prompts"], *reference["encodings"]]:
-    ids = demo_tokenizer.encode(example["text"])
-    text = demo_tokenizer.decode(ids, skip_special_tokens=False)
-    assert text == example["text"]
-
-
-@pytest.mark.model
-def test_demo_renders_chats_as_the_reference(demo_tokenizer, reference):
-  chat = reference["chat"]
-  render = demo_tokenizer.apply_chat_template
-  assert render(chat["messages"]) == chat["text"]
-  assert (
-    render(chat["messages"], add_generation_prompt=False)
-    == chat["text_without_generation_prompt"]
-  )
-
-
-@pytest.mark.model
-def test_demo_stops_at_the_end_of_a_turn(demo_tokenizer):
-  assert demo_tokenizer.stop_token_ids == tuple(
-    demo_tokenizer.encode("<|im_end|>")
-  )
+def test_tokens_are_text_unless_their_kinds_are_given():
+  tokenizer = _tokenizer(kinds=None)
+  assert _tokens(tokenizer, "<tool>")[0] == "<"
+  assert tokenizer.decode([0]) == "<|endoftext|>"

@@ -1,0 +1,80 @@
+"""The tokenizer of a GGUF file, from its metadata.
+
+The file carries the vocabulary, the merges and the name of the rule that cuts
+text into words, not the rule itself.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from paged_jax.checkpoints.metadata import (
+  ModelFileError,
+  optional,
+  require,
+  require_texts,
+)
+from paged_jax.text.tokenizer import Tokenizer, TokenKind
+
+# Types of `tokenizer.ggml.token_type`; every other one is plain text.
+_CONTROL = 3
+_USER_DEFINED = 4
+
+
+def tokenizer_of(metadata: Mapping[str, Any]) -> Tokenizer:
+  """Returns the tokenizer that the model of a file was trained with.
+
+  Args:
+    metadata: Key-value metadata of the file, `tokenizer.*` keys included.
+
+  Raises:
+    ModelFileError: if a key is missing or contradicts another.
+    NotImplementedError: if the tokenizer is not a byte-level BPE, or cuts
+      words by a rule that is not known here.
+    ModuleNotFoundError: if the `demo` extra is not installed.
+  """
+  model = require(metadata, "tokenizer.ggml.model", str)
+  if model != "gpt2":
+    raise NotImplementedError(
+      f"tokenizer.ggml.model={model!r} is not supported: only byte-level "
+      "BPE ('gpt2') is."
+    )
+  tokens = require_texts(metadata, "tokenizer.ggml.tokens")
+  types = optional(metadata, "tokenizer.ggml.token_type", None, list)
+  if types is not None and len(types) != len(tokens):
+    raise ModelFileError(
+      f"metadata tokenizer.ggml.token_type has {len(types)} entries for "
+      f"{len(tokens)} tokens."
+    )
+  merges = require_texts(metadata, "tokenizer.ggml.merges")
+  pre = require(metadata, "tokenizer.ggml.pre", str)
+  bos_id, eos_id, eot_id = (
+    optional(metadata, f"tokenizer.ggml.{name}_token_id", None, int)
+    for name in ("bos", "eos", "eot")
+  )
+  add_bos = optional(metadata, "tokenizer.ggml.add_bos_token", False, bool)
+  chat_template = optional(metadata, "tokenizer.chat_template", None, str)
+  # An error begins with an argument, and each is named as its key is.
+  try:
+    return Tokenizer(
+      tokens,
+      merges,
+      pre=pre,
+      kinds=None if types is None else [_kind(each) for each in types],
+      bos_token_id=bos_id,
+      eos_token_id=eos_id,
+      eot_token_id=eot_id,
+      add_bos_token=add_bos,
+      chat_template=chat_template,
+    )
+  except NotImplementedError as error:
+    raise NotImplementedError(f"tokenizer.ggml.{error}") from error
+  except ValueError as error:
+    raise ModelFileError(f"metadata tokenizer.ggml.{error}") from error
+
+
+def _kind(token_type: object) -> TokenKind:
+  if token_type == _CONTROL:
+    return TokenKind.CONTROL
+  if token_type == _USER_DEFINED:
+    return TokenKind.ADDED
+  return TokenKind.TEXT
