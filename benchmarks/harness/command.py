@@ -28,6 +28,7 @@ def start_on_gpu(
   packages: list[str],
   *,
   flags: dict[str, str] | None = None,
+  values: dict[str, str] | None = None,
 ) -> tuple[argparse.Namespace, dict]:
   """Reads the arguments of a benchmark whose figures are of a GPU.
 
@@ -38,10 +39,11 @@ def start_on_gpu(
     doc: The same.
     packages: As for `environment`.
     flags: More options, without a value, and what they are for.
+    values: More arguments: those that start with a dash may be left out.
 
   Returns:
-    The arguments `small`, `out` and those of `flags`, and the environment,
-    which it prints.
+    The arguments `small`, `out` and those of `flags` and `values`, and the
+    environment, which it prints.
   """
   options = parser(name, doc)
   options.add_argument(
@@ -52,6 +54,8 @@ def start_on_gpu(
   )
   for flag, purpose in (flags or {}).items():
     options.add_argument(f"--{flag}", action="store_true", help=purpose)
+  for name_of_value, purpose in (values or {}).items():
+    options.add_argument(name_of_value, help=purpose)
   args = options.parse_args()
   on_cpu = jax.default_backend() == "cpu"
   if on_cpu and not args.small:

@@ -8,6 +8,7 @@ the step ends, and steps queue up.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -48,24 +49,33 @@ def _structure(treedef: jax.tree_util.PyTreeDef) -> Structure:
   return Structure(treedef)
 
 
-@functools.partial(jax.jit, static_argnames="structure", donate_argnames="rows")
+def by_leaves[R](run: Callable[..., R]) -> Callable[..., R]:
+  """Compiles `run(model, rows, ...)` as a function of leaves; donates the rows.
+
+  Returns:
+    The jitted function of `(structure, leaves, rows, ...)`.
+  """
+
+  def compiled(structure, leaves, rows, *args):
+    return run(structure.model(leaves), rows, *args)
+
+  compiled.__name__ = run.__name__  # of the program
+  return jax.jit(compiled, static_argnums=0, donate_argnums=2)
+
+
+@by_leaves
 def prefill_step(
-  structure: Structure,
-  leaves: tuple[jax.Array, ...],
-  rows: Rows,
-  plan: Plan,
+  model: DecoderModel, rows: Rows, plan: Plan
 ) -> tuple[Rows, jax.Array]:
   """Runs `loop.prefill_step`, and returns the packed result."""
-  rows, result = loop.prefill_step(structure.model(leaves), rows, plan)
+  rows, result = loop.prefill_step(model, rows, plan)
   return rows, _pack(result)
 
 
-@functools.partial(jax.jit, static_argnames="structure", donate_argnames="rows")
-def decode_step(
-  structure: Structure, leaves: tuple[jax.Array, ...], rows: Rows
-) -> tuple[Rows, jax.Array]:
+@by_leaves
+def decode_step(model: DecoderModel, rows: Rows) -> tuple[Rows, jax.Array]:
   """Runs `loop.decode_step`, and returns the packed result."""
-  rows, result = loop.decode_step(structure.model(leaves), rows)
+  rows, result = loop.decode_step(model, rows)
   return rows, _pack(result)
 
 

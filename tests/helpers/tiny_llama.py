@@ -4,6 +4,7 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
+import oracle
 
 from paged_jax.models import llama
 from paged_jax.models.config import LlamaConfig
@@ -66,3 +67,15 @@ def model(config=CONFIG, dtype="float32"):
 def prompts(lens, seed=1):
   rng = np.random.default_rng(seed)
   return [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in lens]
+
+
+def prompts_of(lens):
+  """Returns a prompt of each length, which depends on nothing else."""
+  return [prompts([length], seed=length)[0] for length in lens]
+
+
+@functools.cache
+def greedy(length, num_new):
+  """Returns the tokens and logprobs that the oracle finds after a prompt."""
+  (prompt,) = prompts_of([length])
+  return oracle.llama_greedy(CONFIG, weights(), prompt, num_new)

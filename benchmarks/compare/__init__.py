@@ -1,0 +1,1 @@
+"""Times two checkouts of this project in turns, in one process."""

@@ -1,0 +1,130 @@
+"""Times this checkout's ops beside those of another, in turns, in one process.
+
+`python -m benchmarks.compare FOLDER` needs a Hopper GPU, and another checkout
+of this project in a folder. For each case, loops of calls of both are timed in
+turns, five times, and what they return is compared bit for bit.
+
+Results: benchmarks/results/h200/compare.json. `--small` compares tiny batches
+in plain JAX, on any machine.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from benchmarks.compare import cases
+from benchmarks.compare.checkout import Checkout
+from benchmarks.harness import command, results
+from benchmarks.harness.cases import attempt, failures
+from benchmarks.harness.table import line
+
+NUM_TURNS = 5
+LOOP_US = 60_000.0  # of a loop, about
+PACKAGES = ["jax", "jaxlib"]
+COLUMNS = {
+  "before_us": "{:10.2f}",
+  "after_us": "{:10.2f}",
+  "ratio": "{:8.4f}",
+  "same_bits": "  {}",
+}
+
+
+def main() -> None:
+  """Compares, and writes what was found."""
+  args, where = command.start_on_gpu(
+    "compare",
+    __doc__,
+    PACKAGES,
+    values={"folder": "the other checkout", "--only": "part of case names"},
+  )
+  record = results.keep("compare", _records(args), args, where)
+  other = [
+    name for name, side in record["cases"].items() if not side.get("same_bits")
+  ]
+  command.finish(failures(record) + [f"other bits: {name}" for name in other])
+
+
+def _records(args) -> Iterator[dict]:
+  """Yields all figures so far, after each case."""
+  before, after = Checkout(args.folder), Checkout()
+  figures: dict[str, dict] = {}
+  for name, make in cases.all_cases(small=args.small).items():
+    if args.only and args.only not in name:
+      continue
+    figures[name] = attempt(_compare, make, before, after, args.small)
+    print(line(name, figures[name], COLUMNS, width=36), flush=True)
+    yield {"turns": NUM_TURNS, "cases": figures}
+
+
+def _compare(
+  make: Callable[[], cases.Case],
+  before: Checkout,
+  after: Checkout,
+  small: bool,
+) -> dict:
+  """Returns whether outputs are the same bits, and the times of both."""
+  case = make()
+  sides = [_Side(case, each, small) for each in (before, after)]
+  outputs = [jax.tree.leaves(side.output) for side in sides]
+  same = all(
+    np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    for a, b in zip(*outputs, strict=True)
+  )
+  for side in sides:
+    del side.output
+  del outputs
+  us: tuple[list[float], list[float]] = [], []
+  for turn in range(NUM_TURNS):
+    for i in (0, 1) if turn % 2 == 0 else (1, 0):
+      us[i].append(sides[i].time())
+  medians = [statistics.median(each) for each in us]
+  return {
+    "same_bits": same,
+    "us": {"before": us[0], "after": us[1]},
+    "before_us": medians[0],
+    "after_us": medians[1],
+    "ratio": medians[1] / medians[0],
+  }
+
+
+class _Side:
+  """One checkout's loop of a case.
+
+  Attributes:
+    output: The state after a loop.
+  """
+
+  def __init__(self, case: cases.Case, checkout: Checkout, small: bool):
+    with checkout.active():
+      run = case.bind(checkout)
+    self._inputs, self._state = case.inputs, case.state
+    self._steps = 2 if small else max(2, round(LOOP_US / case.guess_us))
+
+    def loop(state, inputs):
+      step = lambda i, s: run(lax.optimization_barrier(s), inputs, i)
+      return lax.fori_loop(0, self._steps, step, state)
+
+    self._loop = checkout.compile(
+      loop, self._state, self._inputs, donate_argnums=0
+    )
+    self.output = self._run()[1]
+
+  def time(self) -> float:
+    """Returns microseconds of a call, in a loop."""
+    return self._run()[0] / self._steps * 1e6
+
+  def _run(self):
+    """Returns the seconds of a loop, and the state after it."""
+    state = jax.block_until_ready(jax.tree.map(jnp.copy, self._state))
+    begin = time.perf_counter()
+    state = jax.block_until_ready(self._loop(state, self._inputs))
+    return time.perf_counter() - begin, state
+
+
+if __name__ == "__main__":
+  main()

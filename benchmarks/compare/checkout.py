@@ -1,0 +1,66 @@
+"""Another checkout of this project, beside the one that runs."""
+
+import contextlib
+import importlib
+import pathlib
+import sys
+import types
+from collections.abc import Callable, Generator
+
+import jax
+
+PACKAGES = ("paged_jax", "pallas_kernels")
+
+
+class Checkout:
+  """The packages of a folder, which is imported beside the current one.
+
+  Modules of both have the same names, so `sys.modules` holds those of one
+  folder at a time: whatever imports or traces runs inside `active`.
+  """
+
+  def __init__(self, folder: str | None = None):
+    """Imports the packages.
+
+    Args:
+      folder: The other checkout; None is the one that runs.
+    """
+    self._path = None if folder is None else str(pathlib.Path(folder).resolve())
+    self._modules: dict[str, types.ModuleType] = {}
+    with self.active():
+      self.paged_jax = importlib.import_module("paged_jax")
+
+  @contextlib.contextmanager
+  def active(self) -> Generator[None]:
+    """Makes the names of the packages those of this checkout."""
+    if self._path is None:
+      yield
+      return
+    outer = _taken_out()
+    sys.modules.update(self._modules)
+    sys.path.insert(0, self._path)
+    try:
+      yield
+    finally:
+      sys.path.remove(self._path)
+      self._modules = _taken_out()
+      sys.modules.update(outer)
+
+  def module(self, *names: str) -> types.ModuleType:
+    """Returns the first of some modules that the checkout has."""
+    with self.active():
+      for name in names:
+        with contextlib.suppress(ModuleNotFoundError):
+          return importlib.import_module(name)
+    raise ModuleNotFoundError(f"the checkout has none of {names}.")
+
+  def compile(self, run: Callable, *args, **options) -> jax.stages.Compiled:
+    """Compiles a function of this checkout's ops, with jit's options."""
+    with self.active():
+      return jax.jit(run, **options).lower(*args).compile()
+
+
+def _taken_out() -> dict[str, types.ModuleType]:
+  """Takes the modules of the packages out of `sys.modules`."""
+  names = [n for n in sys.modules if n.split(".")[0] in PACKAGES]
+  return {name: sys.modules.pop(name) for name in names}

@@ -1,0 +1,1 @@
+"""Times decode steps of whole models, as `stream` runs them."""
