@@ -47,23 +47,23 @@ class Outputs(NamedTuple):
 class Ring(NamedTuple):
   """A ring of `num_stages` tiles of K or of V in shared memory."""
 
-  tiles: Ref  # [num_stages, block_kv, head_dim]
-  scales: Ref | None  # f32[num_stages, block_kv]
-  loaded: Ref  # barriers: the copies of a tile have arrived
   consumed: Ref  # barriers: the tile was read
+  loaded: Ref  # barriers: the copies of a tile have arrived
+  scales: Ref | None  # f32[num_stages, block_kv]
+  tiles: Ref  # [num_stages, block_kv, head_dim]
 
 
 class Scratch(NamedTuple):
-  """Shared memory and barriers of a program."""
+  """Shared memory and barriers of a program, in the order of their places."""
 
-  loaded_q: Ref  # [num_queries, head_dim], as it comes
-  q: Ref  # [num_queries, head_dim], in tiles for wgmma
   k: Ring
-  v: Ring
-  p: Ref  # [num_queries, block_kv], in tiles for wgmma
+  loaded_q: Ref  # [num_queries, head_dim], as it comes
   output: OutputScratch
-  q_loaded: Ref
+  p: Ref  # [num_queries, block_kv], in tiles for wgmma
   q_consumed: Ref
+  q_loaded: Ref
+  q: Ref  # [num_queries, head_dim], in tiles for wgmma
+  v: Ring
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
