@@ -3,7 +3,7 @@ SHELL := bash
 python := .venv/bin/python
 prompt := What is a page table, and what is it good for?
 
-.PHONY: help setup demo test lint format bench pins clean
+.PHONY: help setup demo test lint format bench report pins clean
 
 help: ## Says what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -30,6 +30,9 @@ format: setup ## Formats the code
 
 bench: setup ## Runs a benchmark: make bench NAME=waste, NAME=generate ARGS=...
 	$(python) -m benchmarks.$(or $(NAME),generate) $(ARGS)
+
+report: setup ## Writes docs/performance.md and README's table from the results
+	$(python) -m benchmarks.report
 
 pins: ## Resolves requirements/*.txt anew: make pins JAX=0.11.2
 	tools/pins.sh $(or $(JAX),$(error give the version: make pins JAX=0.11.2))
