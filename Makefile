@@ -3,7 +3,7 @@ SHELL := bash
 python := .venv/bin/python
 prompt := What is a page table, and what is it good for?
 
-.PHONY: help setup demo test lint format bench wheel pins clean
+.PHONY: help setup demo test lint format bench report wheel pins clean
 
 help: ## Says what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,6 +33,9 @@ bench: setup ## Runs a benchmark: make bench NAME=waste, NAME=generate ARGS=...
 
 wheel: setup ## Builds the wheel and tries it in an environment of its own
 	@tools/wheel.sh
+
+report: setup ## Writes docs/performance.md and README's table from the results
+	$(python) -m benchmarks.report
 
 pins: ## Resolves requirements/*.txt anew: make pins JAX=0.11.2
 	tools/pins.sh $(or $(JAX),$(error give the version: make pins JAX=0.11.2))

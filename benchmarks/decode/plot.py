@@ -4,11 +4,11 @@ import pathlib
 
 import numpy as np
 
-# Of page_sizes: colour and name.
+# Of page_sizes: colour, marker and name.
 BATCHES = {
-  "same": ("#1f5fa8", "{} x {:,} tokens"),
-  "ragged": ("#b5482a", "{} x {:,} to {:,} tokens"),
-  "chats": ("#3d7d3d", "{} chats"),
+  "same": ("#1f5fa8", "o", "{} x {:,} tokens"),
+  "ragged": ("#b5482a", "s", "{} x {:,} to {:,} tokens"),
+  "chats": ("#3d7d3d", "D", "{} chats"),
 }
 
 
@@ -22,7 +22,7 @@ def plot(record: dict, path: pathlib.Path) -> pathlib.Path:
 
   figure, left, right = picture.two_axes("decode")
   settings, parts = record["settings"], record["page_sizes"]
-  for name, (color, label) in BATCHES.items():
+  for name, (color, marker, label) in BATCHES.items():
     sides = {
       int(size): side
       for size, side in parts.get(name, {}).items()
@@ -30,20 +30,21 @@ def plot(record: dict, path: pathlib.Path) -> pathlib.Path:
     }
     if not sides:
       continue
-    us = {size: side["us"]["median"] for size, side in sides.items()}
-    best = min(us.values())
-    label = label.format(*np.atleast_1d(settings[name]).tolist())
-    more = [100 * (time / best - 1) for time in us.values()]
+    us = [side["us"]["median"] for side in sides.values()]
     waste = [side["waste_percent"] for side in sides.values()]
-    fastest = f"{label}: {best:.0f} us"
-    left.plot(list(sides), more, "o-", color=color, label=fastest)
-    right.plot(list(sides), waste, "o-", color=color, label=label)
+    label = label.format(*np.atleast_1d(settings[name]).tolist())
+    label += f": {min(us):.0f} to {max(us):.0f} us"
+    # Hollow, so that lines that meet can be told apart.
+    style = dict(color=color, marker=marker, markerfacecolor="white")
+    left.plot(list(sides), us, label=label, **style)
+    right.plot(list(sides), waste, **style)
   left.set_title("Time of decode attention")
-  left.set_ylabel("more than the shortest time (%)")
+  left.set_ylabel("time of a call (us)")
   right.set_title("Memory wasted in last pages")
   right.set_ylabel("slots without a token (%)")
   for axes in (left, right):
     picture.over_page_size(axes, settings["page_sizes"])
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+  # Below both halves: a legend inside would lie on the lines.
+  figure.legend(loc="outside lower center", ncols=3, frameon=False)
   return picture.save(figure, path)

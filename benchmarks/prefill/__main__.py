@@ -4,8 +4,8 @@
   mixed    attention alone: 64 sequences that decode and 2 chunks of prompts in
            one call, beside a call of each kind
   model    16 prompts of 4,096 tokens through a Llama of 8 billion random
-           parameters, by `paged_jax.generation.loop.prefill`, as `generate`
-           does, in chunks of several sizes; logits of the last tokens only
+           parameters, in the chunks of `paged_jax.generation.loop.prefill`, of
+           several sizes; logits of the last tokens only, in one product
 
 FLOPs of the model are those of its products, the head's for the last tokens
 only, and of the attention that is seen, so nothing above the diagonal. The
@@ -39,10 +39,13 @@ from benchmarks.harness.attention import (
 )
 from benchmarks.harness.batches import DTYPE, Batch
 from benchmarks.harness.cases import attempt, failures
+from benchmarks.harness.prompts import read
 from benchmarks.harness.queries import Case
 from benchmarks.harness.table import lines
-from paged_jax.generation import loop
 from paged_jax.kv import cache as paged_cache
+from paged_jax.kv.cache import PagedCache
+from paged_jax.kv.config import CacheConfig
+from paged_jax.kv.layout import LayerKV
 from paged_jax.models.config import LlamaConfig
 from paged_jax.models.llama import Llama
 
@@ -288,7 +291,7 @@ def _prefill(
 
   def step(_, state, llama, tokens, lens):
     cache = paged_cache.release(state[0], lens > 0)
-    return loop.prefill(llama, cache, tokens, lens, chunk=chunk)[:2]
+    return read(llama, cache, tokens, lens, chunk=chunk)
 
   def verify(state):
     expected.append(np.asarray(state[1]))  # the state is donated
@@ -303,7 +306,7 @@ def _prefill(
     sizes.model_calls,
     verify,
     inputs=(llama, tokens, lens),
-    large=cache.pool.k.size,
+    large=cache.groups[0].pool.k.size,
     goes_on=True,
   )
   us = side["us"]["median"]
@@ -332,22 +335,18 @@ def _normal(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
   return std * jax.random.normal(key, shape, DTYPE)
 
 
-def prompts(
-  sizes: Sizes,
-) -> tuple[paged_cache.PagedCache, jax.Array, jax.Array]:
+def prompts(sizes: Sizes) -> tuple[PagedCache, jax.Array, jax.Array]:
   """Returns a cache that the prompts fill, their tokens and their lengths."""
   config, count = sizes.config, sizes.num_prompts
-  pages_per_seq = -(-sizes.prompt_len // sizes.page_size)
-  cache = paged_cache.init(
-    num_pages=count * pages_per_seq,
+  layer = LayerKV(config.num_kv_heads, config.head_dim)
+  cache_config = CacheConfig(
+    num_pages=count * -(-sizes.prompt_len // sizes.page_size),
     page_size=sizes.page_size,
     num_seqs=count,
-    pages_per_seq=pages_per_seq,
-    num_layers=config.num_layers,
-    num_kv_heads=config.num_kv_heads,
-    head_dim=config.head_dim,
+    max_len=sizes.prompt_len,
     dtype=DTYPE,
   )
+  cache = PagedCache.init((layer,) * config.num_layers, cache_config)
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, config.vocab_size, count * sizes.prompt_len)
   lens = jnp.full(count, sizes.prompt_len, jnp.int32)

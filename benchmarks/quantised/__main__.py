@@ -26,9 +26,11 @@ import numpy as np
 from benchmarks.harness import command, results
 from benchmarks.harness.data import DATA
 from paged_jax.checkpoints import demo, gguf
-from paged_jax.kv import cache as paged_cache
 from paged_jax.kv import layout
-from paged_jax.models import llama
+from paged_jax.kv.cache import PagedCache
+from paged_jax.kv.config import CacheConfig
+from paged_jax.kv.step import begin_step
+from paged_jax.models import contract, llama
 
 TEXT = DATA / "darwin_origin_of_species_1872_chapter_3.txt"
 BASELINE = "bfloat16"
@@ -95,19 +97,15 @@ def token_losses(
     dtype: Of the pages.
     chunk: Tokens a step.
   """
-  config = model.config
   inputs, targets = np.array(tokens[:-1]), np.array(tokens[1:])
-  pages = -(-len(inputs) // PAGE_SIZE)
-  cache = paged_cache.init(
-    num_pages=pages,
+  config = CacheConfig(
+    num_pages=-(-len(inputs) // PAGE_SIZE),
     page_size=PAGE_SIZE,
     num_seqs=1,
-    pages_per_seq=pages,
-    num_layers=config.num_layers,
-    num_kv_heads=config.num_kv_heads,
-    head_dim=config.head_dim,
+    max_len=len(inputs),
     dtype=jnp.dtype(dtype),
   )
+  cache = PagedCache.init(model.layers, config)
   losses = []
   for start in range(0, len(inputs), chunk):
     part = slice(start, start + chunk)
@@ -123,9 +121,9 @@ def token_losses(
 @functools.partial(jax.jit, donate_argnames="cache")
 def _step(model, cache, inputs, targets, q_lens):
   """Runs the next tokens of the text, and scores the ones after them."""
-  cache, step = paged_cache.begin_step(cache, q_lens, len(inputs))
-  hidden, cache = model(inputs, cache, step)
-  log_probs = jax.nn.log_softmax(model.logits(hidden))
+  cache, step = begin_step(cache, q_lens, len(inputs))
+  hidden, cache = contract.run(model, inputs, cache, step)
+  log_probs = jax.nn.log_softmax(contract.logits(model, hidden))
   return cache, -jnp.take_along_axis(log_probs, targets[:, None], 1)[:, 0]
 
 

@@ -18,7 +18,6 @@ Results: benchmarks/results/h200/ragged.json
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 
@@ -30,6 +29,8 @@ from benchmarks.harness.cases import attempt, failures, walk
 from benchmarks.harness.queries import make
 from benchmarks.harness.table import line
 from paged_jax.kv.dtypes import QUANTISED_DTYPES
+from pallas_kernels.common.paged_kv import PagedKV
+from pallas_kernels.common.spec import AttentionArrays, AttentionSpec
 from pallas_kernels.ragged import kernel as ragged_kernel
 from pallas_kernels.ragged.config import Config, default_config, padded_group
 
@@ -144,40 +145,41 @@ def timed(case: Case, *, small: bool) -> dict:
 
 def plain(case: Case) -> Callable[..., jax.Array]:
   """Returns attention by plain JAX, from arrays as they lie in a `Batch`."""
-  return _output(
-    functools.partial(
-      paged_jax.ragged_paged_attention,
-      scale=case.head_dim**-0.5,
-      sliding_window=case.sliding_window,
-      return_lse=True,
-      implementation="xla",
-    )
+  op = functools.partial(
+    paged_jax.ragged_paged_attention,
+    scale=case.head_dim**-0.5,
+    sliding_window=case.sliding_window,
+    return_lse=True,
+    implementation="xla",
   )
+
+  def attend(q, k, v, kv_lens, table, starts, count, *scales):
+    named = dict(zip(("k_scales", "v_scales"), scales, strict=False))
+    return op(q, k, v, kv_lens, table, starts, count, **named)[0]
+
+  return attend
 
 
 def kernel(case: Case, config: Config) -> Callable[..., jax.Array]:
   """Returns attention by the kernel, as `plain` does."""
-  return _output(
-    functools.partial(
-      ragged_kernel.attend,
-      scale=case.head_dim**-0.5,
-      sliding_window=case.sliding_window,
-      num_sink_tokens=0,
-      logits_soft_cap=None,
-      sinks=None,
-      config=config,
-    )
+  spec = AttentionSpec(
+    scale=case.head_dim**-0.5, sliding_window=case.sliding_window
   )
 
+  def attend(q, k, v, kv_lens, table, starts, count, *scales):
+    k_scales, v_scales = scales or (None, None)
+    kv = PagedKV(k, v, k_scales, v_scales, None, kv_lens, table)
+    return ragged_kernel.attend(
+      q,
+      kv.with_layer_axis(),
+      starts,
+      count,
+      AttentionArrays(),
+      spec=spec,
+      config=config,
+    )[0]
 
-def _output(attend: Callable[..., Any]) -> Callable[..., jax.Array]:
-  """Returns what gives the output alone, and takes scales by their places."""
-
-  def call(*args):
-    *args, k_scales, v_scales = args if len(args) > 7 else (*args, None, None)
-    return attend(*args, k_scales=k_scales, v_scales=v_scales)[0]
-
-  return call
+  return attend
 
 
 def _timed(case: Case, batch: Batch, attend, steps: int, expected) -> dict:

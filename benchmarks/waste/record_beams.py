@@ -3,7 +3,7 @@
 Width 4, by the sum of log-probabilities, without a length penalty: each step
 keeps the best 4 of all continuations of the 4 beams. Tokens that end a reply
 are left out, so that every beam runs to the last step. All searches run in one
-batch over one paged cache, whose rows `page_table.permute` reorders.
+batch over one paged cache, whose rows `kv.cache.permute` reorders.
 
   python -m benchmarks.waste.record_beams
 
@@ -12,7 +12,6 @@ takes the demo model and writes benchmarks/data/beam_parents.json, which
 pass of the model over their whole text.
 """
 
-import dataclasses
 import functools
 import json
 
@@ -21,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness.data import DATA
-from paged_jax import page_table
+from benchmarks.harness.prompts import read
 from paged_jax.checkpoints import demo, gguf
-from paged_jax.generation import loop
 from paged_jax.kv import cache as paged_cache
 from paged_jax.kv.cache import PagedCache
+from paged_jax.kv.config import CacheConfig
+from paged_jax.kv.step import begin_step
 from paged_jax.models import llama
 
 WIDTH = 4
@@ -106,8 +106,8 @@ def search(
   lens[::WIDTH] = [len(prompt) for prompt in prompts]
   flat = np.zeros(-(-lens.sum() // CHUNK) * CHUNK, np.int32)
   flat[: lens.sum()] = np.concatenate(prompts)
-  prefill = jax.jit(loop.prefill, static_argnames="chunk", donate_argnums=1)
-  cache, logits, _ = prefill(
+  prefill = jax.jit(read, static_argnames="chunk", donate_argnames="cache")
+  cache, logits = prefill(
     model, cache, jnp.asarray(flat), jnp.asarray(lens), chunk=CHUNK
   )
   scores = np.full((num_prompts, WIDTH), -np.inf, np.float32)
@@ -133,10 +133,10 @@ def _step(model, cache, logits, scores, banned):
   scores, chosen = jax.lax.top_k(total, WIDTH)
   parents, tokens = chosen // vocab_size, chosen % vocab_size
   group = jnp.arange(num_prompts, dtype=jnp.int32)[:, None] * WIDTH
-  changed = page_table.permute(cache.table, (group + parents).reshape(-1))
-  cache = dataclasses.replace(cache, table=changed.table)
-  rows = jnp.ones(num_prompts * WIDTH, bool)
-  cache, step = paged_cache.begin_decode(cache, rows)
+  cache, _ = paged_cache.permute(cache, (group + parents).reshape(-1))
+  num_rows = num_prompts * WIDTH
+  one_each = jnp.ones(num_rows, jnp.int32)
+  cache, step = begin_step(cache, one_each, num_rows, max_q_len=1)
   hidden, cache = model(tokens.reshape(-1), cache, step)
   return cache, model.logits(hidden), scores, (parents, tokens)
 
@@ -168,7 +168,7 @@ def _score(model, prompt, new, stop_ids) -> float:
 
 @jax.jit
 def _hidden(model, cache, tokens, q_lens):
-  cache, step = paged_cache.begin_step(cache, q_lens, tokens.shape[0])
+  cache, step = begin_step(cache, q_lens, tokens.shape[0])
   hidden, _ = model(tokens, cache, step)
   return hidden
 
@@ -183,17 +183,14 @@ def _prompt(tokenizer, question: str) -> list[int]:
 
 
 def _new_cache(model: llama.Llama, num_seqs: int) -> PagedCache:
-  config, width = model.config, MAX_LEN // PAGE_SIZE
-  return paged_cache.init(
-    num_pages=num_seqs * width,
+  config = CacheConfig(
+    num_pages=num_seqs * (MAX_LEN // PAGE_SIZE),
     page_size=PAGE_SIZE,
     num_seqs=num_seqs,
-    pages_per_seq=width,
-    num_layers=config.num_layers,
-    num_kv_heads=config.num_kv_heads,
-    head_dim=config.head_dim,
+    max_len=MAX_LEN,
     dtype=jnp.float32,
   )
+  return PagedCache.init(model.layers, config)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The demo model against Hugging Face transformers in float32 on PyTorch."""
 
-import functools
 import json
 import pathlib
 
@@ -10,9 +9,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+from paged_jax import PagedCache, begin_step
 from paged_jax.checkpoints import gguf
-from paged_jax.generation import CacheConfig, SamplingParams, generate, loop
-from paged_jax.kv import cache as paged_cache
+from paged_jax.generation import CacheConfig, SamplingParams, generate
 from paged_jax.models import llama
 
 pytestmark = pytest.mark.model
@@ -59,18 +58,25 @@ def test_each_prompt_alone_gives_the_tokens_of_transformers(model, name):
   assert tokens == [_reference(name)["token_ids"]]
 
 
-@functools.partial(jax.jit, static_argnames="chunk")
-def _forced_logits(model, cache, tokens, prompt_len, forced, *, chunk):
+@jax.jit
+def _forced_logits(model, cache, chunks, lens, forced):
   """Logits after the prompt, and after each of the tokens forced then."""
-  cache, first, _ = loop.prefill(model, cache, tokens, prompt_len, chunk=chunk)
 
-  def body(cache, token):
-    cache, step = paged_cache.begin_decode(cache, jnp.ones(1, bool))
+  def read(cache, chunk):
+    tokens, q_len = chunk
+    cache, step = begin_step(cache, q_len[None], tokens.shape[0])
+    hidden, cache = model(tokens, cache, step)
+    return cache, hidden[q_len - 1]
+
+  def force(cache, token):
+    one = jnp.ones(1, jnp.int32)
+    cache, step = begin_step(cache, one, 1, max_q_len=1)
     hidden, cache = model(token[None], cache, step)
-    return cache, model.logits(hidden)[0]
+    return cache, hidden[0]
 
-  _, rest = lax.scan(body, cache, forced)
-  return jnp.concatenate([first, rest])
+  cache, ends = lax.scan(read, cache, (chunks, lens))
+  _, rest = lax.scan(force, cache, forced)
+  return model.logits(jnp.concatenate([ends[-1:], rest]))
 
 
 @pytest.mark.parametrize(
@@ -80,26 +86,23 @@ def test_pages_and_chunks_do_not_change_the_logits(model, page_size, chunk):
   reference = REFERENCE["logits"]
   prompt = _reference(reference["prompt"])
   ids = prompt["prompt_token_ids"]
-  config = model.config
-  cache = paged_cache.init(
+  config = CacheConfig(
     num_pages=256 // page_size,
     page_size=page_size,
     num_seqs=1,
-    pages_per_seq=256 // page_size,
-    num_layers=config.num_layers,
-    num_kv_heads=config.num_kv_heads,
-    head_dim=config.head_dim,
+    max_len=256,
     dtype=jnp.float32,
   )
-  padded = np.zeros(-(-len(ids) // chunk) * chunk, np.int32)
-  padded[: len(ids)] = ids
+  chunks = np.zeros((-(-len(ids) // chunk), chunk), np.int32)
+  chunks.flat[: len(ids)] = ids
+  lens = np.full(len(chunks), chunk, np.int32)
+  lens[-1] = len(ids) - chunk * (len(chunks) - 1)
   logits = _forced_logits(
     model,
-    cache,
-    jnp.asarray(padded),
-    jnp.asarray([len(ids)], jnp.int32),
+    PagedCache.init(model.layers, config),
+    jnp.asarray(chunks),
+    jnp.asarray(lens),
     jnp.asarray(prompt["token_ids"][:-1], jnp.int32),
-    chunk=chunk,
   )
   logits = np.asarray(logits)
   assert logits.argmax(-1).tolist() == prompt["token_ids"]

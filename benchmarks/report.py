@@ -1,0 +1,136 @@
+"""Writes docs/performance.md, and the table of speeds in README.md.
+
+Every figure comes from a JSON file in benchmarks/results. A subject is one
+function, which returns a section of docs/performance.md, in `SUBJECTS`.
+
+  python -m benchmarks.report             the texts; needs no package
+  python -m benchmarks.report --pictures  the pictures, too; needs matplotlib
+"""
+
+import argparse
+import pathlib
+import re
+
+from benchmarks.cascade.section import cascade
+from benchmarks.decode import section as decode
+from benchmarks.generate.section import generate
+from benchmarks.harness import rivals
+from benchmarks.harness.markdown import (
+  files,
+  number,
+  paragraph,
+  read,
+  section,
+  table,
+)
+from benchmarks.harness.results import RESULTS
+from benchmarks.kv_write.section import kv_write
+from benchmarks.page_table.section import page_table
+from benchmarks.prefill import section as prefill
+from benchmarks.quantised.section import quantised
+from benchmarks.waste.section import waste
+
+SUBJECTS = (
+  decode.beside_rivals,
+  decode.by_itself,
+  prefill.attention,
+  cascade,
+  kv_write,
+  page_table,
+  prefill.model,
+  generate,
+  quantised,
+  waste,
+)
+ROOT = pathlib.Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "performance.md"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- speed:begin -->\n", "<!-- speed:end -->"
+# FlashInfer is slower in some of them, as fast in one, and faster in one.
+SPEED = {
+  "decode, 64 x 8k": "d_b64_8k",
+  "decode, 128 x 128 to 16k": "d_ragged128",
+  "decode, 1 x 128k": "d_b1_128k",
+  "decode, 64 x 4k, 32 KV heads": "d_b64_4k_mha",
+  "prefill, 4 x 4k": "p_b4_4k",
+  "prefill, 8 x 512 on 4k": "p_b8_512on4k",
+}
+
+
+def main() -> None:
+  """Writes the page and the table, and the pictures if they are asked for."""
+  parser = argparse.ArgumentParser(
+    prog="python -m benchmarks.report", description=__doc__.splitlines()[0]
+  )
+  parser.add_argument(
+    "--pictures", action="store_true", help="draw the pictures, too"
+  )
+  if parser.parse_args().pictures:
+    draw()
+  PAGE.write_text(page(), encoding="utf-8")
+  text = README.read_text(encoding="utf-8")
+  README.write_text(with_speed(text), encoding="utf-8")
+
+
+def page() -> str:
+  """Returns docs/performance.md."""
+  intro = """`make report`, or `python -m benchmarks.report`, writes this page
+  from the files in `benchmarks/results`: change those, not this page. Times are
+  medians. Every benchmark verifies its results before it times them, and says
+  in its docstring how."""
+  sections = [subject() for subject in SUBJECTS]
+  parts = ["# Performance", paragraph(intro), *sections]
+  parts.append(others("\n".join(parts)))
+  return "\n\n".join(parts) + "\n"
+
+
+def others(text: str) -> str:
+  """Returns a section on the results that no other section names."""
+  names = [
+    str(path.relative_to(RESULTS).with_suffix(""))
+    for path in sorted(RESULTS.glob("*/*.json"))
+  ]
+  left = [name for name in names if files(name) not in text]
+  return section(
+    "Other results",
+    f"`docs/decisions.md` cites results without a table here: {files(*left)}.",
+  )
+
+
+def with_speed(text: str) -> str:
+  """Returns README.md with its table of speeds made anew."""
+  pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
+  block = f"{BEGIN}{speed()}\n{END}"
+  text, count = re.subn(pattern, lambda _: block, text, flags=re.S)
+  if count != 1:
+    raise ValueError(f"README.md has {count} blocks from {BEGIN!r} to {END!r}.")
+  return text
+
+
+def speed() -> str:
+  """Returns what README.md says of speed: a sentence and a table."""
+  run, longs = rivals.run(rivals.AGAIN), rivals.long_batches()
+  rows = []
+  for label, case in SPEED.items():
+    ours = longs[case]["us"] if case in longs else run.us(case, rivals.OURS)
+    theirs = run.us(case, rivals.FLASHINFER)
+    rows.append([label, number(ours), number(theirs)])
+  text = f"""Microseconds a call on {run.machine()}; {rivals.SHAPE}. The program
+  that compares is not part of this repository; `python -m benchmarks.decode`
+  and `python -m benchmarks.prefill` time the ops on your GPU. All figures, and
+  how they were measured: [docs/performance.md](docs/performance.md)."""
+  heads = "batch x context", "paged-jax", "FlashInfer, fastest"
+  return "\n\n".join([paragraph(text), table(heads, rows)])
+
+
+def draw() -> None:
+  """Draws all pictures anew from their results."""
+  from benchmarks.decode.plot import plot
+  from benchmarks.waste import plot as waste_plot
+
+  plot(read("h200/decode"), RESULTS / "h200" / "decode.svg")
+  waste_plot.save(read("cpu/waste"), RESULTS / "cpu" / "waste.svg")
+
+
+if __name__ == "__main__":
+  main()
