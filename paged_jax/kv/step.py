@@ -190,7 +190,7 @@ def begin_padded(cache: PagedCache, mask: Array) -> tuple[PagedCache, Step]:
       f"mask must be bool or integers [{cache.num_seqs}, length], got "
       f"{dtype}{shape}."
     )
-  mask = jnp.asarray(mask) != 0
+  mask = jnp.asarray(mask).astype(jnp.bool_)
   batch, length = shape
   num_tokens = batch * length
   q_lens = jnp.sum(mask, axis=1, dtype=jnp.int32)
