@@ -48,8 +48,9 @@ class CacheConfig:
     if self.dtype is not None and jnp.dtype(self.dtype) not in dtypes.DTYPES:
       raise ValueError(f"{self.dtype=} must be {dtypes.NAMES}.")
     counts = self.num_pages
-    if counts is not None and min(self.pages_of_groups(1)) < 1:
-      raise ValueError(f"num_pages={counts} must be at least 1.")
+    counts = (counts,) if isinstance(counts, int) else counts
+    if counts is not None and (not counts or min(counts) < 1):
+      raise ValueError(f"num_pages={self.num_pages} must be at least 1.")
     for name in ("max_len", "prefill_chunk", "num_seqs"):
       value = getattr(self, name)
       if value is not None and value < 1:
@@ -72,7 +73,7 @@ class CacheConfig:
       raise ValueError("num_pages=None must be a number here.")
     if isinstance(self.num_pages, int):
       return (self.num_pages,) * num_groups
-    if num_groups != 1 and len(self.num_pages) != num_groups:
+    if len(self.num_pages) != num_groups:
       raise ValueError(
         f"num_pages={self.num_pages} must be one number, or one for each of "
         f"the {num_groups} layer groups."

@@ -93,8 +93,8 @@ def begin_step(
     num_tokens: Length of the flat token axis: at least the sum of `q_lens`, or
       with `max_q_len=1` the number of rows.
     rows: i32[num_rows], rows of the page table, in the order in which they are
-      served; `num_seqs` for none: tokens of such rows are padding. None takes
-      all rows in their order.
+      served; `num_seqs`, or any other number out of range, for none: tokens of
+      such rows are padding. None takes all rows in their order.
     max_q_len: Most tokens of a row, if known. Up to 8, the decode kernel serves
       the attention.
     tree_mask: bool[num_tokens, max_new], which of the new tokens of its row a
@@ -110,13 +110,19 @@ def begin_step(
     ValueError: If an argument has another shape or dtype, or if `q_lens` are
       known and negative, or do not fit `num_tokens` or `max_q_len`.
   """
-  num_rows = cache.num_seqs if rows is None else rows.shape[0]
+  num_rows = cache.num_seqs if rows is None else jnp.size(rows)
   if num_rows > cache.num_seqs:
     raise ValueError(
-      f"rows.shape=({num_rows},) must be at most {cache.num_seqs=}."
+      f"rows.shape={jnp.shape(rows)} must be at most {cache.num_seqs=} rows."
     )
   _check_known(q_lens, num_tokens, max_q_len)
   q_lens = page_table.integers(q_lens, (num_rows,), "q_lens")
+  if rows is not None:
+    rows = page_table.integers(rows, (num_rows,), "rows")
+    # A gather would take -1 for the last row.
+    rows = jnp.where(
+      (rows >= 0) & (rows < cache.num_seqs), rows, cache.num_seqs
+    )
   if max_q_len == 1 and num_tokens != num_rows:
     raise ValueError(
       f"{num_tokens=} must be {num_rows=} with max_q_len=1: token i is that "
@@ -185,12 +191,13 @@ def begin_padded(cache: PagedCache, mask: Array) -> tuple[PagedCache, Step]:
   """
   dtype, shape = jnp.result_type(mask), jnp.shape(mask)
   is_flag = dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.integer)
-  if len(shape) != 2 or shape[0] != cache.num_seqs or not is_flag:
+  fits = len(shape) == 2 and shape[0] == cache.num_seqs and shape[1] > 0
+  if not fits or not is_flag:
     raise ValueError(
       f"mask must be bool or integers [{cache.num_seqs}, length], got "
       f"{dtype}{shape}."
     )
-  mask = jnp.asarray(mask) != 0
+  mask = jnp.asarray(mask).astype(jnp.bool_)
   batch, length = shape
   num_tokens = batch * length
   q_lens = jnp.sum(mask, axis=1, dtype=jnp.int32)
@@ -268,8 +275,7 @@ def _reserve(
     cache, ok = append(cache, wanted)
     return cache, ok & (wanted > 0)
   num_seqs = cache.num_seqs
-  rows = page_table.integers(rows, rows.shape, "rows")
-  asks = (rows >= 0) & (rows < num_seqs)
+  asks = rows < num_seqs
   asks &= page_table.first_to_name(rows, asks)
   wanted = jnp.where(asks, wanted, 0)
   where = jnp.where(asks, rows, num_seqs)

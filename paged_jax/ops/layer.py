@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from paged_jax.kv import dtypes, layout
 from paged_jax.kv import pool as kv_pool
-from paged_jax.kv.cache import LayerGroup, PagedCache
+from paged_jax.kv.cache import PagedCache
 from paged_jax.kv.step import Step
 from paged_jax.ops import checks
 from paged_jax.ops.attention import attend_decode, attend_ragged
@@ -80,7 +80,10 @@ def attend_layer(
   tree_mask = step.tree_mask
   place = _place(cache, layer, sliding_window)
   group, group_step = cache.groups[place.group], step.groups[place.group]
-  _check_tokens(q, k, v, step, group, layer, place.is_shared)
+  _, _, num_kv_heads, _, head_dim = group.pool.k.shape
+  _check_given(k, v, layer, place.is_shared)
+  tokens, owner = step.positions.shape, f"layer {layer}"
+  _check_tokens(q, k, v, tokens, num_kv_heads, head_dim, owner)
 
   # 1. From the caller's axes to the flat tokens of the step.
   flat_q = _flatten(q, step)
@@ -129,23 +132,37 @@ def _place(
   return layout.places(cache.layers)[layer]
 
 
-def _check_tokens(
-  q: Array,
-  k: Array | None,
-  v: Array | None,
-  step: Step,
-  group: LayerGroup,
-  layer: int,
-  is_shared: bool,
+def _check_given(
+  k: Array | None, v: Array | None, layer: int, is_shared: bool
 ) -> None:
-  """Raises a ValueError if q, k and v do not fit the step and the layer."""
+  """Raises a ValueError if k and v are given to a layer that shares, or not."""
   if is_shared != (k is None) or (k is None) != (v is None):
     raise ValueError(
       f"k and v of layer {layer} must be "
       f"{'None: it shares those of another' if is_shared else 'arrays'}."
     )
-  _, _, num_kv_heads, _, head_dim = group.pool.k.shape
-  tokens = step.positions.shape
+
+
+def _check_tokens(
+  q: Array,
+  k: Array | None,
+  v: Array | None,
+  tokens: tuple[int, ...],
+  num_kv_heads: int,
+  head_dim: int,
+  owner: str,
+) -> None:
+  """Raises a ValueError if q, k and v do not fit the tokens and the layer.
+
+  Args:
+    q: The queries.
+    k: The keys, or None.
+    v: The values, or None.
+    tokens: The axes of tokens.
+    num_kv_heads: Key and value heads.
+    head_dim: Width of one head.
+    owner: Whose they are, for messages.
+  """
   named = {"q": q}
   if k is not None and v is not None:
     named |= {"k": k, "v": v}
@@ -153,18 +170,18 @@ def _check_tokens(
   for name, x in named.items():
     if x.ndim != len(tokens) + 2 or x.shape[: len(tokens)] != tokens:
       raise ValueError(
-        f"{name}.shape={x.shape} must be {tokens}, the tokens of the step, and "
+        f"{name}.shape={x.shape} must be the axes {tokens} of the tokens, and "
         "heads and width."
       )
     if x.dtype not in dtypes.FLOAT_DTYPES:
       raise ValueError(f"{name}.dtype={x.dtype} must be {dtypes.FLOAT_NAMES}.")
     if x.shape[-1] != head_dim:
       raise ValueError(
-        f"{name}.shape={x.shape} must have {head_dim=} of layer {layer}."
+        f"{name}.shape={x.shape} must have {head_dim=} of {owner}."
       )
     if name != "q" and x.shape[-2] != num_kv_heads:
       raise ValueError(
-        f"{name}.shape={x.shape} must have {num_kv_heads=} of layer {layer}."
+        f"{name}.shape={x.shape} must have {num_kv_heads=} of {owner}."
       )
   if q.shape[-2] % num_kv_heads:
     raise ValueError(
@@ -220,6 +237,11 @@ def _attend_without_cache(q, k, v, cache, step, spec, sinks, alibi_slopes):
       "k and v must be arrays without a cache: hand the layer those that it "
       "shares."
     )
+  if q.ndim < 3 or k.ndim != q.ndim:
+    raise ValueError(
+      f"{q.shape=} and {k.shape=} must be [..., length, heads, width]."
+    )
+  _check_tokens(q, k, v, q.shape[:-2], k.shape[-2], q.shape[-1], "q and k")
   arrays = AttentionArrays(sinks, alibi_slopes)
   flat_q = q.reshape(-1, *q.shape[-2:])
   check_arrays(arrays, flat_q, spec)
