@@ -49,10 +49,11 @@ def random_model(config: LlamaConfig) -> Llama:
     else:
       # With more, rounding grows from layer to layer.
       std = shape[0] ** -0.5
-      variable.set_value(_normal(jax.random.key(i), shape, std))
+      variable.set_value(normal(jax.random.key(i), shape, std))
   return nnx.merge(graphdef, state)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _normal(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
+def normal(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
+  """Returns normal numbers in `DTYPE`."""
   return std * jax.random.normal(key, shape, DTYPE)

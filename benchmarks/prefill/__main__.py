@@ -26,11 +26,16 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 
 import paged_jax
-from benchmarks.harness import command, device_loop, queries, results
+from benchmarks.harness import (
+  command,
+  device_loop,
+  models,
+  queries,
+  results,
+)
 from benchmarks.harness.attention import (
   measured,
   no_attention,
@@ -60,26 +65,13 @@ COLUMNS = {
   "tokens_per_s": "{:9.0f} tokens/s",
   "mixed_to_sum": "  x {:.3f} of chunks and decodes",
 }
-LLAMA_8B = LlamaConfig(
-  vocab_size=128_256,
-  hidden_size=4096,
-  intermediate_size=14_336,
-  num_layers=32,
-  num_q_heads=32,
-  num_kv_heads=8,
-  head_dim=128,
-  rope_theta=500_000.0,
-  rms_norm_eps=1e-5,
-  max_len=131_072,
-  tie_word_embeddings=False,
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
   """What is timed, and how often."""
 
-  config: LlamaConfig = LLAMA_8B
+  config: LlamaConfig = models.LLAMA_8B
   implementation: str = "mosaic_gpu"  # of mixed; the model chooses, as ever
   page_size: int = 16
   num_prompts: int = 16
@@ -99,7 +91,7 @@ FULL = Sizes()
 ALL_CHUNKS = dataclasses.replace(FULL, chunks=(8192, 65_536, 2048, 512))
 SMALL = Sizes(
   config=dataclasses.replace(
-    LLAMA_8B,
+    models.LLAMA_8B,
     vocab_size=96,
     hidden_size=32,
     intermediate_size=48,
@@ -180,7 +172,7 @@ def table(record: dict) -> str:
 def ceiling(sizes: Sizes) -> dict:
   """Times the product of two large matrices."""
   shape = sizes.ceiling, sizes.ceiling
-  x, w = (_normal(jax.random.key(seed), shape, 1.0) for seed in range(2))
+  x, w = (models.normal(jax.random.key(seed), shape, 1.0) for seed in range(2))
 
   # It waits for the step before, or the compiler would take it only once.
   def step(_, state, w):
@@ -276,7 +268,7 @@ def _timed(
 
 def model(sizes: Sizes) -> Iterator[tuple[str, dict]]:
   """Yields sizes of chunks, and the figures of prompts in such chunks."""
-  llama = random_model(sizes.config)
+  llama = models.random_model(sizes.config)
   expected: list[np.ndarray] = []
   for chunk in sizes.chunks:
     yield str(chunk), attempt(_prefill, sizes, llama, chunk, expected)
@@ -313,26 +305,6 @@ def _prefill(
   side["tokens_per_s"] = tokens.size / us * 1e6
   side["tflop_per_s"] = model_flops(sizes) / us / 1e6
   return side | error
-
-
-def random_model(config: LlamaConfig) -> Llama:
-  """Returns a model of random parameters, made on the device."""
-  build = lambda: Llama(config, rngs=nnx.Rngs(0))
-  graphdef, state = nnx.split(nnx.eval_shape(build))
-  for i, (_, variable) in enumerate(nnx.to_flat_state(state)):
-    shape = variable.shape
-    if len(shape) == 1:
-      variable.set_value(jnp.ones(shape, DTYPE))
-    else:
-      # More, and rounding grows from layer to layer; `MAX_ERROR_OF_LOGITS`.
-      std = shape[0] ** -0.5
-      variable.set_value(_normal(jax.random.key(i), shape, std))
-  return nnx.merge(graphdef, state)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _normal(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
-  return std * jax.random.normal(key, shape, DTYPE)
 
 
 def prompts(sizes: Sizes) -> tuple[PagedCache, jax.Array, jax.Array]:

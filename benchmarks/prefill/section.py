@@ -93,13 +93,14 @@ def model() -> str:
   record = read("h200/prefill")
   settings = record["settings"]
   config = settings["config"]
+  ceiling = number(record["ceiling"]["tflop_per_s"])
   return section(
     "A model that reads prompts",
     f"""A Llama of 8 billion random parameters ({config["num_layers"]} layers,
     hidden size {config["hidden_size"]:,}) reads {settings["num_prompts"]}
     prompts of {settings["prompt_len"]:,} tokens in chunks, down to the logits
     of the last tokens. In the same run, a product of large
-    {settings["dtype"]} matrices reached {number(record["ceiling"]["tflop_per_s"])} TFLOP/s.""",
+    {settings["dtype"]} matrices reached {ceiling} TFLOP/s.""",
     table(
       ["tokens a chunk", "tokens/s", "TFLOP/s", "of the product's"],
       [
