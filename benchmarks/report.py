@@ -28,6 +28,7 @@ from benchmarks.kv_write.section import kv_write
 from benchmarks.page_table.section import page_table
 from benchmarks.prefill import section as prefill
 from benchmarks.quantised.section import quantised
+from benchmarks.step.section import step
 from benchmarks.waste.section import waste
 
 SUBJECTS = (
@@ -38,6 +39,7 @@ SUBJECTS = (
   kv_write,
   page_table,
   prefill.model,
+  step,
   generate,
   quantised,
   waste,

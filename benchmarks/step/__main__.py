@@ -1,6 +1,6 @@
 """How long a decode step of a whole model takes, as `stream` runs it.
 
-  stream    `paged_jax.generation.stream`: one step a dispatch, two in flight
+  stream    `paged_jax.generation.stream`: one step a dispatch, a few in flight
   loop      `paged_jax.generation.loop.decode`: all steps in one program
   returns   how long a call that dispatches a step holds the Python thread
 
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness import command, models, results
+from benchmarks.harness.batches import DTYPE
 from benchmarks.harness.cases import attempt, failures
 from benchmarks.harness.table import lines
 from paged_jax import PagedCache, sampling
@@ -49,6 +50,7 @@ COLUMNS = {
   "stream_to_loop": "{:7.3f}",
   "returns_ms": "{:9.3f} ms",
   "returns_to_step": "{:7.3f}",
+  "tb_per_s": "{:6.2f} TB/s",
   "same_tokens": "  {}",
 }
 
@@ -151,8 +153,19 @@ def _time(sizes: Sizes, model: Llama, batch: int) -> dict:
     "stream_to_loop": stream_ms / loop_ms,
     "returns_ms": returns_ms,
     "returns_to_step": returns_ms / stream_ms,
-    "same_tokens": bool(np.array_equal(tokens, expected)),
+    "tb_per_s": _num_bytes(model, batch, sizes) / stream_ms / 1e9,
+    "same_tokens": np.array_equal(tokens, expected),
   }
+
+
+def _num_bytes(model: Llama, batch: int, sizes: Sizes) -> float:
+  """Returns the least bytes that a step reads, at the mean context."""
+  parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+  if not model.config.tie_word_embeddings:  # a step reads few rows of these
+    parameters -= model.embed_tokens.embedding[...].nbytes
+  context = sizes.prompt_len + sizes.num_new / 2
+  of_token = sum(2 * kv.num_kv_heads * kv.head_dim for kv in model.layers)
+  return parameters + batch * context * of_token * jnp.dtype(DTYPE).itemsize
 
 
 def _stream(model, prompts, params, config) -> tuple[float, np.ndarray]:
@@ -178,7 +191,6 @@ class _Loop:
     )
     batch = Batch.of(model, prompts, params, config)
     status = batch.status(config.num_pages, config.page_size)
-    self._structure, self._leaves = programs.flatten(model)
     rows = rows_lib.init(
       PagedCache.init(model.layers, config),
       sampling.stack(batch.params),
@@ -186,24 +198,27 @@ class _Loop:
       status=jnp.asarray(status),
       capacity=params.max_new_tokens,
     )
+    self._model = model
+    self._runner = programs.Runner(model, rows)
     for plan in batch.chunks(status, config.prefill_chunk):
-      rows, _ = programs.prefill_step(self._structure, self._leaves, rows, plan)
-    self._rows: Rows = jax.block_until_ready(rows)
+      self._runner.prefill(plan)
+    jax.block_until_ready(self._runner.rows)
 
   def decode(self, num_steps: int) -> tuple[float, np.ndarray]:
     """Returns the milliseconds of one program's steps, and all tokens."""
+    structure, leaves = programs.flatten(self._model)
     begin = time.perf_counter()
-    rows = _decode(self._structure, self._leaves, self._rows, num_steps)
+    rows = _decode(structure, leaves, self._runner.rows, num_steps)
     jax.block_until_ready(rows.status)
     elapsed = time.perf_counter() - begin
     return elapsed * 1e3, np.asarray(rows.tokens)
 
   def calls(self, num_steps: int) -> float:
     """Returns the milliseconds for which a call holds the thread, of many."""
-    rows, ms, in_flight = self._rows, [], []
+    ms, in_flight = [], []
     for _ in range(num_steps):
       begin = time.perf_counter()
-      rows, packed = programs.decode_step(self._structure, self._leaves, rows)
+      packed = self._runner.decode()
       ms.append((time.perf_counter() - begin) * 1e3)
       in_flight.append(packed)
       if len(in_flight) == 2:

@@ -26,7 +26,9 @@ _POOL_SHARE = 0.8
 # The least that is compiled for: most short calls then share their programs.
 _LEAST_PAGES = 64
 # Steps that run or wait on the device while the host reads an earlier one.
-_IN_FLIGHT = 2
+# With two, a small model waits for the host: 1.24 ms a step instead of 1.08 to
+# 1.20 (135M parameters, 8 rows, H200).
+_IN_FLIGHT = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +96,8 @@ def stream(
 ) -> Iterator[list[Completion]]:
   """Like `generate`, but yields the new tokens of every step.
 
-  The first item comes when all prompts have been read. The device is two steps
-  ahead of what is yielded.
+  The first item comes when all prompts have been read. The device is a
+  few steps ahead of what is yielded.
 
   Args:
     model: See `generate`, as for the next four.
@@ -143,7 +145,6 @@ def join(items: Iterable[list[Completion]]) -> list[Completion]:
 def _run(
   model: DecoderModel, batch: Batch, config: CacheConfig, with_logprobs: bool
 ) -> Iterator[list[Completion]]:
-  structure, leaves = programs.flatten(model)
   cache = PagedCache.init(model.layers, config)
   num_pages = min(group.table.num_pages for group in cache.groups)
   status = batch.status(num_pages, config.page_size)
@@ -154,14 +155,12 @@ def _run(
     status=jnp.asarray(status),
     with_logprobs=with_logprobs,
   )
+  runner = programs.Runner(model, rows)
 
   # 1. Prompts.
   read = _Reader(batch, status, with_logprobs)
-  packed = []
-  for plan in batch.chunks(status, config.prefill_chunk):
-    rows, each = programs.prefill_step(structure, leaves, rows, plan)
-    packed.append(each)
-  yield read(packed)
+  plans = batch.chunks(status, config.prefill_chunk)
+  yield read([runner.prefill(plan) for plan in plans])
 
   # 2. Steps, of which a few are ahead of the one that is read.
   in_flight: collections.deque[jax.Array] = collections.deque()
@@ -169,9 +168,7 @@ def _run(
   while not read.is_done:
     # More steps than tokens are needed where rows have waited for pages.
     while not in_flight or (len(in_flight) < _IN_FLIGHT and num_left > 0):
-      rows, each = programs.decode_step(structure, leaves, rows)
-      each.copy_to_host_async()
-      in_flight.append(each)
+      in_flight.append(runner.decode())
       num_left -= 1
     yield read([in_flight.popleft()])
 

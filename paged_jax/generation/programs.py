@@ -50,33 +50,81 @@ def _structure(treedef: jax.tree_util.PyTreeDef) -> Structure:
 
 
 def by_leaves[R](run: Callable[..., R]) -> Callable[..., R]:
-  """Compiles `run(model, rows, ...)` as a function of leaves; donates the rows.
+  """Compiles `run(model, state, ...)` as a function of leaves.
 
   Returns:
-    The jitted function of `(structure, leaves, rows, ...)`.
+    The jitted function of `(structure, leaves, state, ...)`. It donates the
+    state.
   """
 
-  def compiled(structure, leaves, rows, *args):
-    return run(structure.model(leaves), rows, *args)
+  def compiled(structure, leaves, state, *args):
+    return run(structure.model(leaves), state, *args)
 
   compiled.__name__ = run.__name__  # of the program
-  return jax.jit(compiled, static_argnums=0, donate_argnums=2)
+  # What is not read is kept too: its memory is that of an output.
+  return jax.jit(compiled, static_argnums=0, donate_argnums=2, keep_unused=True)
+
+
+class State(NamedTuple):
+  """What steps carry on the device.
+
+  All outputs of a step have the memory of its inputs, so that its kernels find
+  the addresses of the step before: with an output elsewhere, the call took 0.9
+  ms instead of 0.7 (135M parameters, 8 rows, H200).
+  """
+
+  rows: Rows
+  packed: jax.Array  # i32[3 or 4, num_seqs], the result of the step
 
 
 @by_leaves
-def prefill_step(
-  model: DecoderModel, rows: Rows, plan: Plan
-) -> tuple[Rows, jax.Array]:
-  """Runs `loop.prefill_step`, and returns the packed result."""
-  rows, result = loop.prefill_step(model, rows, plan)
-  return rows, _pack(result)
+def prefill_step(model: DecoderModel, state: State, plan: Plan) -> State:
+  """Runs `loop.prefill_step`, and packs the result."""
+  rows, result = loop.prefill_step(model, state.rows, plan)
+  return State(rows, _pack(result))
 
 
 @by_leaves
-def decode_step(model: DecoderModel, rows: Rows) -> tuple[Rows, jax.Array]:
-  """Runs `loop.decode_step`, and returns the packed result."""
-  rows, result = loop.decode_step(model, rows)
-  return rows, _pack(result)
+def decode_step(model: DecoderModel, state: State) -> State:
+  """Runs `loop.decode_step`, and packs the result."""
+  rows, result = loop.decode_step(model, state.rows)
+  return State(rows, _pack(result))
+
+
+_copy = jax.jit(jnp.copy)
+
+
+class Runner:
+  """A model that continues rows: each call dispatches a step, and returns.
+
+  What a call returns is on its way to the host; see `unpack`.
+  """
+
+  def __init__(self, model: DecoderModel, rows: Rows):
+    self._structure, self._leaves = flatten(model)
+    self._state = State(
+      rows,
+      jnp.zeros((4 if rows.with_logprobs else 3, rows.num_seqs), jnp.int32),
+    )
+
+  @property
+  def rows(self) -> Rows:
+    """The rows after the last step dispatched, which the next one donates."""
+    return self._state.rows
+
+  def prefill(self, plan: Plan) -> jax.Array:
+    """Dispatches `prefill_step`."""
+    return self._run(prefill_step, plan)
+
+  def decode(self) -> jax.Array:
+    """Dispatches `decode_step`."""
+    return self._run(decode_step)
+
+  def _run(self, program: Callable[..., State], *args: Plan) -> jax.Array:
+    self._state = program(self._structure, self._leaves, self._state, *args)
+    packed = _copy(self._state.packed)  # the next step overwrites it
+    packed.copy_to_host_async()
+    return packed
 
 
 def _pack(result: Result) -> jax.Array:
