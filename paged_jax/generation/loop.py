@@ -35,6 +35,7 @@ def step(model: DecoderModel, rows: Rows, plan: Plan) -> tuple[Rows, Result]:
     The rows after the step, and what it did.
 
   Raises:
+    TypeError: If the model lacks what `DecoderModel` asks for.
     ValueError: If the model breaks its contract, or the plan does not fit the
       rows.
   """

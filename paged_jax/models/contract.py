@@ -75,8 +75,10 @@ def run(
   """Returns the hidden states and the next cache of a step, checked.
 
   Raises:
-    ValueError: If the model breaks the contract.
+    TypeError: If the model lacks what the contract asks for.
+    ValueError: If it breaks the contract.
   """
+  check(model)
   name = type(model).__name__
   if tuple(model.layers) != cache.layers:
     raise ValueError(
@@ -92,8 +94,8 @@ def run(
       f"{name} must return the cache that it was given, with its layers "
       f"written; got {type(after).__name__}."
     )
-  shape, num_tokens = jnp.shape(hidden), tokens.shape[0]
-  if len(shape) != 2 or shape[0] != num_tokens:
+  shape, num_tokens = getattr(hidden, "shape", None), tokens.shape[0]
+  if shape is None or len(shape) != 2 or shape[0] != num_tokens:
     raise ValueError(
       f"{name} returned hidden of shape {shape}; it must be "
       f"({num_tokens}, width)."
@@ -110,10 +112,9 @@ def logits(model: DecoderModel, hidden: Array) -> Array:
   """
   name = type(model).__name__
   result = model.logits(hidden)
-  if result.dtype != jnp.float32:
-    raise ValueError(
-      f"{name}.logits returned {result.dtype}; it must be float32."
-    )
+  kind = getattr(result, "dtype", type(result).__name__)
+  if kind != jnp.float32:
+    raise ValueError(f"{name}.logits returned {kind}; it must be float32.")
   shape = hidden.shape[0], model.vocab_size
   if result.shape != shape:
     raise ValueError(
