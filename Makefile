@@ -1,12 +1,13 @@
 # Every target sets up .venv first; see tools/setup.sh.
 SHELL := bash
 python := .venv/bin/python
+pytest := $(python) -m pytest -n 2 --dist loadfile
 prompt := What is a page table, and what is it good for?
 
-.PHONY: help setup demo test lint format bench report wheel pins clean
+.PHONY: help setup demo test test-all lint format bench report wheel pins clean
 
 help: ## Says what there is to make
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 setup: ## Makes .venv with the pinned packages, for CUDA where there is a GPU
 	@tools/setup.sh
@@ -15,8 +16,11 @@ demo: setup ## Downloads a small model, once, and generates text
 	.venv/bin/paged-jax generate --model demo --chat --temperature 0 \
 	  --max-new-tokens 64 --prompt "$(prompt)"
 
-test: setup ## Runs the tests, on the GPU if there is one
-	$(python) -m pytest -n 2 --dist loadfile
+test: setup ## Runs the quick tests, on the GPU if there is one
+	$(pytest)
+
+test-all: setup ## Runs all tests
+	$(pytest) --tier all
 
 lint: setup ## Checks style, formatting and types
 	$(python) -m ruff check .

@@ -1,4 +1,4 @@
-"""Writes docs/performance.md, and the table of speeds in README.md.
+"""Writes docs/performance.md, and tables in README.md and docs/support.md.
 
 Every figure comes from a JSON file in benchmarks/results. A subject is one
 function, which returns a section of docs/performance.md, in `SUBJECTS`.
@@ -47,7 +47,7 @@ SUBJECTS = (
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- speed:begin -->\n", "<!-- speed:end -->"
+SUPPORT = ROOT / "docs" / "support.md"
 # FlashInfer is slower in some of them, as fast in one, and faster in one.
 SPEED = {
   "decode, 64 x 8k": "d_b64_8k",
@@ -60,7 +60,7 @@ SPEED = {
 
 
 def main() -> None:
-  """Writes the page and the table, and the pictures if they are asked for."""
+  """Writes the page and the tables, and the pictures if they are asked for."""
   parser = argparse.ArgumentParser(
     prog="python -m benchmarks.report", description=__doc__.splitlines()[0]
   )
@@ -70,8 +70,9 @@ def main() -> None:
   if parser.parse_args().pictures:
     draw()
   PAGE.write_text(page(), encoding="utf-8")
-  text = README.read_text(encoding="utf-8")
-  README.write_text(with_speed(text), encoding="utf-8")
+  for path, name, block in blocks():
+    text = path.read_text(encoding="utf-8")
+    path.write_text(with_block(text, name, block), encoding="utf-8")
 
 
 def page() -> str:
@@ -99,13 +100,28 @@ def others(text: str) -> str:
   )
 
 
-def with_speed(text: str) -> str:
-  """Returns README.md with its table of speeds made anew."""
-  pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
-  block = f"{BEGIN}{speed()}\n{END}"
-  text, count = re.subn(pattern, lambda _: block, text, flags=re.S)
+def blocks() -> tuple[tuple[pathlib.Path, str, str], ...]:
+  """Returns the blocks of other files: the file, the block's name, its text."""
+  return (README, "speed", speed()), (SUPPORT, "plain", decode.plain())
+
+
+def with_block(text: str, name: str, block: str) -> str:
+  """Returns the text of a file with a block of it made anew.
+
+  Args:
+    text: Of the file.
+    name: What stands in the comments before and after the block.
+    block: The new text of the block.
+
+  Raises:
+    ValueError: If the text has not exactly one such block.
+  """
+  begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+  pattern = re.escape(begin) + ".*?" + re.escape(end)
+  new = f"{begin}{block}\n{end}"
+  text, count = re.subn(pattern, lambda _: new, text, flags=re.S)
   if count != 1:
-    raise ValueError(f"README.md has {count} blocks from {BEGIN!r} to {END!r}.")
+    raise ValueError(f"there are {count} blocks from {begin!r} to {end!r}.")
   return text
 
 

@@ -1,5 +1,5 @@
+import collections
 import os
-import zlib
 
 # Most of the time goes into compiling programs that run once.
 if os.environ.get("JAX_PLATFORMS") == "cpu":
@@ -26,26 +26,55 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+# Parts of the slow tests that a third of all commits each run.
+NUM_PARTS = 3
+
+
+def pytest_addoption(parser):
+  parts = [f"slow-{i}" for i in range(NUM_PARTS)]
+  parser.addoption(
+    "--tier",
+    choices=["quick", "all", *parts],
+    default="quick",
+    help="quick: all but slow tests; slow-N: every third slow test, from the "
+    "N-th on",
+  )
+
+
 def pytest_collection_modifyitems(config, items):
-  """Leaves out what this machine cannot run, rather than skipping it.
+  """Selects the tests of the tier, and of those what this machine can run."""
+  tier = config.getoption("--tier")
+  if devices.why_not_hopper() is not None:
+    select(config, items, lambda item: not item.get_closest_marker("gpu"))
+  slow = slow_tests(items)
+  if tier == "quick":
+    select(config, items, lambda item: item not in set(slow))
+  elif tier != "all":
+    part = set(slow[int(tier.removeprefix("slow-")) :: NUM_PARTS])
+    select(config, items, part.__contains__)
 
-  Without a GPU kernels are interpreted, or lowered, which takes seconds a case:
-  of their files it takes a quarter, always the same, unless PAGED_JAX_ALL=1,
-  and what is the only test of its kind.
+
+def slow_tests(items):
+  """Returns the items that are not in the quick tier, in order.
+
+  The mark `slow(quick=n)`, n = 0 by default, leaves the first n cases of a
+  function in the quick tier. Of this mark and `quick`, the closest counts.
   """
-  if devices.why_not_hopper() is None:
-    return
-  runs_all = os.environ.get("PAGED_JAX_ALL") == "1"
+  cases, slow = collections.Counter(), []
+  for item in items:
+    marks = (m for m in item.iter_markers() if m.name in ("slow", "quick"))
+    mark = next(marks, None)
+    if mark is None or mark.name == "quick":
+      continue
+    function = item.nodeid.partition("[")[0]
+    cases[function] += 1
+    if cases[function] > mark.kwargs.get("quick", 0):
+      slow.append(item)
+  return slow
 
-  def runs(item):
-    if item.get_closest_marker("gpu"):
-      return False
-    if runs_all or item.get_closest_marker("always"):
-      return True
-    if not item.get_closest_marker("sampled"):
-      return True
-    return zlib.crc32(item.nodeid.encode()) % 4 == 0
 
+def select(config, items, runs):
+  """Deselects the items for which `runs` is False."""
   config.hook.pytest_deselected(items=[x for x in items if not runs(x)])
   items[:] = [item for item in items if runs(item)]
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the wheel, by way of the sdist, and tries it in a bare virtual
-# environment, outside this folder: the README's examples, the command, the
+# environment, outside this folder: the documents' examples, the command, the
 # types of examples/*.py. Needs .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -32,24 +32,24 @@ say "installing it with what it depends on"
   --constraint requirements/dev.txt "$scratch"/paged_jax-*.whl
 .venv/bin/python "${pip[@]}" --python "$python" check
 
-# The README's Python examples, but for those that need the demo model.
+# The Python examples of the documents, but those that need the demo model.
 mkdir "$away"
-"$python" - README.md "$away" <<'EOF'
+"$python" - "$away" README.md docs/guide.md <<'EOF'
 import pathlib
 import re
 import sys
 
-readme, away = map(pathlib.Path, sys.argv[1:])
-text = readme.read_text(encoding="utf-8")
+away, *documents = map(pathlib.Path, sys.argv[1:])
+text = "\n".join(path.read_text(encoding="utf-8") for path in documents)
 blocks = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
 blocks = [block for block in blocks if "demo" not in block]
-assert blocks, "the README has no example that needs no model"
+assert blocks, "no example does without the model"
 for i, block in enumerate(blocks):
-  (away / f"readme_{i}.py").write_text(block, encoding="utf-8")
+  (away / f"document_{i}.py").write_text(block, encoding="utf-8")
 EOF
 cp examples/*.py "$away"
 cd "$away"
-for example in readme_*.py; do
+for example in document_*.py; do
   say "running $example"
   "$python" -I -W error "$example"
 done
@@ -66,7 +66,7 @@ for package in ("paged_jax", "pallas_kernels"):
   marker = importlib.resources.files(package) / "py.typed"
   assert marker.is_file(), f"{marker} is not part of the wheel"
 EOF
-rm readme_*.py
+rm document_*.py
 "$project/.venv/bin/python" -m pyrefly check --preset default \
   --python-interpreter-path "$python" ./*.py
 say "done, $SECONDS s"

@@ -5,6 +5,7 @@ from benchmarks.harness.markdown import (
   files,
   number,
   origin,
+  paragraph,
   picture,
   read,
   section,
@@ -160,4 +161,25 @@ def _batch_invariant() -> str:
       ]
       for label, side in batches.items()
     ],
+  )
+
+
+def plain() -> str:
+  """Returns what docs/support.md says of plain JAX: a table and its origin."""
+  record = read("h200/decode")
+  rows = []
+  for name, sides in record["batches"].items():
+    count, length = name.split(" x ")
+    kernel, xla = (
+      sides[side]["us"]["median"] for side in ("paged_attention", "xla")
+    )
+    label = f"{count} x {int(length) // 1024}k"
+    rows.append([label, number(kernel), number(xla), number(xla / kernel)])
+  heads = "batch x context", "kernel, us", "plain JAX, us", "factor"
+  # Links lead from the folder of the documentation.
+  return "\n\n".join(
+    [
+      table(heads, rows),
+      paragraph(origin("h200/decode", "benchmarks.decode")),
+    ]
   )

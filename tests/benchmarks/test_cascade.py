@@ -13,6 +13,7 @@ from benchmarks.harness import batches, cases
 CASE = bench_cascade.SMALL_CASES["small"]
 
 
+@pytest.mark.slow
 def test_figures_of_every_side_are_taken_and_failures_show(capsys):
   records = bench_cascade.figures({"small": CASE}, small=True)
   (record,) = json.loads(json.dumps(list(records)))

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -18,6 +20,7 @@ def _compare(folder):
   )
 
 
+@pytest.mark.slow
 def test_a_checkout_is_like_itself_and_unlike_a_changed_one(tmp_path):
   for name in ("paged_jax", "pallas_kernels"):
     shutil.copytree(ROOT / name, tmp_path / name)

@@ -16,6 +16,7 @@ SIZES = SMALL
 LENS = np.array([40, 17])
 
 
+@pytest.mark.slow
 def test_figures_of_every_kind_are_taken_and_failures_show(tmp_path):
   record = json.loads(json.dumps(list(bench_decode.figures(SIZES))[-1]))
   assert not cases.failures(record, parts.RIVAL)

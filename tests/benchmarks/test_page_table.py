@@ -106,6 +106,7 @@ def _memory(step):
   return device_loop.memory(program, start, 1000)
 
 
+@pytest.mark.slow
 def test_figures_of_every_kind_are_taken():
   num_pages = SIZES.pools[0]
   sides = bench_page_table.append(SIZES, num_pages)

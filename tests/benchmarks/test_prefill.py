@@ -22,6 +22,7 @@ def usual_promotion():
     yield
 
 
+@pytest.mark.slow
 def test_figures_of_every_kind_are_taken(capsys):
   *_, record = bench_prefill.figures(SIZES)
   record = json.loads(json.dumps(record))

@@ -20,6 +20,7 @@ def usual_promotion():
     yield
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("name", SMALL_CASES)
 def test_every_config_of_a_case_is_timed_and_failures_show(name):
   case = SMALL_CASES[name]
@@ -34,6 +35,7 @@ def test_every_config_of_a_case_is_timed_and_failures_show(name):
   assert cases.failures(sides)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("name", SMALL_CASES)
 def test_the_kernel_takes_what_plain_jax_takes(name):
   case = SMALL_CASES[name]

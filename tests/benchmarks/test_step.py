@@ -4,10 +4,12 @@ import json
 import sys
 
 import jax
+import pytest
 
 from benchmarks.step import __main__ as bench_step
 
 
+@pytest.mark.slow
 def test_stream_and_loop_give_the_same_tokens(monkeypatch, capsys):
   monkeypatch.setattr(sys, "argv", ["step", "--small"])
   with jax.numpy_dtype_promotion("standard"):

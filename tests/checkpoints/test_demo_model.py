@@ -14,7 +14,7 @@ from paged_jax.checkpoints import gguf
 from paged_jax.generation import CacheConfig, SamplingParams, generate
 from paged_jax.models import llama
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 REFERENCE = json.loads(
   (pathlib.Path(__file__).parents[1] / "data/demo_reference.json").read_text()
@@ -51,6 +51,7 @@ def test_a_ragged_batch_gives_the_tokens_of_transformers(model):
   assert tokens == [_reference(name)["token_ids"] for name in NAMES]
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("name", NAMES)
 def test_each_prompt_alone_gives_the_tokens_of_transformers(model, name):
   # One pool for all, so that the decode loop is compiled once.

@@ -213,6 +213,7 @@ def test_checkpoint_is_frozen(path):
     checkpoint.config = None
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_demo_model_loads(demo_path):
   checkpoint = gguf.load(demo_path)

@@ -191,6 +191,7 @@ def test_running_out_of_pages_is_a_finish_reason(objects):
   assert 0 < len(second["token_ids"]) < 16
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept(objects, cache_dir):
   objects(*PROMPT)
   events = []
@@ -300,6 +301,7 @@ def test_a_batch_that_decoded_nothing_has_no_rate():
   assert Timing(decode_s=1.0).tokens_per_s(only_prefill) is None
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_the_demo_model_answers(capsys, monkeypatch, demo_path):
   monkeypatch.setenv("PAGED_JAX_CACHE", str(demo_path.parent))

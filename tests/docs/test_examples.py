@@ -33,6 +33,7 @@ def _module(path):
   return module
 
 
+@pytest.mark.slow(quick=1)
 @each_example
 def test_an_example_decodes_what_its_model_gives_without_a_cache(path):
   # A process of its own: the strict settings of the tests are not a reader's.

@@ -1,4 +1,4 @@
-"""docs/performance.md and README's table are those of the results."""
+"""docs/performance.md and the tables elsewhere are those of the results."""
 
 import re
 import subprocess
@@ -20,8 +20,14 @@ def test_the_page_is_that_of_the_results():
   assert report.page() == PAGE, "run `make report`"
 
 
-def test_the_table_in_the_readme_is_that_of_the_results():
-  assert report.with_speed(README) == README, "run `make report`"
+@pytest.mark.parametrize(
+  ("path", "name", "block"),
+  report.blocks(),
+  ids=[name for _, name, _ in report.blocks()],
+)
+def test_tables_in_other_files_are_those_of_the_results(path, name, block):
+  text = path.read_text(encoding="utf-8")
+  assert report.with_block(text, name, block) == text, "run `make report`"
 
 
 def test_every_result_is_named_and_every_name_is_a_file():
@@ -45,9 +51,9 @@ def test_a_new_result_is_named_before_it_has_a_section(tmp_path, monkeypatch):
   assert "benchmarks/results/h200/new.json" in report.others(PAGE)
 
 
-def test_the_readme_has_one_place_for_the_table():
+def test_a_file_has_one_place_for_a_table():
   with pytest.raises(ValueError, match="2 blocks"):
-    report.with_speed(README + README)
+    report.with_block(README + README, "speed", "")
 
 
 def test_the_report_needs_no_package():

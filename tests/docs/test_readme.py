@@ -1,4 +1,4 @@
-"""The README's examples run, and the commands it names exist."""
+"""The examples of README.md and docs/guide.md run; what README names exists."""
 
 import os
 import re
@@ -13,15 +13,21 @@ from paged_jax import cli
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
+MOST_LINES = 150
+DOCS = [path.name for path in (ROOT / "docs").glob("*.md")]
 
 
-def _blocks(language):
-  return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.M | re.S)
+def _blocks(language, text=TEXT):
+  return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+EXAMPLES = _blocks("python") + _blocks("python", GUIDE)
 
 
 def _param(code):
   marks = [pytest.mark.model] if "demo" in code else []
-  return pytest.param(code, marks=marks, id=code.splitlines()[0])
+  return pytest.param(code, marks=marks, id=str(EXAMPLES.index(code)))
 
 
 def _commands(program):
@@ -46,20 +52,32 @@ def _run(*args):
   return done.stdout
 
 
-@pytest.mark.parametrize("code", [_param(code) for code in _blocks("python")])
+@pytest.mark.parametrize("code", [_param(code) for code in EXAMPLES])
 def test_python_examples_run(code):
   _run("-c", code)
 
 
 def test_all_python_examples_are_found():
-  assert len(_blocks("python")) == 3
+  assert len(EXAMPLES) == 4
+
+
+def test_the_readme_is_short():
+  assert len(TEXT.splitlines()) <= MOST_LINES
+
+
+def test_links_lead_to_files():
+  for folder, pages in ((ROOT, ["README.md"]), (ROOT / "docs", DOCS)):
+    for page in pages:
+      text = (folder / page).read_text(encoding="utf-8")
+      for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert (folder / target).exists(), (page, target)
 
 
 def test_make_targets_exist():
   makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-  targets = set(re.findall(r"^([a-z]+):", makefile, re.M))
+  targets = set(re.findall(r"^([a-z-]+):", makefile, re.M))
   named = {call[0] for call in _commands("make")}
-  named |= set(re.findall(r"`make ([a-z]+)", TEXT))
+  named |= set(re.findall(r"`make ([a-z-]+)", TEXT))
   assert {"demo", "test"} <= named <= targets
 
 
@@ -72,12 +90,7 @@ def test_command_options_exist(call, capsys):
   assert {word for word in call if word.startswith("--")} <= known
 
 
-def test_files_named_in_the_layout_exist():
-  (layout,) = _blocks("text")
-  folder = Path()
-  for line in layout.splitlines():
-    name = line.split()[0]
-    if not line.startswith(" "):
-      folder = Path(name)
-    path = Path(name) if not line.startswith(" ") else folder / name
-    assert (ROOT / path).exists(), path
+def test_files_that_the_readme_names_exist():
+  named = re.findall(r"`([\w.]+/[\w./]*)`", TEXT)
+  assert "pallas_kernels/" in named
+  assert not [path for path in named if not (ROOT / path).exists()]

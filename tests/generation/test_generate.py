@@ -30,6 +30,7 @@ def _greedy(lens=LENS, num_new=NUM_NEW, with_logprobs=False, **config):
   )
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("page_size", [8, 16, 64])
 @pytest.mark.parametrize("prefill_chunk", [1, 7, 64])
 def test_greedy_tokens_are_the_oracles(page_size, prefill_chunk):
@@ -40,12 +41,14 @@ def test_greedy_tokens_are_the_oracles(page_size, prefill_chunk):
     assert completion.logprobs is None
 
 
+@pytest.mark.slow
 def test_a_sequence_is_the_same_alone():
   for length in (1, 9, 30):
     (alone,) = _greedy([length])
     assert list(alone.token_ids) == tiny_llama.greedy(length, NUM_NEW)[0]
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   ("dtype", "most"), [("int8", 0.02), ("float8_e4m3fn", 0.1)]
 )
@@ -58,6 +61,7 @@ def test_quantised_pages_hardly_change_probabilities(dtype, most):
   assert 1e-5 < np.abs(errors).max() < most
 
 
+@pytest.mark.slow
 def test_untied_heads_are_used():
   config = dataclasses.replace(tiny_llama.CONFIG, tie_word_embeddings=False)
   (prompt,) = tiny_llama.prompts([5])
@@ -108,6 +112,7 @@ def test_each_sequence_has_its_own_number_of_new_tokens():
     assert completion.finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_a_sequence_ends_at_the_length_of_the_table():
   # Of 32 tokens the last is sampled, but never stored.
   result = _greedy([9, 30], max_len=32, page_size=8)
@@ -116,6 +121,7 @@ def test_a_sequence_ends_at_the_length_of_the_table():
   assert result[1].finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_without_a_page_the_last_sequence_stops_and_the_others_go_on():
   # Each needs 5 pages of 8 in the end; 2 * 5 + 2 of 15 are there.
   result = _greedy([17, 17, 17], page_size=8, num_pages=12)
@@ -198,6 +204,7 @@ def test_sampled_tokens_depend_on_the_seed_and_not_on_the_batch():
   assert sampled([9], [1]) == [together[0]]
 
 
+@pytest.mark.slow
 def test_batches_of_a_bucket_share_their_programs():
   compiled = lambda: [
     f._cache_size() for f in (programs.prefill_step, programs.decode_step)

@@ -122,6 +122,7 @@ def test_the_implementation_of_the_cache_is_that_of_every_op(monkeypatch):
       )
 
 
+@pytest.mark.slow
 def test_swapping_two_live_pages_changes_the_tokens():
   # Of two sequences: within one, keys keep the position they were written
   # with, and attention does not mind their order.
@@ -146,6 +147,7 @@ def test_every_page_is_free_when_all_have_ended():
   assert not np.asarray(table.kv_lens).any()
 
 
+@pytest.mark.slow
 def test_the_decode_loop_is_traced_once_whatever_the_lengths():
   chex.clear_trace_counter()
   decode = jax.jit(chex.assert_max_traces(loop.decode, n=1))
@@ -186,6 +188,7 @@ def _assert_keeps_one_pool(compiled, pool):
       assert elements < pool.size, line
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
 def test_the_decode_loop_keeps_one_pool_and_calls_no_host(kv_dtype):
   run = _Loop([30, 9, 1], [3, 20, 7], num_pages=4096, kv_dtype=kv_dtype)

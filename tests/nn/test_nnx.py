@@ -109,6 +109,7 @@ def _prefill(module, cache, sequences):
   return np.split(np.asarray(out), np.cumsum(lens)[:-1]), cache
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_ragged_batch_gives_each_sequence_its_own_attention(layer):
   module, sequences = _module(layer), [_tokens(11), _tokens(17, 1)]
@@ -133,6 +134,7 @@ def test_decoding_token_by_token_is_prefilling_at_once():
       )
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize(
   ("options", "expected"),
   [
@@ -159,6 +161,7 @@ def test_options_reach_the_op(options, expected):
   assert np.abs(_expected(module, x) - got).max() > 1e-3
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 def test_only_k_and_v_are_rounded_to_a_quantised_cache(dtype):
   def stored(rows):
@@ -244,6 +247,7 @@ def test_rotary_turns_pairs_by_their_position():
   )
 
 
+@pytest.mark.slow
 def test_half_precision_pools_take_any_model():
   module, cache = _module(), _cache()
   pool = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _pool(cache))

@@ -68,6 +68,7 @@ def _check_ragged(problem, implementation=None, **options):
   cases.assert_matches(out, lse, *expected, problem.k_pages.dtype)
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 1), (16, 1)])
@@ -85,6 +86,7 @@ def test_decode_matches_oracle_for_shapes(
   _check_decode(problem, implementation)
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS)
 @pytest.mark.parametrize("page_size", [8, 16, 64, 256])
 def test_decode_matches_oracle_for_page_sizes(implementation, dtype, page_size):
@@ -93,6 +95,7 @@ def test_decode_matches_oracle_for_page_sizes(implementation, dtype, page_size):
   _check_decode(problem, implementation)
 
 
+@pytest.mark.slow(quick=8)
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS)
 @pytest.mark.parametrize("arrays", ARRAYS.values(), ids=ARRAYS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -116,6 +119,7 @@ def test_decode_skips_holes_wherever_they_are(implementation, dtype):
   _check_decode(problem, implementation, sliding_window=150, **arrays)
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -132,6 +136,7 @@ def test_ragged_matches_oracle_for_shapes(dtype, head_dim, heads):
   _check_ragged(problem)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("page_size", [8, 16, 64, 256])
 def test_ragged_matches_oracle_for_page_sizes(page_size):
   kv_lens = [page_size - 1, page_size, page_size + 1, 3 * page_size, 5]
@@ -139,6 +144,7 @@ def test_ragged_matches_oracle_for_page_sizes(page_size):
   _check_ragged(cases.make(kv_lens=kv_lens, q_lens=q_lens, page_size=page_size))
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize("arrays", ARRAYS.values(), ids=ARRAYS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_ragged_matches_oracle_for_options(arrays, options):
@@ -150,6 +156,7 @@ def test_ragged_matches_oracle_for_options(arrays, options):
   _check_ragged(problem, **arrays, **options)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS[1:4:2])
 @pytest.mark.parametrize("slopes_dtype", ["bfloat16", "float16"])
 def test_slopes_may_be_of_any_float_dtype(implementation, dtype, slopes_dtype):
@@ -320,6 +327,7 @@ class VariantsTest(chex.TestCase):
     cases.assert_matches(out, lse, *expected, "float32")
 
 
+@pytest.mark.slow
 def test_without_jit_at_all_the_op_is_the_same():
   problem = cases.make(kv_lens=[1, 17])
   with jax.disable_jit():

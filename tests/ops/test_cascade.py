@@ -13,6 +13,7 @@ import paged_jax
 from paged_jax.ops import cascade
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.RUNS)
 @pytest.mark.parametrize("num_shared", [0, 1, 5, 20])
 def test_matches_the_oracle_for_shared_lengths(
@@ -24,6 +25,7 @@ def test_matches_the_oracle_for_shared_lengths(
   prefixes.check(problem, num_shared // 2, implementation=implementation)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.FEW_RUNS)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 1)])
@@ -166,6 +168,7 @@ def test_two_runs_are_bitwise_equal(implementation, dtype, batch_invariant):
   cases.assert_same_bits(run(), run())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.FEW_RUNS)
 def test_batch_invariance_is_handed_to_both_parts(implementation, dtype):
   options = dict(implementation=implementation, batch_invariant=True)

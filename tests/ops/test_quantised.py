@@ -13,7 +13,7 @@ from cases import LENS, OPTIONS
 import paged_jax
 from paged_jax.kv import pool as kv_pool
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow(quick=1)
 
 DTYPES = ("int8", "float8_e4m3fn")
 # Of the error that quantisation itself makes on normal numbers, at most.
@@ -283,6 +283,7 @@ BAD = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_wrong_scales_and_dtypes_are_named(changes, message):

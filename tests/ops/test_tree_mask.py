@@ -10,7 +10,7 @@ import pytest
 
 import paged_jax
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow(quick=1)
 
 RUNS = [
   pytest.param("xla", "float32", id="xla-float32"),
@@ -281,6 +281,7 @@ BAD_OPTIONS = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
   ("options", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS
 )

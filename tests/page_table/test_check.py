@@ -121,6 +121,7 @@ TRANSITIONS = {
 }
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("name", TRANSITIONS)
 def test_debug_checks_the_result_of_every_transition(name):
   run = jax.jit(checkify.checkify(TRANSITIONS[name]))

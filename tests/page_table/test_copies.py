@@ -141,6 +141,7 @@ def _storm(num_free, num_tokens):
   return table
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("num_free", [63, 64, 65])
 def test_a_storm_of_64_forks_diverges_with_63_copies(num_free):
   before = _storm(num_free, 12)

@@ -7,6 +7,7 @@ many.
 import os
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -21,13 +22,6 @@ from page_pair import MOST_NEW, PagesAndModel, compact, is_valid, jitted, resize
 from paged_jax import page_table
 
 PROGRAMS = int(os.environ.get("PAGED_JAX_PROGRAMS", "2000"))
-settings.register_profile(
-  "pages",
-  max_examples=PROGRAMS,
-  stateful_step_count=14,
-  deadline=None,
-  suppress_health_check=list(HealthCheck),
-)
 
 MOST_ROWS = 8
 # Pages that stay free before a step, in turn.
@@ -279,5 +273,15 @@ class Pages(PagesAndModel, RuleBasedStateMachine):
     self._agree()
 
 
-def test_random_programs_agree_with_the_model():
-  run_state_machine_as_test(Pages, settings=settings.get_profile("pages"))
+@pytest.mark.slow(quick=1)
+@pytest.mark.parametrize("num_programs", [100, PROGRAMS])
+def test_random_programs_agree_with_the_model(num_programs):
+  run_state_machine_as_test(
+    Pages,
+    settings=settings(
+      max_examples=num_programs,
+      stateful_step_count=14,
+      deadline=None,
+      suppress_health_check=list(HealthCheck),
+    ),
+  )

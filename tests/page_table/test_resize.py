@@ -45,6 +45,7 @@ def _contents(table, pool, row):
   return [float(pool.k[page, 1, 0, 0, 0]) for page in pages(table, row)]
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("max_copies", [None, 1, 2])
 def test_compact_moves_pages_to_the_lowest_numbers(max_copies):
   table, pool = _scattered(), _pool(12)
@@ -179,6 +180,7 @@ def _every_transition(table, num_new):
   return table, (jnp.concatenate(oks), page_table.check(table).valid)
 
 
+@pytest.mark.slow
 def test_all_transitions_work_under_vmap_scan_while_loop_and_donation():
   table = page_table.init(12, 8, 4, 5, quotas=[16])
   num_new = np.random.default_rng(0).integers(0, 12, (2, 6, 4))

@@ -13,7 +13,7 @@ from pallas_kernels.decode import kernel as decode_kernel
 from pallas_kernels.decode import short_queries
 from pallas_kernels.decode.config import Config
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 PLAIN = dict(
   scale=0.125, sliding_window=None, num_sink_tokens=0, logits_soft_cap=None
@@ -72,6 +72,7 @@ def _lower(
 
 
 # Few items and many, whose default is another; 8, 32 and 64 columns.
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize(
   ("head_dim", "num_seqs", "heads", "page_size", "dtype"),
   [
@@ -98,6 +99,7 @@ def test_lowers_to_hopper(head_dim, num_seqs, heads, page_size, dtype):
   assert "mosaic_gpu" in text
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("kv_dtype", limits.QUANTISED_DTYPES)
 @pytest.mark.parametrize("head_dim", limits.HEAD_DIMS)
 def test_quantised_pages_lower_to_hopper(head_dim, kv_dtype):
@@ -114,6 +116,7 @@ def test_quantised_pages_lower_to_hopper(head_dim, kv_dtype):
   assert "mosaic_gpu" in text
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   "options",
   [
@@ -133,6 +136,7 @@ def test_lowers_to_hopper_with_options(options):
   assert "mosaic_gpu" in _lower(**shapes, **options)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   ("head_dim", "heads", "max_q_len"),
   [(64, (64, 8), 8), (80, (2, 2), 1), (128, (8, 1), 8), (256, (8, 2), 8)],
@@ -194,6 +198,7 @@ def test_a_config_of_ones_own_lowers_to_hopper():
   assert "mosaic_gpu" in text
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
   ("changed", "reason"),
   [
@@ -213,12 +218,14 @@ def test_unsupported_names_the_value(changed, reason):
   assert reason in str(decode_config.unsupported(**shapes | changed))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("fields", [(96, 2, 1), (64, 1, 1), (64, 2, 0)])
 def test_config_refuses_bad_values(fields):
   with pytest.raises(ValueError, match="must be"):
     Config(*fields)
 
 
+@pytest.mark.quick
 def test_config_beyond_shared_memory_is_refused():
   config = Config(128, 4, 1)
   needed = decode_config.smem_bytes(config, 4, 128, jnp.bfloat16)
@@ -229,6 +236,7 @@ def test_config_beyond_shared_memory_is_refused():
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("head_dim", limits.HEAD_DIMS)
 def test_default_config_fits_and_fills_the_device(head_dim, dtype):

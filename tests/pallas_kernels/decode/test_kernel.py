@@ -16,9 +16,10 @@ import pytest
 from pallas_kernels.decode import kernel as decode_kernel
 from pallas_kernels.decode.config import Config
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize(
   ("head_dim", "heads", "page_size", "dtype", "config"),
   [
@@ -43,6 +44,7 @@ def test_matches_oracle_for_shapes(head_dim, heads, page_size, dtype, config):
   decode_runs.check(problem, config=config)
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize(
   ("options", "sinks"),
   [
@@ -174,6 +176,7 @@ def test_keys_left_of_the_window_leave_no_trace():
 
 
 # Columns of a tile past the group hold the next queries.
+@pytest.mark.quick
 def test_queries_of_others_leave_no_trace():
   problem = decode_runs.make_shared(70, 330, 70)
   clean = decode_runs.run(problem, **decode_runs.SHARED)
@@ -188,6 +191,7 @@ def test_fewer_queries_than_columns_of_a_tile():
   decode_runs.check(problem)
 
 
+@pytest.mark.quick
 def test_two_runs_are_bitwise_equal():
   problem = decode_runs.make_shared(7, 333, 80)
   cases.assert_same_bits(
@@ -196,6 +200,7 @@ def test_two_runs_are_bitwise_equal():
   )
 
 
+@pytest.mark.quick
 def test_the_order_of_pages_does_not_matter():
   problem = decode_runs.make_shared(7, 333, 80)
   expected = decode_runs.run(problem, **decode_runs.SHARED)
@@ -209,6 +214,7 @@ def test_the_order_of_pages_does_not_matter():
   )
 
 
+@pytest.mark.quick
 def test_row_in_one_share_does_not_depend_on_its_batchmates():
   together = decode_runs.run(
     decode_runs.make_shared(400, 64, 64), **decode_runs.SHARED
@@ -256,6 +262,7 @@ def test_lengths_out_of_range_are_cut():
   )
 
 
+@pytest.mark.quick
 def test_no_sequences_and_no_pages_are_fine():
   problem = decode_runs.make([3, 4])
   problem.page_indices = problem.page_indices[:, :0]
@@ -288,6 +295,7 @@ def test_all_lengths_share_one_trace():
   assert len(traces) == 1
 
 
+@pytest.mark.quick
 def test_dtypes_must_agree():
   problem = decode_runs.make([3])
   problem.v_pages = problem.v_pages.astype(np.float16)
@@ -298,7 +306,6 @@ def test_dtypes_must_agree():
 @pytest.mark.skipif(
   cases.ON_HOPPER, reason="only the interpreter looks for races"
 )
-@pytest.mark.always
 # Of a tile of one chunk, a warp copies K, another V, a third Q. Not for 8-bit
 # pages: the interpreter takes a load that a copy follows for a race.
 @pytest.mark.parametrize(

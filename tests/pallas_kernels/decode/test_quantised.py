@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels.common import limits
 from pallas_kernels.decode.config import Config
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 
 def _check_quantised(problem, kv_dtype, **options):
@@ -20,6 +20,7 @@ def _check_quantised(problem, kv_dtype, **options):
   decode_runs.check(problem, scales=scales, **options)
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("kv_dtype", limits.QUANTISED_DTYPES)
 @pytest.mark.parametrize(
   ("head_dim", "page_size", "dtype"),
@@ -123,6 +124,7 @@ def test_unused_quantised_memory_leaves_no_trace(kv_dtype):
   cases.assert_same_bits(*runs)
 
 
+@pytest.mark.quick
 def test_scales_of_another_shape_are_refused():
   problem, scales = cases.quantise(decode_runs.make([3]), "int8")
   scales = {name: jnp.asarray(x) for name, x in scales.items()}

@@ -15,7 +15,7 @@ from pallas_kernels.decode import config as decode_config
 from pallas_kernels.decode import short_queries
 from pallas_kernels.decode.config import Config
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 # A fresh sequence, no query, page boundaries, no tokens, several tiles.
 Q_LENS = [3, 0, 1, 4, 0, 4]
@@ -46,6 +46,7 @@ def _check(problem, *, sinks=None, max_q_len=4, **options):
   cases.assert_matches(out, lse, *expected, problem.k_pages.dtype)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   ("heads", "max_q_len"), [((2, 2), 4), ((6, 2), 5), ((8, 1), 8)]
 )
@@ -116,6 +117,7 @@ def _random_mask(problem, max_new, seed=0):
   return mask
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   ("max_q_len", "max_new", "options"),
   [
@@ -219,6 +221,7 @@ def test_sequences_past_num_active_leave_no_trace():
   _check(problem)
 
 
+@pytest.mark.quick
 def test_one_query_or_none():
   problem = cases.make(
     kv_lens=[40, 9, 70], q_lens=[1, 0, 1], dtype="bfloat16", spare_tokens=1
@@ -236,6 +239,7 @@ def test_more_queries_than_max_q_len_are_left_out():
   cases.assert_matches(out, lse, expected, expected_lse, "bfloat16")
 
 
+@pytest.mark.quick
 def test_no_sequences_and_no_tokens_are_fine():
   problem = cases.make(kv_lens=[9], dtype="bfloat16")
   q, k, v, kv_lens, table, _, _ = problem.args()
@@ -250,6 +254,7 @@ def test_no_sequences_and_no_tokens_are_fine():
     assert lse.shape == queries.shape[:2]
 
 
+@pytest.mark.quick
 def test_says_what_it_does_not_take():
   shapes = dict(
     head_dim=64, page_size=16, num_q_heads=8, num_kv_heads=1, dtype="bfloat16"
@@ -264,6 +269,7 @@ def test_says_what_it_does_not_take():
     _run(problem, max_q_len=9)
 
 
+@pytest.mark.quick
 @pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("max_q_len", [0, -1, 2.0, True])
 def test_the_op_refuses_a_bad_max_q_len(max_q_len):

@@ -40,6 +40,7 @@ def _pools(kinds, num_pages, seed=0):
   ]
 
 
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize("kinds", PAGES.values(), ids=PAGES)
 def test_copies_pages_of_every_pool(kinds):
   pools = _pools(kinds, 7)

@@ -104,6 +104,7 @@ def test_each_token_is_at_its_slot_and_nothing_else_changes(kind):
   _assert_written(kind, 37)
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("num_tokens", [1, 3, 16, 33])
 def test_any_number_of_tokens_in_any_layer(num_tokens, layer):

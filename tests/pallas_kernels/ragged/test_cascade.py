@@ -16,7 +16,7 @@ from pallas_kernels.decode import kernel as decode_kernel
 from pallas_kernels.ragged import config as ragged_config
 from pallas_kernels.ragged import kernel as ragged_kernel
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 DECODE_CONFIG = decode_config.Config(64, 2, num_programs=3)
 RAGGED_CONFIG = ragged_config.Config(64, 2, num_programs=3, splits=True)
@@ -43,6 +43,7 @@ def _with_kernels(monkeypatch):
   monkeypatch.setattr(cascade, "attend_ragged", ragged)
 
 
+@pytest.mark.quick
 def test_kernels_match_the_oracle(monkeypatch):
   _with_kernels(monkeypatch)
   kv_lens = [80, 130, 0, 97, 64, 200, 161]

@@ -20,7 +20,7 @@ from pallas_kernels.ragged import config as ragged_config
 from pallas_kernels.ragged import kernel as ragged_kernel
 from pallas_kernels.ragged.config import Config, default_config
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 
 def _lower(
@@ -73,6 +73,7 @@ def _lower(
 
 
 # Many items and few, whose default splits them.
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize(
   ("head_dim", "num_tokens", "heads", "page_size", "dtype"),
   [
@@ -98,6 +99,7 @@ def test_lowers_to_hopper(head_dim, num_tokens, heads, page_size, dtype):
   assert "mosaic_gpu" in text
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("kv_dtype", QUANTISED_DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_quantised_pages_lower_to_hopper(head_dim, kv_dtype):
@@ -114,6 +116,7 @@ def test_quantised_pages_lower_to_hopper(head_dim, kv_dtype):
     assert "mosaic_gpu" in text
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_shared_memory_is_priced_as_it_is_asked_for(
@@ -130,6 +133,7 @@ def test_shared_memory_is_priced_as_it_is_asked_for(
       _lower(head_dim=head_dim, kv_dtype=kv_dtype, config=config)
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize(
   "options",
   [
@@ -150,6 +154,7 @@ def test_lowers_to_hopper_with_options(options):
   assert "mosaic_gpu" in _lower(**options)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
   ("changed", "reason"),
   [
@@ -171,6 +176,7 @@ def test_unsupported_names_the_value(changed, reason):
   assert reason in str(ragged_config.unsupported(**shapes | changed))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
   "fields", [(96, 2), (64, 1), (64, 2, 4), (64, 2, 2, 0), (64, 2, 2, 1, 3)]
 )
@@ -179,6 +185,7 @@ def test_config_refuses_bad_values(fields):
     Config(*fields)
 
 
+@pytest.mark.quick
 def test_config_beyond_shared_memory_is_refused():
   config = Config(128, 3)
   needed = ragged_config.smem_bytes(config, 128)
@@ -187,11 +194,13 @@ def test_config_beyond_shared_memory_is_refused():
     _lower(config=config)
 
 
+@pytest.mark.quick
 def test_config_with_too_few_rows_is_refused():
   with pytest.raises(ValueError, match="must be a multiple of self.group=128"):
     _lower(heads=(128, 1), config=Config(64, 2, num_compute_wgs=1))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("is_quantised", [False, True])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_default_config_fits_and_fills_the_device(head_dim, is_quantised):
@@ -211,6 +220,7 @@ def test_default_config_fits_and_fills_the_device(head_dim, is_quantised):
     assert config.splits or items >= 100
 
 
+@pytest.mark.quick
 def test_registers_suffice_for_all_warpgroups():
   config = Config(64, 2)
   for num_wgs, *shape in itertools.product((2, 3), HEAD_DIMS, (False, True)):
@@ -219,6 +229,7 @@ def test_registers_suffice_for_all_warpgroups():
     assert num_wgs * compute + memory <= 512
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("num_wgs", [2, 3])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("is_quantised", [False, True])

@@ -14,7 +14,7 @@ import ragged_runs
 from pallas_kernels.ragged import kernel as ragged_kernel
 from pallas_kernels.ragged.config import Config
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("config", [ragged_runs.SMALL, ragged_runs.SPLIT])
@@ -22,6 +22,7 @@ def test_matches_oracle(config):
   ragged_runs.check(ragged_runs.make(), config=config)
 
 
+@pytest.mark.quick
 def test_no_token_follows_the_last_tile():
   ragged_runs.check(
     ragged_runs.make(kv_lens=[20, 7], q_lens=[20, 7], spare_tokens=0)
@@ -83,6 +84,7 @@ def test_matches_oracle_for_shapes(head_dim, heads, page_size, dtype, config):
   ragged_runs.check(problem, config=config)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   ("options", "sinks"),
   [
@@ -154,6 +156,7 @@ def _random_mask(problem, max_new):
 
 # Fewer columns than query tokens, one word of bits and several; tiles that
 # have a part of the context, and that have none.
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   ("max_new", "config", "options"),
   [
@@ -280,6 +283,7 @@ def test_keys_left_of_the_window_leave_no_trace(kv_len, window):
   cases.assert_same_bits(clean, ragged_runs.run(problem, **options))
 
 
+@pytest.mark.quick
 def test_two_runs_are_bitwise_equal():
   cases.assert_same_bits(
     ragged_runs.run(ragged_runs.make(), config=ragged_runs.SPLIT),
@@ -310,6 +314,7 @@ def test_all_lengths_share_one_trace():
   assert len(traces) == 1
 
 
+@pytest.mark.quick
 def test_no_sequences_and_no_tokens_are_fine():
   problem = ragged_runs.make(kv_lens=[9], q_lens=[3])
   q, k, v, kv_lens, table, _, _ = problem.args()
@@ -323,6 +328,7 @@ def test_no_sequences_and_no_tokens_are_fine():
     assert lse.shape == queries.shape[:2]
 
 
+@pytest.mark.quick
 def test_dtypes_must_agree():
   problem = ragged_runs.make(kv_lens=[9], q_lens=[3])
   problem.v_pages = problem.v_pages.astype(np.float16)
@@ -330,6 +336,7 @@ def test_dtypes_must_agree():
     ragged_runs.run(problem)
 
 
+@pytest.mark.quick
 def test_a_window_must_be_causal():
   problem = ragged_runs.make(kv_lens=[9], q_lens=[3])
   with pytest.raises(ValueError, match="sliding_window=4 must be None"):
@@ -339,7 +346,6 @@ def test_a_window_must_be_causal():
 @pytest.mark.skipif(
   cases.ON_HOPPER, reason="only the interpreter looks for races"
 )
-@pytest.mark.always
 @pytest.mark.parametrize("config", [ragged_runs.SMALL, ragged_runs.SPLIT])
 def test_no_memory_is_reused_before_it_was_read(config, capfd):
   problem = ragged_runs.make(kv_lens=[150, 9, 70], q_lens=[70, 9, 1])

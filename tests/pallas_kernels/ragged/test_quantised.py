@@ -12,7 +12,7 @@ from pallas_kernels.common.limits import QUANTISED_DTYPES
 from pallas_kernels.ragged import widen
 from pallas_kernels.ragged.config import Config
 
-pytestmark = pytest.mark.sampled
+pytestmark = pytest.mark.slow
 both = pytest.mark.parametrize("kv_dtype", QUANTISED_DTYPES)
 
 
@@ -44,6 +44,7 @@ def test_quantised_pages_match_oracle(kv_dtype, config):
   _check_quantised(ragged_runs.make(), kv_dtype, config=config)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   ("head_dim", "heads", "page_size", "dtype", "kv_dtype", "config"),
   [
@@ -127,6 +128,7 @@ def test_quantised_keys_left_of_the_window_leave_no_trace(kv_dtype):
   cases.assert_same_bits(clean, ragged_runs.run(problem, scales, **options))
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @both
 @pytest.mark.parametrize("name", ["k_scales", "v_scales"])
@@ -156,6 +158,7 @@ def test_scales_are_cut_where_numbers_leave_the_dtype(kv_dtype, dtype):
   )
 
 
+@pytest.mark.quick
 def test_scales_must_belong_to_pages():
   problem, scales = cases.quantise(
     ragged_runs.make(kv_lens=[9], q_lens=[3]), "int8"
