@@ -111,7 +111,7 @@ def begin_step(
       known and negative, or do not fit `num_tokens` or `max_q_len`.
   """
   num_rows = cache.num_seqs if rows is None else jnp.size(rows)
-  if num_rows > cache.num_seqs:
+  if rows is not None and num_rows > cache.num_seqs:
     raise ValueError(
       f"rows.shape={jnp.shape(rows)} must be at most {cache.num_seqs=} rows."
     )
