@@ -310,16 +310,16 @@ def test_a_step_keeps_the_structure_of_rows_and_no_leaf_is_empty():
   # A leaf of size 0 crashes the compiler under shard_map (jaxlib 0.11.2).
   structure, leaves = programs.flatten(tiny_llama.model())
   run = functools.partial(_jitted, structure)
-  for options in (
-    dict(capacity=None, with_logprobs=False),
-    dict(capacity=None, with_logprobs=True),
-    dict(capacity=8, with_logprobs=False),
-    dict(capacity=8, with_logprobs=True, stop=(3, 4, 5)),
+  ragged, decode = _plan(), _decode_plan()
+  for plan, options in (
+    (ragged, dict(capacity=None, with_logprobs=False)),
+    (decode, dict(capacity=None, with_logprobs=True)),
+    (decode, dict(capacity=8, with_logprobs=False)),
+    (ragged, dict(capacity=8, with_logprobs=True, stop=(3, 4, 5))),
   ):
     rows = jax.eval_shape(functools.partial(_rows, **options))
     assert all(x.size for x in jax.tree.leaves(rows))
-    for plan in (_plan(), _decode_plan()):
-      after, result = jax.eval_shape(run, leaves, rows, plan)
-      same = lambda x: (x.shape, x.dtype)
-      assert jax.tree.map(same, after) == jax.tree.map(same, rows)
-      assert (result.logprobs is not None) == options["with_logprobs"]
+    after, result = jax.eval_shape(run, leaves, rows, plan)
+    same = lambda x: (x.shape, x.dtype)
+    assert jax.tree.map(same, after) == jax.tree.map(same, rows)
+    assert (result.logprobs is not None) == options["with_logprobs"]
