@@ -154,8 +154,9 @@ def record(
     tokens: i32[num_entries], one for each entry.
     logprobs: f32[num_entries], of the tokens; None if not computed.
   """
-  has_new, last = sampled, jnp.where(sampled, tokens, rows.last_tokens)
-  if plan.slots is not None:
+  if plan.slots is None:
+    has_new, last = sampled, jnp.where(sampled, tokens, rows.last_tokens)
+  else:
     where = jnp.where(sampled, plan.slots, rows.num_seqs)
     has_new = jnp.zeros(rows.num_seqs, bool).at[where].set(True, mode="drop")
     last = rows.last_tokens.at[where].set(tokens, mode="drop")
