@@ -98,6 +98,7 @@ def _run(code):
   return done.stdout
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize(
   "code",
   [

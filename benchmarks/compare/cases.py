@@ -221,8 +221,8 @@ def _layers(
 ) -> Case:
   """Writes and decode attention of all layers of a model, as its step has them.
 
-  One new token a row: queries, keys and values are given, and the same in all
-  layers.
+  One new token a row. The output of a layer is the query of the next, so that
+  all layers are needed; keys and values are given, and the same in all layers.
   """
   num_q_heads, num_kv_heads, head_dim = shape
   page_size, num_seqs = 16, len(lens)
@@ -245,13 +245,11 @@ def _layers(
     def run(state, inputs, i):
       arrays, _ = state
       q, k, v, slots, kv_lens, table = inputs
-      pool, out = pool_module.KVPool(*arrays), jnp.zeros_like(q)
+      pool = pool_module.KVPool(*arrays)
       for layer in range(num_layers):
-        # Each layer needs the output of the one before.
-        q, _ = lax.optimization_barrier((q, out))
         pool = pool_module.write(pool, layer, k, v, slots, implementation=by)
-        out = attend(q, pool, layer, kv_lens + i * 0, table)
-      return _arrays(pool), out
+        q = attend(q, pool, layer, kv_lens + i * 0, table)
+      return _arrays(pool), q
 
     return run
 

@@ -51,7 +51,6 @@ def test_a_ragged_batch_gives_the_tokens_of_transformers(model):
   assert tokens == [_reference(name)["token_ids"] for name in NAMES]
 
 
-@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("name", NAMES)
 def test_each_prompt_alone_gives_the_tokens_of_transformers(model, name):
   # One pool for all, so that the decode loop is compiled once.

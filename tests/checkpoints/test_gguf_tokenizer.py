@@ -133,6 +133,7 @@ def demo_tokenizer(demo_path):
   return gguf.load(demo_path).tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_demo_encodes_as_the_reference(demo_tokenizer, reference):
   for prompt in reference["prompts"]:
@@ -142,6 +143,7 @@ def test_demo_encodes_as_the_reference(demo_tokenizer, reference):
     assert demo_tokenizer.encode(encoding["text"]) == encoding["ids"]
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_demo_decodes_what_it_encodes(demo_tokenizer, reference):
   for example in [*reference["prompts"], *reference["encodings"]]:
@@ -150,6 +152,7 @@ def test_demo_decodes_what_it_encodes(demo_tokenizer, reference):
     assert text == example["text"]
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_demo_renders_chats_as_the_reference(demo_tokenizer, reference):
   chat = reference["chat"]
@@ -161,6 +164,7 @@ def test_demo_renders_chats_as_the_reference(demo_tokenizer, reference):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_demo_stops_at_the_end_of_a_turn(demo_tokenizer):
   assert demo_tokenizer.stop_token_ids == tuple(

@@ -174,6 +174,7 @@ def test_stop_token_ends_a_reply_unless_ignored(objects, capsys, tmp_path):
   assert found["finish_reason"] == "stop"
 
 
+@pytest.mark.slow
 def test_prompt_i_has_seed_s_plus_i(objects):
   sampled = [*PROMPT, "--temperature", "1.5"]
   batch = objects(*sampled, *PROMPT, "--seed", "5")

@@ -26,7 +26,7 @@ EXAMPLES = _blocks("python") + _blocks("python", GUIDE)
 
 
 def _param(code):
-  marks = [pytest.mark.model] if "demo" in code else []
+  marks = [pytest.mark.model, pytest.mark.slow] if "demo" in code else []
   return pytest.param(code, marks=marks, id=str(EXAMPLES.index(code)))
 
 
@@ -91,6 +91,6 @@ def test_command_options_exist(call, capsys):
 
 
 def test_files_that_the_readme_names_exist():
-  named = re.findall(r"`([\w.]+/[\w./]*)`", TEXT)
+  named = re.findall(r"`(\w+/[\w./]*)`", TEXT)
   assert "pallas_kernels/" in named
   assert not [path for path in named if not (ROOT / path).exists()]

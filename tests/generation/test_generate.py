@@ -30,7 +30,7 @@ def _greedy(lens=LENS, num_new=NUM_NEW, with_logprobs=False, **config):
   )
 
 
-@pytest.mark.slow(quick=2)
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("page_size", [8, 16, 64])
 @pytest.mark.parametrize("prefill_chunk", [1, 7, 64])
 def test_greedy_tokens_are_the_oracles(page_size, prefill_chunk):
@@ -48,7 +48,7 @@ def test_a_sequence_is_the_same_alone():
     assert list(alone.token_ids) == tiny_llama.greedy(length, NUM_NEW)[0]
 
 
-@pytest.mark.slow(quick=1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("dtype", "most"), [("int8", 0.02), ("float8_e4m3fn", 0.1)]
 )
@@ -73,6 +73,7 @@ def test_untied_heads_are_used():
   assert list(completion.token_ids) == expected
 
 
+@pytest.mark.slow
 def test_logprobs_are_the_oracles():
   result = _greedy(with_logprobs=True)
   for length, completion in zip(LENS, result, strict=True):
@@ -138,6 +139,7 @@ def test_without_a_page_the_last_sequence_stops_and_the_others_go_on():
   assert 0 < len(got) < NUM_NEW
 
 
+@pytest.mark.slow
 def test_a_prompt_without_pages_stops_and_the_others_go_on():
   # 30 tokens need 4 pages of 8; the others fit in the 4 that there are.
   result = _greedy([30, 9, 1], page_size=8, num_pages=4, num_new=3)
@@ -187,6 +189,7 @@ def test_stream_says_nothing_of_rows_that_have_ended():
   assert [item[0].finish_reason for item in items] == [None] + ["length"] * 4
 
 
+@pytest.mark.slow
 def test_sampled_tokens_depend_on_the_seed_and_not_on_the_batch():
   sampled = lambda lens, seeds: [
     c.token_ids

@@ -95,7 +95,7 @@ def test_a_prompt_that_is_refused_on_the_device_never_samples():
 
 
 def _kernels(implementation):
-  config = dataclasses.replace(tiny_llama.CONFIG, head_dim=64)
+  config = dataclasses.replace(tiny_llama.CONFIG, head_dim=64, num_layers=1)
   run = _Loop([9], [3], config=config, implementation=implementation)
   traced = (
     jax.jit(loop.prefill, static_argnames="chunk").trace(

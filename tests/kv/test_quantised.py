@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paged_jax.kv import dtypes, quantised
+from paged_jax.kv import dtypes, layout, quantised
 from paged_jax.kv import pool as kv_pool
 
 SHAPE = dict(
@@ -198,7 +198,7 @@ def test_scales_are_copied_zeroed_and_resized_with_their_pages(dtype):
 def test_page_bytes_counts_the_scales(dtype):
   pool = kv_pool.init(**SHAPE, dtype=jnp.dtype(dtype))
   total = sum(x.nbytes for x in jax.tree.leaves(pool))
-  assert 3 * kv_pool.page_bytes(2, 2, 8, 16, dtype) == total
+  assert 3 * layout.page_bytes(2, 2, 8, 16, dtype) == total
   # 16 bytes of data and 4 of a scale, for each of 2 * 2 * 2 * 8 rows.
   assert total == 3 * 64 * 20
 
@@ -210,7 +210,7 @@ def test_a_donated_pool_is_written_copied_and_zeroed_in_place(dtype):
   tokens = jax.ShapeDtypeStruct((4, 2, 16), jnp.bfloat16)
   pages = jax.ShapeDtypeStruct((4,), jnp.int32)
   write = lambda pool, x, slots: kv_pool.write(pool, 0, x, x, slots)
-  pool_bytes = 4096 * kv_pool.page_bytes(2, 2, 8, 16, dtype)
+  pool_bytes = 4096 * layout.page_bytes(2, 2, 8, 16, dtype)
   # XLA for CPUs has no float8 writes; see quantised.move.
   widened = dtype == "float8_e4m3fn" and jax.default_backend() == "cpu"
   for change, args in (

@@ -32,6 +32,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_random_steps_are_what_plain_loops_say(shape):
   num_tokens, max_q_len, num_entries = shape

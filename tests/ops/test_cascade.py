@@ -13,7 +13,7 @@ import paged_jax
 from paged_jax.ops import cascade
 
 
-@pytest.mark.slow(quick=2)
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.RUNS)
 @pytest.mark.parametrize("num_shared", [0, 1, 5, 20])
 def test_matches_the_oracle_for_shared_lengths(
@@ -40,6 +40,7 @@ def test_matches_the_oracle_for_shapes(implementation, dtype, head_dim, heads):
   prefixes.check(problem, 5, implementation=implementation)
 
 
+@pytest.mark.slow(quick=3)
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.FEW_RUNS)
 @pytest.mark.parametrize(
   "sinks", [None, prefixes.SINKS], ids=["no_sinks", "sinks"]

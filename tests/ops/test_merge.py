@@ -43,6 +43,7 @@ def _parts(cuts, *, dtype="float32", scale=0.3, sinks=None, num_tokens=5):
   return parts, attend(0, length, sinks)
 
 
+@pytest.mark.slow(quick=6)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("sinks", [None, SINKS], ids=["no_sinks", "sinks"])
 @pytest.mark.parametrize(

@@ -214,6 +214,7 @@ def test_the_error_is_the_same_for_every_length_modulo_the_page_size(kv_dtype):
   assert mean.max() < WORST[kv_dtype]
 
 
+@pytest.mark.slow
 @both
 def test_131072_tokens_are_as_accurate_as_few(kv_dtype):
   num_tokens, head_dim = 131_072, 64

@@ -218,6 +218,7 @@ def test_slots_follow_the_table_and_drop_what_is_not_stored():
   ]
 
 
+@pytest.mark.slow
 def test_transitions_work_under_vmap_scan_and_donation():
   def run(table, num_new):
     def body(table, num_new):

@@ -99,6 +99,7 @@ def _assert_written(kind, num_tokens, layer=1, num_pages=NUM_PAGES, **options):
     assert np.asarray(after).tobytes() == want.tobytes()
 
 
+@pytest.mark.slow(quick=3)
 @kinds
 def test_each_token_is_at_its_slot_and_nothing_else_changes(kind):
   _assert_written(kind, 37)
@@ -112,6 +113,7 @@ def test_any_number_of_tokens_in_any_layer(num_tokens, layer):
     _assert_written(KINDS[name], num_tokens, layer)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("pieces", [1, 2, 3, 4])
 def test_threads_may_have_several_pieces(pieces):
   for name in ("float16", "float8"):

@@ -43,7 +43,6 @@ def _with_kernels(monkeypatch):
   monkeypatch.setattr(cascade, "attend_ragged", ragged)
 
 
-@pytest.mark.quick
 def test_kernels_match_the_oracle(monkeypatch):
   _with_kernels(monkeypatch)
   kv_lens = [80, 130, 0, 97, 64, 200, 161]

@@ -73,7 +73,7 @@ def _lower(
 
 
 # Many items and few, whose default splits them.
-@pytest.mark.slow(quick=2)
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   ("head_dim", "num_tokens", "heads", "page_size", "dtype"),
   [
@@ -99,7 +99,6 @@ def test_lowers_to_hopper(head_dim, num_tokens, heads, page_size, dtype):
   assert "mosaic_gpu" in text
 
 
-@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("kv_dtype", QUANTISED_DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_quantised_pages_lower_to_hopper(head_dim, kv_dtype):
@@ -133,7 +132,7 @@ def test_shared_memory_is_priced_as_it_is_asked_for(
       _lower(head_dim=head_dim, kv_dtype=kv_dtype, config=config)
 
 
-@pytest.mark.slow(quick=2)
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   "options",
   [

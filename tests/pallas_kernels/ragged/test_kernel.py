@@ -283,7 +283,6 @@ def test_keys_left_of_the_window_leave_no_trace(kv_len, window):
   cases.assert_same_bits(clean, ragged_runs.run(problem, **options))
 
 
-@pytest.mark.quick
 def test_two_runs_are_bitwise_equal():
   cases.assert_same_bits(
     ragged_runs.run(ragged_runs.make(), config=ragged_runs.SPLIT),
