@@ -12,6 +12,7 @@ import pathlib
 import re
 
 from benchmarks.cascade.section import cascade
+from benchmarks.compare.section import compare
 from benchmarks.decode import section as decode
 from benchmarks.generate.section import generate
 from benchmarks.harness import rivals
@@ -28,13 +29,16 @@ from benchmarks.kv_write.section import kv_write
 from benchmarks.page_table.section import page_table
 from benchmarks.prefill import section as prefill
 from benchmarks.quantised.section import quantised
+from benchmarks.ragged import section as ragged
 from benchmarks.step.section import step
 from benchmarks.waste.section import waste
 
 SUBJECTS = (
   decode.beside_rivals,
   decode.by_itself,
+  decode.loading,
   prefill.attention,
+  ragged.steps,
   cascade,
   kv_write,
   page_table,
@@ -43,6 +47,7 @@ SUBJECTS = (
   generate,
   quantised,
   waste,
+  compare,
 )
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -84,16 +89,18 @@ def page() -> str:
   sections = [subject() for subject in SUBJECTS]
   parts = ["# Performance", paragraph(intro), *sections]
   parts.append(others("\n".join(parts)))
-  return "\n\n".join(parts) + "\n"
+  return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def others(text: str) -> str:
-  """Returns a section on the results that no other section names."""
+  """Returns a section on the results that no other names; "" without any."""
   names = [
     str(path.relative_to(RESULTS).with_suffix(""))
     for path in sorted(RESULTS.glob("*/*.json"))
   ]
   left = [name for name in names if files(name) not in text]
+  if not left:
+    return ""
   return section(
     "Other results",
     f"`docs/decisions.md` cites results without a table here: {files(*left)}.",

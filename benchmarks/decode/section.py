@@ -3,6 +3,7 @@
 from benchmarks.harness import rivals
 from benchmarks.harness.markdown import (
   files,
+  machine,
   number,
   origin,
   paragraph,
@@ -182,4 +183,32 @@ def plain() -> str:
       table(heads, rows),
       paragraph(origin("h200/decode", "benchmarks.decode")),
     ]
+  )
+
+
+def loading() -> str:
+  """Returns the section on how the decode kernel copies K and V."""
+  record = read("h200/decode_options")
+  labels = {name[2:]: label for label, name in rivals.DECODE.items()}
+
+  def label(case: str) -> str:
+    batch, _, dtype = case.partition(":")
+    return ", ".join(filter(None, [labels[batch], dtype]))
+
+  heads = ["batch x context", "warps meet", "loops of their own"]
+  return section(
+    "How the decode kernel copies K and V",
+    f"""`paged_attention` by two versions of the kernel, in turns in one
+    process, in microseconds a call: the four warps that copy synchronise for
+    each tile, or each has its own loop over the tiles, as now.
+    {rivals.SHAPE}; fp8 is float8_e4m3fn.""",
+    table(
+      heads,
+      [
+        [label(case), *(number(side["median"]) for side in sides.values())]
+        for case, sides in record["loader"]["cases"].items()
+      ],
+    ),
+    f"""{machine(record["environment"])}. The loop that timed them is not part
+    of this repository; it wrote {files("h200/decode_options")}.""",
   )
