@@ -1,6 +1,11 @@
-"""PagedAttention for JAX: a pool of pages, an immutable table, GPU kernels.
+"""PagedAttention (Kwon et al., 2023) for JAX on NVIDIA GPUs.
 
-Imports neither Pallas nor Flax: a kernel is imported where it is first used.
+The KV cache of all sequences lives in one pool of fixed-size pages. An
+immutable `PageTable` maps each sequence to its pages, and attention ops read K
+and V through it: in Pallas kernels on Hopper GPUs, in plain JAX elsewhere.
+
+Importing this package imports neither Pallas nor Flax: each kernel is imported
+when an op first uses it.
 """
 
 from paged_jax import page_table

@@ -1,4 +1,4 @@
-"""How rows grow: pages for new tokens, and copies of pages that are shared."""
+"""Reserves pages for new tokens, and asks for copies of shared pages."""
 
 import dataclasses
 
@@ -15,20 +15,20 @@ from paged_jax.typing import Leaf
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PageCopies:
-  """Pages to copy before the next write; see `kv_pool.copy_pages`."""
+  """Pages to copy before the next write; see `paged_jax.kv.pool.copy_pages`."""
 
-  src: Leaf  # i32[num_copies], num_pages where there is none
-  dst: Leaf  # i32[num_copies], num_pages where there is none
+  src: Leaf  # i32[num_copies], num_pages for no copy
+  dst: Leaf  # i32[num_copies], num_pages for no copy
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Appended:
-  """Result of `append`: the next table, who was served, what to copy."""
+  """Result of `append`."""
 
   table: PageTable
-  ok: Leaf  # bool[num_seqs]
-  copies: PageCopies  # at most one for each row
+  ok: Leaf  # bool[num_seqs], False for refused rows
+  copies: PageCopies  # num_copies = num_seqs: at most one for each row
 
 
 @checked
@@ -41,41 +41,42 @@ def append(
 ) -> Appended:
   """Reserves room for new tokens in every row at once.
 
-  Lengths advance at once, for served rows only. The caller then carries out
-  the copies (`kv_pool.copy_pages`) and writes K and V at the slots of the new
-  tokens (see `slots`). A refused row is left bit for bit as it was.
+  The length of each served row grows by its number of new tokens. A refused
+  row stays bit for bit as it was. The caller then carries out the copies
+  (`paged_jax.kv.pool.copy_pages`) and writes K and V at the slots of the new
+  tokens (`slots`).
 
-  A row that writes into a last page of which it is not the only owner needs a
-  page for its copy. If nothing but rows of this call names the page, and all
-  of them write it and are served, the first of them keeps the page.
+  A row that writes into a last page that has other references needs a page for
+  a copy. If only rows of this call reference the page, and all of them write to
+  it and are served, the first of them keeps the page instead.
 
-  Who is served, in this order:
+  The following rules decide which rows are served, in this order:
 
-  1. Rows that ask for a negative number, for more than `max_new_tokens`, or
-     for more than the width of the table, are refused.
-  2. Quotas: the other rows of a tenant are served in order until the first
-     whose new pages pass the quota; it and every later row of that tenant
-     that needs new pages are refused. Copies do not count.
-  3. Pages: what is left is served in order until the first that does not fit
-     in the free pages; it and every later row that needs a page, for new
-     tokens or for a copy, are refused. A row that needs none only because all
-     others that share its last page move away is refused if one of them is.
+  1. A row is refused if it asks for a negative number of tokens, for more than
+     `max_new_tokens`, or for more than the width of the table allows.
+  2. Quotas: the remaining rows of each tenant are served in order until the
+     first whose new pages exceed the quota. That row and every later row of
+     the tenant that needs new pages are refused. Copies do not count.
+  3. Pages: the remaining rows are served in order until the first that does
+     not fit in the free pages. That row and every later row that needs a page,
+     for new tokens or for a copy, are refused. A row that can keep a shared
+     page only because all other rows copy it is refused if one of them is.
 
   Args:
     table: The current table.
     num_new_tokens: i32[num_seqs], tokens to add to each row, at least 0.
-    order: i32[num_seqs], the rows in the order in which they are served. Rows
-      that it does not name come last. Row order if left out.
-    max_new_tokens: Most tokens that a row may ask for, at least 1, if it is
-      known; a small bound makes the step cheaper.
+    order: i32[num_seqs], rows in the order in which they are served; rows that
+      are missing come last. If None, rows are served in row order.
+    max_new_tokens: Upper bound of `num_new_tokens`, at least 1, if known; a
+      small bound makes the step cheaper.
 
   Returns:
     The next table; `ok` bool[num_seqs], False for refused rows; the copies. A
     row that asks for no token is always `ok`.
 
   Raises:
-    ValueError: If an argument has another shape or is not an integer, or if
-      `max_new_tokens` is below 1.
+    ValueError: If `num_new_tokens` or `order` has the wrong shape or is not an
+      integer array, or if `max_new_tokens` is below 1.
   """
   num_seqs, page_size = table.num_seqs, table.page_size
   num_new = integers(num_new_tokens, (num_seqs,), "num_new_tokens")
@@ -89,7 +90,7 @@ def append(
   writes = valid & (num_new > 0) & (table.kv_lens % page_size != 0)
   ok, copies, src = _serve(table, valid, need, writes, ahead)
 
-  # A copy takes the place of the last page, in front of the new ones.
+  # A copy replaces the last page, so it precedes the new pages.
   taken = jnp.where(ok, need + copies.astype(jnp.int32), 0)
   most = 1 + -(-(limit - 1) // page_size)
   first = pages_for(table.kv_lens, page_size) - copies.astype(jnp.int32)
@@ -97,8 +98,7 @@ def append(
     table, taken, first, ahead, min(most, table.pages_per_seq)
   )
   dst = jnp.where(copies, pages[:, 0], table.num_pages)
-  # A page that is copied always stays with somebody: its count remains
-  # positive.
+  # Another row or hold keeps every page that is copied: no count reaches 0.
   counts = table.ref_counts.at[src].add(-1, mode="drop")
   new_lens = jnp.where(ok, new_lens, table.kv_lens)
   return Appended(
@@ -111,8 +111,8 @@ def append(
 def _wanted(
   table: PageTable, num_new: Array, limit: int
 ) -> tuple[Array, Array, Array]:
-  """Returns which rows ask for what they can have, new lengths, new pages."""
-  # Two's complement would let a huge request wrap around to a small length.
+  """Returns the rows with a valid request, their new lengths and new pages."""
+  # Clamped: the sum with a huge request would overflow to a small length.
   new_lens = table.kv_lens + jnp.minimum(num_new, table.max_len + 1)
   valid = (num_new >= 0) & (num_new <= limit) & (new_lens <= table.max_len)
   need = pages_for(new_lens, table.page_size)
@@ -121,10 +121,10 @@ def _wanted(
 
 
 def _ahead(num_seqs: int, order: Array | None) -> Array:
-  """Returns bool[num_seqs, num_seqs]: at `[i, j]`, row j is before row i.
+  """Returns bool[num_seqs, num_seqs]: `[i, j]` is True if row j precedes row i.
 
-  Sums over the rows ahead are then one small product each, where a running
-  sum would be a chain of kernels on a GPU.
+  A sum over the preceding rows is then one small masked product, where a
+  cumulative sum would be a chain of kernels on a GPU.
   """
   row = jnp.arange(num_seqs, dtype=jnp.int32)
   earlier = row[:, None] > row[None]
@@ -133,7 +133,8 @@ def _ahead(num_seqs: int, order: Array | None) -> Array:
   order = integers(order, (num_seqs,), "order")
   named = jnp.where((order >= 0) & (order < num_seqs), order, num_seqs)
   place = jnp.full_like(row, num_seqs).at[named].min(row, mode="drop")
-  # Whatever `order` holds, this is an order: no two rows get the same page.
+  # Ties go by row, so any `order` gives a strict order, and no two rows get
+  # the same page.
   return (place[:, None] > place[None]) | (
     (place[:, None] == place[None]) & earlier
   )
@@ -152,22 +153,22 @@ def _serve(
 ) -> tuple[Array, Array, Array]:
   """Decides which rows are served, and which of them copy their last page.
 
-  Only a last page that is not full can be both shared and written. The rows
-  of the call that write one page are a group. A group that nobody else shares
-  the page with needs one copy less than it has rows; who keeps the page does
-  not change how many pages are needed, so the cut can be made before that is
-  known.
+  Only a partly filled last page can be both shared and written. The rows of
+  the call that write to one page form a group. If the group holds all
+  references to the page, it needs one copy less than it has rows. Which row
+  keeps the page does not change the number of pages needed, so the rows that
+  fit are determined first.
 
   Args:
     table: The table.
     valid: bool[num_seqs], rows that may be served.
     need: i32[num_seqs], new pages of each row.
-    writes: bool[num_seqs], rows that write into a page that they have.
-    ahead: bool[num_seqs, num_seqs], as `_ahead`.
+    writes: bool[num_seqs], rows that write into their last page.
+    ahead: bool[num_seqs, num_seqs]; see `_ahead`.
 
   Returns:
-    bool[num_seqs] served; bool[num_seqs] copies; i32[num_seqs], the pages to
-    copy, `num_pages` for none.
+    bool[num_seqs], rows that are served; bool[num_seqs], rows that copy their
+    last page; i32[num_seqs], pages to copy, `num_pages` for none.
   """
   row = jnp.arange(table.num_seqs, dtype=jnp.int32)
   column = jnp.maximum(pages_for(table.kv_lens, table.page_size) - 1, 0)
@@ -177,7 +178,7 @@ def _serve(
   owners = table.ref_counts.at[page].get(mode="clip")
   alone = writes & (num_writers == owners)
 
-  # For the cut, the last of a group is the one that keeps the page.
+  # To find the rows that fit, let the last row of a group keep the page.
   spared = alone & ~jnp.any(group & ahead.T, axis=1)
   want = need + (writes & ~spared).astype(jnp.int32)
   total = want + _sum_ahead(ahead, want)
@@ -185,7 +186,7 @@ def _serve(
   whole = ~jnp.any(group & ~fits[None], axis=1)
   ok = fits & (~spared | whole)
 
-  # For the result, it is the first.
+  # In the result, the first row of the group keeps it.
   keeps = alone & whole & ~jnp.any(group & ahead, axis=1)
   copies = ok & writes & ~keeps
   return ok, copies, jnp.where(copies, page, table.num_pages)
@@ -198,14 +199,14 @@ def _pop(
   ahead: Bool[Array, "num_seqs num_seqs"],
   most: int,
 ) -> tuple[PageTable, Int[Array, "num_seqs most"]]:
-  """Takes pages off the stack and puts them into the rows.
+  """Pops pages off the stack and puts them into the rows.
 
   Args:
     table: The table.
-    taken: i32[num_seqs], pages that each row gets; there are enough.
-    first: i32[num_seqs], column of the first of them.
-    ahead: bool[num_seqs, num_seqs], as `_ahead`.
-    most: Bound on `taken`.
+    taken: i32[num_seqs], pages that each row gets; enough pages are free.
+    first: i32[num_seqs], column of each row's first new page.
+    ahead: bool[num_seqs, num_seqs]; see `_ahead`.
+    most: Upper bound of `taken`.
 
   Returns:
     The next table, and i32[num_seqs, most], the pages that each row got.

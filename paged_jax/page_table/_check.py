@@ -1,4 +1,4 @@
-"""What must hold of a page table, as named booleans."""
+"""Checks the invariants of a page table."""
 
 import dataclasses
 import functools
@@ -19,25 +19,29 @@ from paged_jax.typing import Leaf
 class Invariants:
   """Whether each invariant holds; every field is a bool[]."""
 
-  entries_are_pages: Leaf  # entries are in [0, num_pages]
+  entries_are_pages: Leaf  # page_indices are in [0, num_pages]
   lens_fit: Leaf  # 0 <= kv_lens <= max_len
-  nothing_past_the_end: Leaf  # entries past the last page in use are unmapped
-  holes_are_windows: Leaf  # pages are missing only where a window left them
-  pages_differ: Leaf  # no row names a page twice
-  counts_match: Leaf  # a count is the rows that name the page plus its holds
+  nothing_past_the_end: Leaf  # entries past a row's last page are unmapped
+  holes_are_windows: Leaf  # only pages that a window has passed are holes
+  pages_differ: Leaf  # no row references a page twice
+  counts_match: Leaf  # ref_counts are the rows with the page plus its holds
   holds_are_counts: Leaf  # holds are not negative
-  stack_is_sound: Leaf  # the free pages are pages, each there once
+  stack_is_sound: Leaf  # the stack holds num_free pages in range, each once
   free_is_unused: Leaf  # a page is on the stack if and only if its count is 0
-  tenants_exist: Leaf  # every row has a tenant
+  tenants_exist: Leaf  # 0 <= tenants < max(1, num_tenants)
 
   @property
   def valid(self) -> Array:
-    """Whether all of them hold."""
+    """bool[], whether all invariants hold."""
     return functools.reduce(jnp.logical_and, jax.tree.leaves(self))
 
 
 def check(table: PageTable) -> Invariants:
-  """Returns which invariants hold; usable inside jit."""
+  """Returns which invariants hold. Works inside jit.
+
+  Args:
+    table: The table; it is not changed.
+  """
   num_pages = table.num_pages
   entries = table.page_indices
   is_mapped = mapped(table)
@@ -52,7 +56,7 @@ def check(table: PageTable) -> Invariants:
 
   column = jnp.arange(table.pages_per_seq, dtype=jnp.int32)
   used = column[None] < pages_for(table.kv_lens, table.page_size)[:, None]
-  # A window is at least one token wide: what it left ends before min_lens.
+  # A window is at least one token wide, so a hole ends before min_lens.
   left = (column[None] + 1) * table.page_size < table.min_lens[:, None]
   in_order = jnp.sort(entries, axis=1)
   same = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] < num_pages)
@@ -78,21 +82,23 @@ def check(table: PageTable) -> Invariants:
 
 
 def assert_valid(table: PageTable) -> None:
-  """Checks the invariants with `checkify.check`, each under its name.
+  """Checks the invariants with `checkify.check`, naming the one that fails.
 
-  Inside jit, the function that calls it has to be transformed by
-  `checkify.checkify`; outside, a failure raises at once.
+  Inside jit, the calling function must be transformed by `checkify.checkify`.
+
+  Raises:
+    checkify.JaxRuntimeError: Outside jit, if an invariant does not hold.
   """
   invariants = check(table)
   for field in dataclasses.fields(invariants):
     holds = getattr(invariants, field.name)
-    checkify.check(holds, f"The page table is invalid: not {field.name}.")
+    checkify.check(holds, f"The page table is invalid: {field.name} is False.")
 
 
 def checked[**P, R](
   transition: Callable[Concatenate[PageTable, P], R],
 ) -> Callable[Concatenate[PageTable, P], R]:
-  """Makes a transition check its result when the table says `debug`."""
+  """Makes a transition check its result if `table.debug` is True."""
 
   @functools.wraps(transition)
   def run(table: PageTable, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -105,5 +111,5 @@ def checked[**P, R](
 
 
 def _in_range(pages: Array, num_pages: int) -> Array:
-  """Returns pages with all that are none as `num_pages`; -1 would wrap."""
+  """Returns `pages`, with `num_pages` for those out of range: -1 would wrap."""
   return jnp.where((pages < 0) | (pages > num_pages), num_pages, pages)

@@ -1,4 +1,4 @@
-"""Page limits of tenants: who uses how much, and who may have more."""
+"""Limits the number of pages that the rows of each tenant may reference."""
 
 import dataclasses
 
@@ -9,15 +9,15 @@ from paged_jax.page_table._check import checked
 from paged_jax.page_table._requests import requested
 from paged_jax.page_table._state import Changed, PageTable, mapped
 
-# A tenant with this quota may have any number of pages.
+# The quota of a tenant without a limit.
 NO_QUOTA = 2**31 - 1
 
 
 def tenant_pages(table: PageTable) -> Int[Array, " num_tenants"] | None:
-  """Returns i32[num_tenants]: pages that the rows of each tenant name.
+  """Returns i32[num_tenants], the pages that the rows of each tenant reference.
 
-  A page that several rows share counts once for each of them, so that the use
-  of a tenant does not depend on the others. None if the table has no quotas.
+  A page that several rows share counts once for each of them, so the use of one
+  tenant does not depend on the others. Returns None if the table has no quotas.
   """
   if table.quotas is None:
     return None
@@ -39,16 +39,18 @@ def allows(
   need: Int[Array, " num_entries"],
   ahead: Bool[Array, "num_entries num_entries"],
 ) -> Bool[Array, " num_entries"]:
-  """Returns whether quotas allow `need` more pages to each entry.
+  """Returns whether quotas allow `need` more pages to each request.
 
-  Entries of a tenant are allowed in their order until the first that does not
-  fit; it and every later one that needs a page are not. Other tenants go on.
+  The requests of a tenant are allowed in order until the first that exceeds the
+  quota. That request and every later one of the tenant that needs a page are
+  not. Other tenants are not affected.
 
   Args:
-    table: The table, whose quotas and use count.
-    tenants: i32[num_entries], tenant of each entry.
-    need: i32[num_entries], pages it asks for, at least 0.
-    ahead: bool, `[i, j]`: entry j comes before entry i.
+    table: The table, with its quotas.
+    tenants: i32[num_entries], tenant of each request.
+    need: i32[num_entries], pages that each request needs, at least 0.
+    ahead: bool[num_entries, num_entries]: `[i, j]` is True if request j
+      precedes request i.
   """
   if table.quotas is None:
     return jnp.ones(need.shape, bool)
@@ -60,7 +62,7 @@ def allows(
 
 
 def allows_in_turn(table: PageTable, tenants: Array, need: Array) -> Array:
-  """Returns `allows` for entries that are served as they come."""
+  """Returns `allows` for requests that are served in array order."""
   entry = jnp.arange(need.shape[0], dtype=jnp.int32)
   return allows(table, tenants, need, entry[:, None] > entry[None])
 
@@ -71,20 +73,21 @@ def assign(
   seq: Int[Array, "*k"] | int,
   tenant: Int[Array, "*k"] | int,
 ) -> Changed:
-  """Makes empty rows belong to a tenant, before they start anew.
+  """Assigns empty rows to tenants.
 
   Args:
     table: The current table.
-    seq: i32[k] or i32[], rows; `num_seqs` for nothing.
-    tenant: The same shape, tenants.
+    seq: i32[k] or i32[], rows; `num_seqs` for no request.
+    tenant: The tenant of each row, in the shape of `seq`.
 
   Returns:
-    The next table, and `ok` of the shape of `seq`: False if the row is out of
-    range, not empty, or named earlier in the call, or if there is no such
-    tenant. A refused row is left as it was.
+    The next table, and `ok` in the shape of `seq`: False if the row is out of
+    range, not empty, or given earlier in the call, or if the tenant is out of
+    range. A refused row stays as it was.
 
   Raises:
-    ValueError: If an argument has another shape or is not an integer.
+    ValueError: If `seq` or `tenant` is not an integer array, or if their shapes
+      differ.
   """
   requests = requested(table, seq, "seq")
   row, owner = requests.rows, requests.flat(tenant, "tenant")

@@ -1,4 +1,4 @@
-"""How rows shrink and end, and where their pages go."""
+"""Shortens and empties rows, and releases their pages."""
 
 import dataclasses
 
@@ -20,19 +20,19 @@ from paged_jax.page_table._state import (
 
 @checked
 def release(table: PageTable, rows: Bool[Array, " num_seqs"]) -> PageTable:
-  """Empties rows and gives back every page that nobody else names or holds.
+  """Empties rows and frees every page that no other row references or holds.
 
   Releasing an empty row changes nothing.
 
   Args:
     table: The current table.
-    rows: bool[num_seqs], which rows to empty.
+    rows: bool[num_seqs], True for rows to empty.
 
   Returns:
     The next table.
 
   Raises:
-    ValueError: If `rows` has another shape or is not boolean.
+    ValueError: If `rows` is not bool[num_seqs].
   """
   check_rows(table, rows)
   table = _unmap(table, rows[:, None])
@@ -49,24 +49,25 @@ def truncate(
   seq: Int[Array, "*k"] | int,
   new_len: Int[Array, "*k"] | int,
 ) -> Changed:
-  """Cuts rows to a shorter length: the undo of tokens not wanted after all.
+  """Shortens rows, for example to remove rejected speculative tokens.
 
-  Pages that lie past the new length are given back.
+  Pages past the new length are released.
 
   Args:
     table: The current table.
-    seq: i32[k] or i32[], rows; `num_seqs` for nothing.
-    new_len: The same shape, tokens to keep.
+    seq: i32[k] or i32[], rows; `num_seqs` for no request.
+    new_len: Tokens to keep of each row, in the shape of `seq`.
 
   Returns:
-    The next table, and `ok` of the shape of `seq`: False if the row is out of
-    range or named earlier in the call, if `new_len` is negative or more than
-    the row has, or if it is less than `min_lens`: the window of the row's last
-    token would then reach into pages that `release_outside_window` gave back.
-    A refused row is left as it was.
+    The next table, and `ok` in the shape of `seq`: False if the row is out of
+    range or given earlier in the call, or if `new_len` is negative, above the
+    row's length, or below its `min_lens`: the window of the row's last token
+    would then include pages that `release_outside_window` released. A refused
+    row stays as it was.
 
   Raises:
-    ValueError: If an argument has another shape or is not an integer.
+    ValueError: If `seq` or `new_len` is not an integer array, or if their
+      shapes differ.
   """
   requests = requested(table, seq, "seq")
   row, length = requests.rows, requests.flat(new_len, "new_len")
@@ -95,29 +96,32 @@ def release_outside_window(
   window: Int[Array, ""] | int,
   num_sink_tokens: Int[Array, ""] | int = 0,
 ) -> PageTable:
-  """Gives back the pages that a sliding window has left behind.
+  """Releases the pages that a sliding window has passed.
 
-  A query at position `p` sees the keys in `(p - window, p]`, and the first
-  `num_sink_tokens` (StreamingLLM, https://arxiv.org/abs/2309.17453). A page is
-  given back when the row's last token and all that follow it see none of it.
-  Its entry becomes `num_pages`, a hole, which both ops skip; a row then holds
-  at most `pages_for(window) + 1` pages and those of the sinks.
+  A query at position `p` sees the keys in `(p - window, p]` and the first
+  `num_sink_tokens` keys (StreamingLLM, Xiao et al., 2023). A page is released
+  once neither the row's last token nor any later token can see a key in it. Its
+  entry becomes a hole, `num_pages`, which the attention ops skip. A row then
+  maps at most `pages_for(window) + 1` pages and those of the sink tokens.
 
-  Call it when the tokens of the step have attended: the first of several new
-  tokens sees further to the left than the last. A row cannot be truncated to
-  where the window of its last token would not be whole (`min_lens`); so give
-  speculative tokens their verdict first.
+  Call it after the tokens of the step have attended: the first of several new
+  tokens sees further back than the last. Verify speculative tokens before the
+  call: afterwards, a row cannot be truncated below `min_lens`, where the window
+  of its last token would be incomplete.
 
   Args:
     table: The current table.
-    window: Keys that a query sees, its own included, at least 1.
-    num_sink_tokens: First tokens that stay visible, at least 0.
+    window: Keys that a query sees, its own included, at least 1. An array is
+      clamped to `[1, max_len]`.
+    num_sink_tokens: First tokens that stay visible, at least 0. An array is
+      clamped.
 
   Returns:
     The next table.
 
   Raises:
-    ValueError: If `window` or `num_sink_tokens` is a number out of its range.
+    ValueError: If `window` or `num_sink_tokens` is a Python integer out of its
+      range, or is neither an integer nor an i32[] array.
   """
   if isinstance(window, int) and window < 1:
     raise ValueError(f"{window=} must be at least 1.")
@@ -138,22 +142,23 @@ def release_outside_window(
 def freed_pages(
   before: PageTable, after: PageTable, size: int
 ) -> Int[Array, " size"]:
-  """Returns the pages in use in one table and free in a later one.
+  """Returns the pages that are in use in `before` and free in `after`.
 
   Args:
     before: A table.
-    after: The table some transitions later, with as many pages.
-    size: Length of the result; pages that exceed it are left out.
+    after: A later table, with the same number of pages.
+    size: Length of the result; further pages are left out.
 
   Returns:
-    i32[size], for `kv_pool.zero_pages`; `num_pages` where there is none.
+    i32[size], for `paged_jax.kv.pool.zero_pages`, padded with `num_pages`.
 
   Raises:
     ValueError: If the tables have different numbers of pages.
   """
   if before.num_pages != after.num_pages:
     raise ValueError(
-      f"before has {before.num_pages} pages, after has {after.num_pages}."
+      f"before has {before.num_pages} pages, after has {after.num_pages}: "
+      "they must be equal."
     )
   freed = (before.ref_counts > 0) & (after.ref_counts == 0)
   (pages,) = jnp.nonzero(freed, size=size, fill_value=before.num_pages)
@@ -161,7 +166,7 @@ def freed_pages(
 
 
 def _unmap(table: PageTable, entries: Array) -> PageTable:
-  """Takes the marked entries out of their rows."""
+  """Unmaps the marked entries and releases their pages."""
   nothing = table.num_pages
   leaving = jnp.where(entries, table.page_indices, nothing)
   table = give_back(table, leaving.reshape(-1))

@@ -1,4 +1,4 @@
-"""What the transitions that name rows have in common: checks, and results."""
+"""Checks and results shared by the transitions that take row numbers."""
 
 from typing import NamedTuple
 
@@ -14,23 +14,23 @@ from paged_jax.page_table._state import (
 
 
 class Requests(NamedTuple):
-  """Entries of a call, each of which asks for a change of one row."""
+  """The requests of a call; each asks to change one row."""
 
   rows: Array  # i32[k]
-  asks: Array  # bool[k], False for entries that ask for nothing
-  valid: Array  # bool[k]: asks, for a row that exists, and is the first to
+  asks: Array  # bool[k], False for no request
+  valid: Array  # bool[k], the first request for a row that exists
   shape: tuple[int, ...]  # of the arguments
 
   def flat(self, value: Array | int, name: str) -> Array:
-    """Returns another argument, of the same shape, as i32[k].
+    """Returns another argument of the same shape as i32[k].
 
     Raises:
-      ValueError: If it has another shape or is not an integer.
+      ValueError: If it has another shape or is not an integer array.
     """
     return integers(value, self.shape, name).reshape(-1)
 
   def result(self, table: PageTable, done: Array) -> Changed:
-    """Returns the next table, and `ok` of the shape of the arguments."""
+    """Returns the next table, and `ok` in the shape of the arguments."""
     return Changed(table=table, ok=(done | ~self.asks).reshape(self.shape))
 
 
@@ -40,16 +40,16 @@ def requested(
   name: str,
   also: Array | None = None,
 ) -> Requests:
-  """Returns the entries of a call that name rows.
+  """Returns the requests of a call.
 
   Args:
     table: The table.
-    rows: i32[...], rows; `num_seqs` for nothing.
-    name: Of the argument.
-    also: bool[k], False for entries that ask for nothing for another reason.
+    rows: i32[...], rows; `num_seqs` for no request.
+    name: Name of the argument, for error messages.
+    also: bool[k], False where another argument makes it no request.
 
   Raises:
-    ValueError: If `rows` are not integers.
+    ValueError: If `rows` is not an integer array.
   """
   shape = jnp.shape(rows)
   flat = integers(rows, shape, name).reshape(-1)

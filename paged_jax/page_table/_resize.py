@@ -1,8 +1,9 @@
-"""How a pool is made smaller or larger.
+"""Makes a pool smaller or larger.
 
-Pages are all alike and any of them serves any row, so a pool of pages has no
-external fragmentation and compacting it makes no room. It is for giving memory
-back: once the pages in use have the lowest numbers, the pool can be cut.
+All pages have one size and any of them serves any row, so a pool has no
+external fragmentation and compacting it makes no room for more tokens. It
+serves to give memory back to the device: once the pages in use have the lowest
+numbers, the pool can be cut.
 """
 
 import dataclasses
@@ -19,27 +20,28 @@ from paged_jax.page_table._state import Changed, PageTable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Compacted:
-  """Result of `compact`: the next table, and which pages to copy where."""
+  """Result of `compact`."""
 
   table: PageTable
-  copies: PageCopies
+  copies: PageCopies  # num_copies = min(max_copies, num_pages // 2), at least 1
 
 
 @checked
 def compact(table: PageTable, max_copies: int | None = None) -> Compacted:
-  """Moves pages in use from the highest numbers to the lowest free ones.
+  """Moves the pages in use with the highest numbers to the lowest free ones.
 
-  Holds move with their pages: a prefix cache has to rename, in its index,
-  `copies.src` to `copies.dst`. The next pages to be handed out are the lowest.
+  Holds move with their pages: a prefix cache must rename `copies.src` to
+  `copies.dst` in its index. `append` then takes the free pages with the lowest
+  numbers first.
 
   Args:
     table: The current table.
-    max_copies: Most pages to move in this call, at least 1; the rest is left
-      to further calls. Left out, all are moved.
+    max_copies: Most pages to move in this call, at least 1; further calls move
+      the rest. If None, all are moved.
 
   Returns:
-    The next table, and the copies to carry out (`kv_pool.copy_pages`), with
-    room for `max_copies` or, if that is less, half of all pages.
+    The next table, and the copies to carry out with
+    `paged_jax.kv.pool.copy_pages`.
 
   Raises:
     ValueError: If `max_copies` is below 1.
@@ -47,7 +49,7 @@ def compact(table: PageTable, max_copies: int | None = None) -> Compacted:
   if max_copies is not None and max_copies < 1:
     raise ValueError(f"{max_copies=} must be at least 1.")
   num_pages = table.num_pages
-  # As many pages in use lie above the mark as there are gaps below it.
+  # With n pages in use, as many of them are at n or above as are free below n.
   size = num_pages // 2 if max_copies is None else max_copies
   size = max(1, min(size, num_pages // 2))
   page = jnp.arange(num_pages, dtype=jnp.int32)
@@ -73,16 +75,16 @@ def compact(table: PageTable, max_copies: int | None = None) -> Compacted:
 
 @checked
 def resize(table: PageTable, num_pages: int) -> Changed:
-  """Gives the table another number of pages; see also `kv_pool.resize`.
+  """Changes the number of pages of the table; see also `kv.pool.resize`.
 
   Args:
     table: The current table; do not donate it.
-    num_pages: Pages to have, at least 1.
+    num_pages: The new number of pages, at least 1.
 
   Returns:
-    A table of `num_pages`, and `ok` bool[]: False if a page in use does not
-    fit. The table that comes with it is then empty; go on with the old one,
-    after `compact` or when fewer pages are in use.
+    A table of `num_pages` pages, and `ok` bool[]: False if a page in use is at
+    `num_pages` or above. The returned table is then empty: continue with the
+    old one, and retry after `compact` or once fewer pages are in use.
 
   Raises:
     ValueError: If `num_pages` is below 1.
@@ -111,14 +113,14 @@ def resize(table: PageTable, num_pages: int) -> Changed:
 
 
 def _move(values: Array, src: Array, dst: Array) -> Array:
-  """Returns `values` with those of `src` at `dst`, and 0 at `src`."""
+  """Returns `values` with the entries at `src` moved to `dst`, leaving 0."""
   moved = values.at[src].get(mode="fill", fill_value=0)
   values = values.at[dst].set(moved, mode="drop")
   return values.at[src].set(0, mode="drop")
 
 
 def _free_stack(counts: Array) -> Array:
-  """Returns the stack of all pages without a count, the lowest on top."""
+  """Returns the stack of all pages with count 0, the lowest number on top."""
   (from_top,) = jnp.nonzero(
     counts[::-1] == 0, size=counts.shape[0], fill_value=counts.shape[0] - 1
   )

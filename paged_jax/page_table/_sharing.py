@@ -1,4 +1,4 @@
-"""How rows come to share pages: forks, reorders, and a prefix cache's holds."""
+"""Lets rows and prefix caches share pages."""
 
 import dataclasses
 
@@ -23,28 +23,29 @@ def fork(
   src: Int[Array, "*num_forks"] | int,
   dst: Int[Array, "*num_forks"] | int,
 ) -> Changed:
-  """Makes empty rows copies of others, without copying a page.
+  """Makes empty rows copies of other rows without copying a page.
 
-  The rows share all their pages, the last one included, even when it is not
-  full: the first to write there gets a copy of it from `append`. A row that is
-  forked from and forked onto in one call counts as what it was before. A fork
-  of an empty row is `ok`, and its dst stays empty.
+  The rows share all pages, including a partly filled last page: before the
+  first of them writes to it, `append` asks for a copy. Forks read the rows as
+  they were before the call. A fork of an empty row is `ok`, and its `dst` stays
+  empty.
 
   Args:
     table: The current table.
-    src: i32[num_forks] or i32[], rows; `num_seqs` for nothing.
-    dst: The same shape, rows to fill; `num_seqs` for nothing. They keep their
-      tenants.
+    src: i32[num_forks] or i32[], rows to copy; `num_seqs` for no request.
+    dst: Rows to fill, in the shape of `src`; `num_seqs` for no request. They
+      keep their tenants.
 
   Returns:
-    The next table, and `ok` of the shape of `src`: False if a row is out of
-    range, if dst is not empty (so a live row cannot be forked onto itself) or
-    is named earlier in the call, or if a quota does not allow it. Quotas serve
-    forks as they come: after one that does not fit, no later one of that
-    tenant that needs pages is served. A refused dst is left as it was.
+    The next table, and `ok` in the shape of `src`: False if a row is out of
+    range, if `dst` is not empty or given earlier in the call, or if a quota
+    does not allow the fork. Quotas are applied in array order: after the first
+    fork of a tenant that exceeds its quota, no later one that needs pages is
+    served. A refused `dst` stays as it was.
 
   Raises:
-    ValueError: If an argument has another shape or is not an integer.
+    ValueError: If `src` or `dst` is not an integer array, or if their shapes
+      differ.
   """
   shape = jnp.shape(src)
   src = integers(src, shape, "src").reshape(-1)
@@ -69,23 +70,23 @@ def fork(
 
 @checked
 def permute(table: PageTable, parents: Int[Array, " num_seqs"]) -> Changed:
-  """Makes each row a fork of an old row, all at once: a beam reorder.
+  """Replaces every row by a fork of an old row, as a beam search does.
 
-  No page is moved. Rows that no one descends from release the pages that only
-  they referenced. Rows keep their tenants.
+  No page is copied. Rows that no new row is forked from release the pages that
+  only they referenced. Rows keep their tenants.
 
   Args:
     table: The current table.
-    parents: i32[num_seqs], the old row that each row becomes; `num_seqs` for
-      an empty row.
+    parents: i32[num_seqs], the old row that each row becomes; `num_seqs` for an
+      empty row.
 
   Returns:
-    The next table, and `ok` bool[]: False, and nothing is changed, if a parent
-    is out of range, or if a tenant would use more pages than before and more
-    than its quota.
+    The next table, and `ok` bool[]. If `ok` is False, nothing has changed: a
+    parent is out of range, or a tenant would use more pages than before and
+    more than its quota.
 
   Raises:
-    ValueError: If `parents` has another shape or is not an integer.
+    ValueError: If `parents` is not an integer array of shape [num_seqs].
   """
   num_seqs = table.num_seqs
   parents = integers(parents, (num_seqs,), "parents")
@@ -98,8 +99,8 @@ def permute(table: PageTable, parents: Int[Array, " num_seqs"]) -> Changed:
     ok &= jnp.all((would_use <= uses) | (would_use <= table.quotas))
   itself = jnp.arange(num_seqs, dtype=jnp.int32)
   after = _reordered(table, jnp.where(ok, parents, itself))
-  # Counted in before anything is given back: a page that only changes hands
-  # never becomes free.
+  # New references are added before old ones are removed, so that no page that
+  # stays in use becomes free in between.
   counts = count_in(table, after.page_indices)
   after = give_back(
     dataclasses.replace(after, ref_counts=counts),
@@ -116,31 +117,31 @@ def adopt(
   kv_len: Int[Array, "*k"] | int,
   min_len: Int[Array, "*k"] | int = 0,
 ) -> Changed:
-  """Starts empty rows with pages that are in use: a hit of a prefix cache.
+  """Starts empty rows with pages that are in use: a prefix cache hit.
 
-  With a sliding window, only the pages of the last window (and of the sinks)
-  need to be given: `min_len = first * page_size + window`, if all pages from
-  column `first` on are there.
+  With a sliding window, `pages` needs only the pages of the last window and of
+  the sink tokens: give `min_len = first * page_size + window` if all pages from
+  column `first` on are present.
 
   Args:
     table: The current table.
-    seq: i32[k] or i32[], rows; `num_seqs` for nothing.
-    pages: i32[k, pages_per_seq] or i32[pages_per_seq], the pages that hold the
-      first `kv_len` tokens, in order, then `num_pages`.
-    kv_len: The shape of `seq`, tokens that the pages hold.
-    min_len: The shape of `seq` or i32[], at most `kv_len`. Pages that end
-      below it may be holes, `num_pages`; a row with holes cannot be truncated
+    seq: i32[k] or i32[], rows; `num_seqs` for no request.
+    pages: i32[k, pages_per_seq] or i32[pages_per_seq], the pages of the first
+      `kv_len` tokens, in order, then `num_pages`.
+    kv_len: Number of tokens in the pages, in the shape of `seq`.
+    min_len: In the shape of `seq` or i32[], in `[0, kv_len]`. Pages that end
+      below it may be holes, `num_pages`. A row with holes cannot be truncated
       below it.
 
   Returns:
-    The next table, and `ok` of the shape of `seq`: False if the row is out of
-    range, not empty or named earlier in the call; if `pages` are not as many
-    as `kv_len` tokens need, or one of them is free, out of range or named
-    twice; if `min_len` is out of range; or if a quota does not allow it (as in
-    `fork`). A refused row is left as it was.
+    The next table, and `ok` in the shape of `seq`: False if the row is out of
+    range, not empty or given earlier in the call; if the number of `pages` is
+    not what `kv_len` tokens need, or if a page is free, out of range or given
+    twice for the row; if `kv_len` or `min_len` is out of range; or if a quota
+    does not allow it (see `fork`). A refused row stays as it was.
 
   Raises:
-    ValueError: If an argument has another shape or is not an integer.
+    ValueError: If an argument has the wrong shape or is not an integer array.
   """
   requests, width = requested(table, seq, "seq"), table.pages_per_seq
   row, shape = requests.rows, requests.shape
@@ -176,20 +177,20 @@ def adopt(
 
 @checked
 def hold(table: PageTable, pages: Int[Array, " k"]) -> Changed:
-  """Keeps pages for a prefix cache after their rows have ended.
+  """Adds a prefix cache's reference to pages, which outlives their rows.
 
-  Holds count: a page that is held twice has to be dropped twice.
+  Holds are counted: a page that is held twice must be dropped twice.
 
   Args:
     table: The current table.
-    pages: i32[k], pages in use; `num_pages` for nothing.
+    pages: i32[k], pages in use; `num_pages` for no request.
 
   Returns:
     The next table, and `ok` bool[k]: False for pages that are free or out of
-    range, of which nothing is changed.
+    range, which stay as they were.
 
   Raises:
-    ValueError: If `pages` is not a vector of integers.
+    ValueError: If `pages` is not a 1-D integer array.
   """
   pages = integers(pages, (jnp.size(pages),), "pages")
   asks = pages != table.num_pages
@@ -205,18 +206,20 @@ def hold(table: PageTable, pages: Int[Array, " k"]) -> Changed:
 
 @checked
 def drop(table: PageTable, pages: Int[Array, " k"]) -> Changed:
-  """Lets go of pages that `hold` kept; those nobody names become free.
+  """Removes a prefix cache's reference to pages, added by `hold`.
+
+  Pages that no row references and nothing else holds become free.
 
   Args:
     table: The current table.
-    pages: i32[k], pages that are held; `num_pages` for nothing.
+    pages: i32[k], held pages; `num_pages` for no request.
 
   Returns:
-    The next table, and `ok` bool[k]: False for pages that are out of range or
-    held less often than they were dropped up to here.
+    The next table, and `ok` bool[k]: False for pages that are out of range, or
+    whose holds are used up by earlier entries of `pages`.
 
   Raises:
-    ValueError: If `pages` is not a vector of integers.
+    ValueError: If `pages` is not a 1-D integer array.
   """
   pages = integers(pages, (jnp.size(pages),), "pages")
   asks = pages != table.num_pages
@@ -240,7 +243,7 @@ def _is_empty(table: PageTable, rows: Array) -> Array:
 
 
 def _is_used(table: PageTable, pages: Array) -> Array:
-  """Returns whether pages exist and are not free."""
+  """Returns whether pages exist and are in use."""
   exists = (pages >= 0) & (pages < table.num_pages)
   return exists & (table.ref_counts.at[pages].get(mode="clip") > 0)
 
@@ -253,7 +256,7 @@ def _start(
   lens: Array,
   floor: Array,
 ) -> PageTable:
-  """Puts pages in use into empty rows, where `done`, and counts them."""
+  """Puts pages in use into empty rows where `done`, and counts them."""
   where = jnp.where(done, rows, table.num_seqs)
   named = jnp.where(done[:, None], entries, table.num_pages)
   return dataclasses.replace(
@@ -266,7 +269,7 @@ def _start(
 
 
 def _reordered(table: PageTable, parents: Array) -> PageTable:
-  """Returns the rows of old rows, with the counts as they were."""
+  """Returns the table with its rows gathered, and the counts unchanged."""
   fill = dict(mode="fill", fill_value=0)
   entries = table.page_indices.at[parents].get(
     mode="fill", fill_value=table.num_pages

@@ -1,4 +1,4 @@
-"""How pages go back to the stack of free pages."""
+"""Returns pages to the stack of free pages."""
 
 import dataclasses
 
@@ -11,22 +11,23 @@ from paged_jax.page_table._state import PageTable
 def give_back(
   table: PageTable, leaving: Int[Array, " num_entries"]
 ) -> PageTable:
-  """Lowers the count of pages by one for each entry that names them.
+  """Removes one reference to a page for each entry of `leaving`.
 
-  Pages whose count reaches 0 are pushed on the stack, once. The cost grows
-  with the number of entries, not with that of pages.
+  Pages whose count reaches 0 are pushed on the stack, once. The cost grows with
+  the number of entries, not with the number of pages.
 
   Args:
-    table: The table; the caller takes the entries out of its rows or holds.
-    leaving: i32[num_entries], pages; `num_pages` for nothing.
+    table: The table; the caller removes the entries from its rows or holds.
+    leaving: i32[num_entries], pages; `num_pages` for none.
   """
   num_entries = leaving.shape[0]
   nothing = table.num_pages
   counts = table.ref_counts.at[leaving].add(-1, mode="drop")
   left = counts.at[leaving].get(mode="fill", fill_value=1)
   emptied = jnp.where(left == 0, leaving, nothing)
-  # Several entries may have emptied one page: the first of them pushes it. To
-  # find it, each bids for the page with a number that is no count.
+  # If several entries are the last references to one page, only the first
+  # pushes it. To find that one, each entry writes a distinct negative number
+  # into the count of its page, and the least remains.
   bid = jnp.arange(-num_entries, 0, dtype=jnp.int32)
   counts = counts.at[emptied].min(bid, mode="drop")
   pushes = counts.at[emptied].get(mode="fill", fill_value=0) == bid
@@ -43,5 +44,5 @@ def give_back(
 
 
 def count_in(table: PageTable, pages: Array) -> Array:
-  """Returns the reference counts, raised by one for each entry of `pages`."""
+  """Returns the reference counts with one added for each entry of `pages`."""
   return table.ref_counts.at[pages.reshape(-1)].add(1, mode="drop")

@@ -1,4 +1,4 @@
-"""The state of the page table, and what can be read off it."""
+"""The state of the page table, and functions that read it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from paged_jax.typing import Leaf
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PageTable:
-  """Pages of every sequence, their reference counts, and the free pages.
+  """The pages of every sequence, the reference counts, and the free pages.
 
-  The value `num_pages` means "no page". Never -1: a scatter or a gather with a
-  negative index wraps to the last page.
+  The value `num_pages` means "no page". It is never -1, because a scatter or
+  gather with a negative index wraps around to the last page.
   """
 
   page_indices: Leaf  # i32[num_seqs, pages_per_seq], num_pages where unmapped
   kv_lens: Leaf  # i32[num_seqs], tokens stored
-  # A row can be cut to this length, no further: below it, the window of its
-  # last token would reach into pages that were given back. 0: none were.
+  # Shortest length to which `truncate` can cut the row: below it, the window
+  # of the last token would include released pages. 0 if none were released.
   min_lens: Leaf  # i32[num_seqs]
-  ref_counts: Leaf  # i32[num_pages], rows that name the page, plus holds
-  holds: Leaf  # i32[num_pages], times that a prefix cache holds the page
+  ref_counts: Leaf  # i32[num_pages], rows with the page, plus its holds
+  holds: Leaf  # i32[num_pages], references by a prefix cache
   free_pages: Leaf  # i32[num_pages], a stack: the first num_free are free
   num_free: Leaf  # i32[]
   tenants: Leaf  # i32[num_seqs], whose quota the row's pages count against
@@ -37,22 +37,22 @@ class PageTable:
 
   @property
   def num_seqs(self) -> int:
-    """Rows of the batch."""
+    """Number of rows of the batch."""
     return self.page_indices.shape[0]
 
   @property
   def pages_per_seq(self) -> int:
-    """Most pages that a row can name."""
+    """Most pages that a row can map."""
     return self.page_indices.shape[1]
 
   @property
   def num_pages(self) -> int:
-    """Pages of the pool; as a page index, no page."""
+    """Number of pages of the pool; as a page index, it means no page."""
     return self.ref_counts.shape[0]
 
   @property
   def num_tenants(self) -> int:
-    """Tenants that have a quota; 0 where nothing is limited."""
+    """Number of tenants with a quota; 0 if the table has no quotas."""
     return 0 if self.quotas is None else self.quotas.shape[0]
 
   @property
@@ -64,10 +64,10 @@ class PageTable:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Changed:
-  """The next table, and what of the request was carried out."""
+  """The next table, and which requests were carried out."""
 
   table: PageTable
-  ok: Leaf  # bool, one for each entry of the request
+  ok: Leaf  # bool, one for each request
 
 
 def init(
@@ -80,21 +80,23 @@ def init(
   quotas: Sequence[int] | None = None,
   debug: bool = False,
 ) -> PageTable:
-  """Returns an empty table: every row of length 0, every page free.
+  """Returns an empty table: all rows have length 0, all pages are free.
 
   Args:
-    num_pages: Pages of the pool, at least 1.
-    page_size: Tokens a page holds; a positive multiple of 8.
-    num_seqs: Rows of the batch, at least 1.
-    pages_per_seq: Most pages a row can name, at least 1.
-    tenants: Tenant of each row, in `[0, len(quotas))`; 0 if left out.
-    quotas: Most pages that the rows of each tenant may name, all together, at
+    num_pages: Number of pages of the pool, at least 1.
+    page_size: Tokens per page; a positive multiple of 8.
+    num_seqs: Number of rows of the batch, at least 1.
+    pages_per_seq: Most pages that a row can map, at least 1.
+    tenants: Tenant of each row, in `[0, len(quotas))`; all 0 if None.
+    quotas: Most pages that the rows of each tenant may reference together, at
       least 0; `NO_QUOTA` for no limit. A page counts once for each row that
-      names it. Left out, nothing is limited.
+      references it. If None, nothing is limited.
     debug: Whether each transition checks its result (see `assert_valid`).
 
   Raises:
-    ValueError: If an argument is out of its range.
+    ValueError: If an argument is out of its range, if a row could hold 2**30
+      tokens or more, if `page_indices` would have 2**31 entries or more, or if
+      `tenants` does not have one entry for each row.
   """
   _check_sizes(num_pages, page_size, num_seqs, pages_per_seq)
   owners, limits = _tenancy(num_seqs, tenants, quotas)
@@ -104,7 +106,7 @@ def init(
     min_lens=jnp.zeros(num_seqs, jnp.int32),
     ref_counts=jnp.zeros(num_pages, jnp.int32),
     holds=jnp.zeros(num_pages, jnp.int32),
-    # Popped from the end: page 0 is handed out first.
+    # Pages are popped from the end: page 0 is the first to be used.
     free_pages=jnp.arange(num_pages - 1, -1, -1, dtype=jnp.int32),
     num_free=jnp.asarray(num_pages, jnp.int32),
     tenants=jnp.asarray(owners, jnp.int32),
@@ -115,7 +117,12 @@ def init(
 
 
 def pages_for(num_tokens: Array | int, page_size: int) -> Array:
-  """Returns how many pages of `page_size` hold `num_tokens` tokens."""
+  """Returns the number of pages that hold `num_tokens` tokens.
+
+  Args:
+    num_tokens: Number of tokens, an integer or an integer array.
+    page_size: Tokens per page.
+  """
   return (jnp.asarray(num_tokens) + (page_size - 1)) // page_size
 
 
@@ -124,7 +131,7 @@ def slots(
   seq_ids: Int[Array, " num_tokens"],
   positions: Int[Array, " num_tokens"],
 ) -> Int[Array, " num_tokens"]:
-  """Returns where in the pool tokens live: `page * page_size + offset`.
+  """Returns the slots of tokens in the pool: `page * page_size + offset`.
 
   Args:
     table: The table.
@@ -132,8 +139,8 @@ def slots(
     positions: i32[num_tokens], position of each token in its row.
 
   Returns:
-    i32[num_tokens]; `num_pages * page_size`, which writes drop, for tokens
-    outside `[0, kv_lens)` of their row, of no row, or in an unmapped page.
+    i32[num_tokens]. Tokens of no row, outside `[0, kv_lens)` of their row, or
+    in an unmapped page get `num_pages * page_size`, which writes drop.
   """
   inside = (seq_ids >= 0) & (seq_ids < table.num_seqs)
   row = jnp.where(inside, seq_ids, 0)
@@ -146,20 +153,31 @@ def slots(
 
 
 def mapped(table: PageTable) -> Array:
-  """Returns bool[num_seqs, pages_per_seq]: the entries that name a page."""
+  """Returns bool[num_seqs, pages_per_seq], True where an entry is a page."""
   return table.page_indices < table.num_pages
 
 
 def integers(value: Array | int, shape: tuple[int, ...], name: str) -> Array:
-  """Returns `value` as i32, after a check of its shape and dtype."""
+  """Returns `value` as i32, after checking its shape and dtype.
+
+  Args:
+    value: An integer or an array of any integer dtype. A NumPy array is clipped
+      to the range of i32.
+    shape: The expected shape.
+    name: Name of the argument, for error messages.
+
+  Raises:
+    ValueError: If `value` has another shape or dtype.
+  """
   if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
-    # 64 bits would wrap around; the ends of 32 are out of any range.
+    # A cast from 64 bits would wrap around; the clipped ends are out of every
+    # valid range.
     value = np.clip(value, -(2**31), 2**31 - 1).astype(np.int32)
   array = jnp.asarray(value)
   if array.shape != shape:
     raise ValueError(f"{name} must have shape {shape}, got {array.shape}.")
   if not jnp.issubdtype(array.dtype, jnp.integer):
-    raise ValueError(f"{name} must be integers, got {array.dtype}.")
+    raise ValueError(f"{name} must have an integer dtype, got {array.dtype}.")
   return array.astype(jnp.int32)
 
 
@@ -173,7 +191,12 @@ def check_rows(table: PageTable, rows: Array) -> None:
 
 
 def first_to_name(rows: Array, asks: Array) -> Array:
-  """Returns bool[k]: whether no earlier entry that asks has the same row."""
+  """Returns bool[k], False where an earlier request asks for the same row.
+
+  Args:
+    rows: i32[k], row of each request.
+    asks: bool[k], False for no request.
+  """
   entry = jnp.arange(rows.shape[0], dtype=jnp.int32)
   earlier = entry[:, None] > entry[None]
   same = (rows[:, None] == rows[None]) & asks[None]
@@ -193,13 +216,13 @@ def _check_sizes(
     raise ValueError(f"{page_size=} must be a positive multiple of 8.")
   if pages_per_seq * page_size >= 2**30:
     raise ValueError(
-      f"{pages_per_seq=} pages of {page_size=} tokens pass the limit of "
-      "2**30 - 1 tokens a sequence."
+      f"{pages_per_seq=} pages of {page_size=} tokens exceed the limit of "
+      "2**30 - 1 tokens per sequence."
     )
   if num_seqs * pages_per_seq >= 2**31:
     raise ValueError(
-      f"{num_seqs=} rows of {pages_per_seq=} pass the limit of 2**31 - 1 "
-      "entries."
+      f"{num_seqs=} rows of {pages_per_seq=} pages exceed the limit of "
+      "2**31 - 1 entries."
     )
 
 
@@ -208,13 +231,13 @@ def _tenancy(
   tenants: Sequence[int] | None,
   quotas: Sequence[int] | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-  """Returns the tenant of each row, and the quotas if there are any."""
+  """Returns the tenant of each row, and the quotas or None."""
   limits = np.asarray(() if quotas is None else quotas, np.int64)
   owners = np.asarray([0] * num_seqs if tenants is None else tenants, np.int64)
   if limits.ndim != 1 or (limits < 0).any() or (limits >= 2**31).any():
-    raise ValueError(f"{quotas=} must be one number of pages per tenant.")
+    raise ValueError(f"{quotas=} must be one integer in [0, 2**31) per tenant.")
   if owners.shape != (num_seqs,):
-    raise ValueError(f"{tenants=} must have one entry for each row.")
+    raise ValueError(f"{tenants=} must have one entry for each {num_seqs=}.")
   if (owners < 0).any() or (owners >= max(1, limits.size)).any():
     raise ValueError(f"{tenants=} must be in [0, {max(1, limits.size)}).")
   return owners, limits if limits.size else None

@@ -1,4 +1,4 @@
-"""How well the pages are used."""
+"""Statistics of the use of pages."""
 
 import dataclasses
 
@@ -13,31 +13,32 @@ from paged_jax.typing import Leaf
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stats:
-  """Figures of a page table; every field is an array without axes but one."""
+  """Statistics of a page table, as scalar arrays except for `tenant_pages`."""
 
   pages_used: Leaf  # i32
   pages_free: Leaf  # i32
-  pages_shared: Leaf  # i32, named by more than one row
+  pages_shared: Leaf  # i32, referenced by more than one row
   pages_held: Leaf  # i32, held by a prefix cache
   live_seqs: Leaf  # i32, rows that are not empty
-  # Slots without a token in pages that rows name. A page that rows fill to
-  # different lengths counts with the longest.
+  # Unused slots in pages that rows reference. If rows fill a shared page to
+  # different lengths, the longest counts.
   waste_tokens: Leaf  # i32
-  waste_percent: Leaf  # f32, of all slots in pages that rows name
-  utilisation: Leaf  # f32, share of pages that are used
-  sharing: Leaf  # f32, entries of rows per page that rows name; 1 if none
-  # What a buffer of max_len for each live row would take, less what is used.
+  waste_percent: Leaf  # f32, of all slots in pages that rows reference
+  utilisation: Leaf  # f32, fraction of pages that are used
+  sharing: Leaf  # f32, mean rows per page that rows reference; 1 if none
+  # Pages of a buffer of max_len tokens for each live row, minus pages_used.
   pages_saved: Leaf  # i32
-  bytes_saved: Leaf  # f32
+  bytes_saved: Leaf  # f32, pages_saved * page_bytes
   tenant_pages: Leaf | None  # i32[num_tenants]; None without quotas
 
 
 def stats(table: PageTable, page_bytes: int = 0) -> Stats:
-  """Returns figures of the table; usable inside jit.
+  """Returns statistics of the table. Works inside jit.
 
   Args:
-    table: The table.
-    page_bytes: Bytes of a page (see `kv.layout.KVLayout`), for `bytes_saved`.
+    table: The table; it is not changed.
+    page_bytes: Bytes of a page (see `paged_jax.kv.layout.KVLayout`), used for
+      `bytes_saved`.
   """
   page_size = table.page_size
   column = jnp.arange(table.pages_per_seq, dtype=jnp.int32)
@@ -73,6 +74,6 @@ def _count(marked: jax.Array) -> jax.Array:
 
 
 def _ratio(part: jax.Array, whole: jax.Array, otherwise: float) -> jax.Array:
-  """Returns `part / whole` as f32, `otherwise` where `whole` is 0."""
+  """Returns `part / whole` as f32, or `otherwise` where `whole` is 0."""
   divisor = jnp.maximum(whole, 1).astype(jnp.float32)
   return jnp.where(whole > 0, part.astype(jnp.float32) / divisor, otherwise)
