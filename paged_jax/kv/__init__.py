@@ -1,1 +1,1 @@
-"""The paged KV cache: the pool, its pages, and the cache of a model."""
+"""The paged KV cache: layouts, the pool of pages, the cache and its steps."""

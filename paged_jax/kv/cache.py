@@ -1,10 +1,10 @@
-"""The paged KV cache of a model, and what can happen to its rows.
+"""The paged KV cache of a model, and its transitions.
 
-Every layer group has a page table and a pool of its own. A transition of the
-cache is that of `page_table` on all groups at once. It serves a row in all
-groups or in none: each group is asked, and then asked again for the rows that
-all of them serve. Less demand never refuses a row that was served, so the
-second answers agree.
+Each layer group has its own page table and pool. A transition of the cache
+applies the transition of `page_table` with the same name to all groups, and
+serves a row in all groups or in none: it asks every group, then asks again for
+only the rows that all groups serve. The second answers agree, because a row
+that was served is never refused when other rows ask for less.
 """
 
 import dataclasses
@@ -40,7 +40,8 @@ class PagedCache:
 
   groups: tuple[LayerGroup, ...]
   layers: tuple[LayerKV, ...] = dataclasses.field(metadata=dict(static=True))
-  # Of every op that reads, writes or copies pages; None chooses for each.
+  # Implementation of every op on the cache (attention, writes, page copies):
+  # "mosaic_gpu", "xla", or None to choose for each op.
   implementation: str | None = dataclasses.field(
     default=None, metadata=dict(static=True)
   )
@@ -51,16 +52,17 @@ class PagedCache:
 
     Args:
       layers: The layers of the model, `model.layers`.
-      config: Sizes; `num_seqs`, `num_pages`, `max_len` and `dtype` must be
-        given.
+      config: The sizes; `num_seqs`, `num_pages`, `max_len` and `dtype` must not
+        be None.
 
     Raises:
-      ValueError: If a size is missing or out of its range, or `layers` do not
-        fit together.
+      ValueError: If a size is None or out of its range, if `config.num_pages`
+        is a tuple of the wrong length, if `layers` is empty, or if a layer
+        shares the keys and values of a layer that differs or is not earlier.
     """
     num_seqs, dtype, layers = config.num_seqs, config.dtype, tuple(layers)
     if num_seqs is None or dtype is None:
-      raise ValueError(f"{num_seqs=} and {dtype=} of config must be given.")
+      raise ValueError(f"config.{num_seqs=} and config.{dtype=} must be given.")
     layouts = layout.layouts(layers, config.page_size, dtype)
     counts = config.pages_of_groups(len(layouts))
     groups = [
@@ -88,12 +90,12 @@ class PagedCache:
 
   @property
   def num_seqs(self) -> int:
-    """Rows of the batch."""
+    """Number of rows of the batch."""
     return self.groups[0].table.num_seqs
 
   @property
   def kv_lens(self) -> Array:
-    """i32[num_seqs], tokens stored of each row; the same in all groups."""
+    """i32[num_seqs], tokens stored in each row; the same in all groups."""
     return self.groups[0].table.kv_lens
 
   @property
@@ -102,13 +104,13 @@ class PagedCache:
     return self.groups[0].table.max_len
 
   def with_tables(self, tables: Sequence[PageTable]) -> "PagedCache":
-    """Returns the cache with other tables, one for each group."""
+    """Returns the cache with its page tables replaced, one for each group."""
     pairs = zip(self.groups, tables, strict=True)
     groups = [dataclasses.replace(group, table=t) for group, t in pairs]
     return dataclasses.replace(self, groups=tuple(groups))
 
   def with_pool(self, group: int, new_pool: KVPool) -> "PagedCache":
-    """Returns the cache with another pool in one group."""
+    """Returns the cache with the pool of one group replaced."""
     changed = dataclasses.replace(self.groups[group], pool=new_pool)
     groups = (*self.groups[:group], changed, *self.groups[group + 1 :])
     return dataclasses.replace(self, groups=groups)
@@ -121,12 +123,22 @@ def append(
   order: Int[Array, " num_seqs"] | None = None,
   max_new_tokens: int | None = None,
 ) -> tuple[PagedCache, Bool[Array, " num_seqs"]]:
-  """Reserves room for new tokens, and carries out the copies that this needs.
+  """Reserves room for new tokens, and carries out the page copies.
 
-  See `page_table.append` for the arguments and for who is served.
+  Most callers want `begin_step`, which calls this function.
+
+  Args:
+    cache: The cache; donate it, and do not read the old one afterwards.
+    num_new_tokens: i32[num_seqs]; see `page_table.append`.
+    order: i32[num_seqs]; see `page_table.append`.
+    max_new_tokens: See `page_table.append`.
 
   Returns:
     The next cache, and `ok` bool[num_seqs], False for refused rows.
+
+  Raises:
+    ValueError: See `page_table.append`.
+    NotImplementedError: If `cache.implementation` cannot copy pages here.
   """
   ask = functools.partial(
     page_table.append, order=order, max_new_tokens=max_new_tokens
@@ -160,10 +172,10 @@ def fork(
   src: Int[Array, "*num_forks"] | int,
   dst: Int[Array, "*num_forks"] | int,
 ) -> tuple[PagedCache, Bool[Array, "*num_forks"]]:
-  """Makes empty rows copies of others; see `page_table.fork`.
+  """Makes empty rows copies of other rows; see `page_table.fork`.
 
   Returns:
-    The next cache, and `ok` of the shape of `src`.
+    The next cache, and `ok` in the shape of `src`.
   """
 
   def change(table: PageTable, group: int, keep: Array | None) -> Changed:
@@ -178,10 +190,10 @@ def truncate(
   seq: Int[Array, "*k"] | int,
   new_len: Int[Array, "*k"] | int,
 ) -> tuple[PagedCache, Bool[Array, "*k"]]:
-  """Cuts rows to a shorter length; see `page_table.truncate`.
+  """Shortens rows; see `page_table.truncate`.
 
   Returns:
-    The next cache, and `ok` of the shape of `seq`.
+    The next cache, and `ok` in the shape of `seq`.
   """
 
   def change(table: PageTable, group: int, keep: Array | None) -> Changed:
@@ -204,17 +216,17 @@ def adopt(
 
   Args:
     cache: The cache.
-    seq: i32[k] or i32[], rows; `num_seqs` for nothing.
-    pages: The pages of each group.
-    kv_len: Tokens that the pages hold, the same in all groups.
-    min_lens: `min_len` of each group; 0 if None.
+    seq: i32[k] or i32[], rows; `num_seqs` for no request.
+    pages: For each group, i32[k, pages_per_seq] or i32[pages_per_seq].
+    kv_len: i32[k] or i32[], number of tokens in the pages of every group.
+    min_lens: `min_len` of each group; all 0 if None.
 
   Returns:
-    The next cache, and `ok` of the shape of `seq`.
+    The next cache, and `ok` in the shape of `seq`.
 
   Raises:
-    ValueError: If there is not one entry for each group, or as
-      `page_table.adopt`.
+    ValueError: If `pages` or `min_lens` does not have one entry for each group;
+      see also `page_table.adopt`.
   """
   num_groups = len(cache.groups)
   min_lens = (0,) * num_groups if min_lens is None else min_lens
@@ -234,10 +246,10 @@ def adopt(
 def permute(
   cache: PagedCache, parents: Int[Array, " num_seqs"]
 ) -> tuple[PagedCache, Bool[Array, ""]]:
-  """Makes each row a fork of an old row; see `page_table.permute`.
+  """Replaces each row by a fork of an old row; see `page_table.permute`.
 
   Returns:
-    The next cache, and `ok` bool[]: if False, no group is changed.
+    The next cache, and `ok` bool[]: if False, no group has changed.
   """
   itself = jnp.arange(cache.num_seqs, dtype=jnp.int32)
 
@@ -252,9 +264,9 @@ def permute(
 def release_outside_window(
   cache: PagedCache, num_sink_tokens: Int[Array, ""] | int = 0
 ) -> PagedCache:
-  """Gives back the pages that the windows of windowed groups have left behind.
+  """Releases the pages that the windows of windowed groups have passed.
 
-  See `page_table.release_outside_window`.
+  See `page_table.release_outside_window`, also for when to call it.
   """
   tables = []
   for group in cache.groups:
@@ -269,11 +281,11 @@ def _change_all_or_none(
   cache: PagedCache,
   change: Callable[[PageTable, int, Array | None], Changed],
 ) -> tuple[PagedCache, Array]:
-  """Changes the tables of all groups, for entries that all of them serve.
+  """Changes the tables of all groups, for the requests that all groups serve.
 
   Args:
     cache: The cache.
-    change: Returns the change of a table, of a group, for the entries to keep;
+    change: Called with a table, its group, and bool[k], the requests to keep;
       None keeps all.
   """
   numbered = list(enumerate(group.table for group in cache.groups))
@@ -285,5 +297,5 @@ def _change_all_or_none(
 
 
 def _asked(rows: Array | int, keep: Array | None, nothing: int) -> Array | int:
-  """Returns rows, with `nothing` for the entries that are not kept."""
+  """Returns `rows`, with `nothing` for requests that are not kept."""
   return rows if keep is None else jnp.where(keep, jnp.asarray(rows), nothing)

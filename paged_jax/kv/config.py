@@ -11,25 +11,29 @@ from paged_jax.kv import dtypes
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-  """Sizes of a paged cache, and how ops on it run.
+  """Sizes of a paged cache, and the implementation of ops on it.
 
-  Where a field is None, `generate` and `stream` choose its value for the batch
-  at hand; `PagedCache.init` wants all sizes.
+  `generate` and `stream` choose a value for each field that is None.
+  `PagedCache.init` requires all sizes.
 
   Attributes:
-    page_size: Tokens a page; a positive multiple of 8.
-    num_pages: Pages of each pool; one number for all layer groups, or one for
-      each. None takes what the batch can need at most, rounded up to a power of
-      two, within a share of the free memory.
-    max_len: Longest sequence in tokens; None is the model's own.
-    dtype: Of K and V; None is that of the model. int8 and float8_e4m3fn are
-      quantised, and take half the memory of bfloat16.
-    prefill_chunk: Prompt tokens of a step of `generate`, at least 1.
-    implementation: Of every op on the cache: attention, writes and page
-      copies. `"mosaic_gpu"`, `"xla"`, or None to choose for each.
-    num_seqs: Rows of the batch; None makes a row for each prompt.
-    debug: Whether every change of the page table is checked; see
+    page_size: Tokens per page; a positive multiple of 8.
+    num_pages: Pages of each pool, at least 1: one number for all layer groups,
+      or a tuple with one for each. None chooses the most that the batch can
+      need, rounded up to a power of two, within 80 % of the free memory.
+    max_len: Longest sequence in tokens, at least 1; None is the model's.
+    dtype: Dtype of K and V; None is the dtype of the model. int8 and
+      float8_e4m3fn are quantised and take half the memory of bfloat16.
+    prefill_chunk: Prompt tokens per prefill step of `generate`, at least 1.
+    implementation: Implementation of every op on the cache (attention, writes,
+      page copies): `"mosaic_gpu"`, `"xla"`, or None to choose for each op.
+    num_seqs: Number of rows of the batch, at least 1; None is the number of
+      prompts, rounded up to a power of two.
+    debug: Whether every transition of the page table is checked; see
       `page_table.assert_valid`.
+
+  Raises:
+    ValueError: If a field is out of its range.
   """
 
   page_size: int = 16
@@ -58,24 +62,28 @@ class CacheConfig:
 
   @property
   def pages_per_seq(self) -> int:
-    """Pages of the longest sequence."""
+    """Number of pages of the longest sequence."""
     if self.max_len is None:
-      raise ValueError("max_len=None must be a number here.")
+      raise ValueError("max_len=None must be an integer here.")
     return -(-self.max_len // self.page_size)
 
   def pages_of_groups(self, num_groups: int) -> tuple[int, ...]:
-    """Returns the pages of each pool.
+    """Returns the number of pages of each pool.
+
+    Args:
+      num_groups: Number of layer groups.
 
     Raises:
-      ValueError: If there is not one number for each group.
+      ValueError: If `num_pages` is None, or is a tuple that does not have one
+        number for each group.
     """
     if self.num_pages is None:
-      raise ValueError("num_pages=None must be a number here.")
+      raise ValueError("num_pages=None must be an integer or a tuple here.")
     if isinstance(self.num_pages, int):
       return (self.num_pages,) * num_groups
     if len(self.num_pages) != num_groups:
       raise ValueError(
-        f"num_pages={self.num_pages} must be one number, or one for each of "
-        f"the {num_groups} layer groups."
+        f"num_pages={self.num_pages} must be an integer, or have one for each "
+        f"of the {num_groups} layer groups."
       )
     return tuple(self.num_pages)

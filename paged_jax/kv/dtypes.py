@@ -1,4 +1,4 @@
-"""Dtypes of keys and values in a pool."""
+"""The dtypes that a pool can store keys and values in."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +17,12 @@ is_quantised = limits.is_quantised
 
 
 def query_dtype(dtype: DTypeLike, kv_dtype: DTypeLike) -> np.dtype:
-  """Returns the dtype in which queries attend to pages of `kv_dtype`.
+  """Returns the dtype to which queries are cast before they attend.
+
+  It is that of the pages, or `dtype` if the pages are quantised.
 
   Args:
-    dtype: Of the computation around the attention.
-    kv_dtype: Of the pages.
+    dtype: Dtype of the model's queries.
+    kv_dtype: Dtype of the pages.
   """
   return jnp.dtype(dtype if is_quantised(kv_dtype) else kv_dtype)

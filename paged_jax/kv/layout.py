@@ -1,8 +1,8 @@
-"""What a model says of its layers, and the groups that the cache makes of them.
+"""The shapes of a model's layers, and the layer groups of its cache.
 
-Layers of the same number and width of heads and the same window are a group:
-they share a page table and a pool. Most models have one group; models that mix
-windowed and full layers have two.
+Layers with the same number of KV heads, the same head_dim and the same window
+form a group, which has one page table and one pool. Most models have one group;
+models that mix windowed and full layers have two.
 """
 
 import dataclasses
@@ -18,15 +18,19 @@ from paged_jax.kv import dtypes
 
 @dataclasses.dataclass(frozen=True)
 class LayerKV:
-  """What the cache must know of one layer of a model.
+  """The shape of the keys and values of one layer of a model.
 
   Attributes:
-    num_kv_heads: Key and value heads.
-    head_dim: Width of one head.
-    sliding_window: Positions that a query of the layer sees, its own included;
-      None if it sees all. Pages behind the window may be given back.
-    shares: Number of an earlier, equal layer whose keys and values this layer
-      reads; it writes none of its own.
+    num_kv_heads: Number of key and value heads, at least 1.
+    head_dim: Width of one head, at least 1.
+    sliding_window: Number of positions that a query of the layer sees, its own
+      included, at least 1; None if it sees all. Pages that the window has
+      passed may be released.
+    shares: Index of an earlier, equal layer whose keys and values this layer
+      reads instead of writing its own; None if it writes its own.
+
+  Raises:
+    ValueError: If a field is out of its range.
   """
 
   num_kv_heads: int
@@ -44,9 +48,9 @@ class LayerKV:
 
 @dataclasses.dataclass(frozen=True)
 class KVLayout:
-  """The layout of a group of equal layers, for all devices together."""
+  """The layout of the pages of a layer group, over all devices together."""
 
-  num_layers: int
+  num_layers: int  # layers that write keys and values
   num_kv_heads: int
   head_dim: int
   sliding_window: int | None
@@ -67,10 +71,10 @@ class KVLayout:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where the keys and values of a layer are."""
+  """The place of a layer's keys and values in the cache."""
 
-  group: int
-  layer: int  # in the group
+  group: int  # index of the layer group
+  layer: int  # index in the group
   is_shared: bool  # whether another layer writes them
 
 
@@ -93,9 +97,14 @@ def layouts(
 ) -> tuple[KVLayout, ...]:
   """Returns the layout of each group, in the order of their first layers.
 
+  Args:
+    layers: The layers of a model.
+    page_size: Tokens per page.
+    dtype: Dtype of K and V.
+
   Raises:
-    ValueError: If there are no layers, or one shares with a layer that it
-      cannot share with.
+    ValueError: If `layers` is empty, or if `shares` of a layer is not an
+      earlier layer that is equal and does not share itself.
   """
   layers = tuple(layers)
   counts: dict[int, int] = {}
@@ -119,14 +128,14 @@ def layouts(
 
 @functools.lru_cache
 def places(layers: tuple[LayerKV, ...]) -> tuple[Place, ...]:
-  """Returns where the keys and values of each layer of a model are.
+  """Returns the place of each layer's keys and values.
 
   Raises:
-    ValueError: If there are no layers, or one shares with a layer that it
-      cannot share with.
+    ValueError: If `layers` is empty, or if `shares` of a layer is not an
+      earlier layer that is equal and does not share itself.
   """
   if not layers:
-    raise ValueError("layers is empty; a model has at least one.")
+    raise ValueError("layers is empty; it must have at least one layer.")
   groups: dict[LayerKV, int] = {}
   counts: list[int] = []
   found: list[Place] = []
@@ -144,12 +153,12 @@ def places(layers: tuple[LayerKV, ...]) -> tuple[Place, ...]:
 
 
 def _shared(layers: tuple[LayerKV, ...], found: list[Place], i: int) -> Place:
-  """Returns the place of layer `i`, which is that of another layer."""
+  """Returns the place of layer `i`, which shares that of an earlier layer."""
   shares = layers[i].shares
   if shares is None or not 0 <= shares < i or found[shares].is_shared:
     raise ValueError(
       f"layers[{i}].shares={shares} must be an earlier layer that does not "
-      "share."
+      "share itself."
     )
   if dataclasses.replace(layers[i], shares=None) != layers[shares]:
     raise ValueError(

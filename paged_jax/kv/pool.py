@@ -1,14 +1,14 @@
-"""The physical pool of key and value pages, for all layers of a model.
+"""The pool of key and value pages, for all layers of a group.
 
-Page-major: `[num_pages, num_layers, num_kv_heads, page_size, head_dim]`, one
-array for K and one for V. Seen flat, layer `l` of page `p` is row
-`p * num_layers + l`, so that an attention op reads every layer through the same
-array and the same page table: no slice of a layer is ever made.
+The pool is page-major: one array for K and one for V, of shape `[num_pages,
+num_layers, num_kv_heads, page_size, head_dim]`. With the first two axes merged,
+layer `l` of page `p` is row `p * num_layers + l`, so that attention reads every
+layer through one array and one page table, and no layer is ever sliced out.
 
 A pool of a quantised dtype also holds a scale for each token and KV head
 (`quantised`), laid out like the pages.
 
-A step writes first, then attends, and never reads the old pool again: XLA then
+A step writes first, then attends, and never reads the old pool again. XLA then
 updates the donated pool in place.
 """
 
@@ -32,22 +32,22 @@ from pallas_kernels.common.paged_kv import PagedKV
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVPool:
-  """Key and value pages of all layers."""
+  """Key and value pages of all layers of a group."""
 
   k: Leaf  # [num_pages, num_layers, num_kv_heads, page_size, head_dim]
   v: Leaf  # [num_pages, num_layers, num_kv_heads, page_size, head_dim]
-  # f32[num_pages, num_layers, num_kv_heads, page_size] of quantised pages.
+  # f32[num_pages, num_layers, num_kv_heads, page_size]; None if not quantised.
   k_scales: Leaf | None = None
   v_scales: Leaf | None = None
 
   @property
   def num_pages(self) -> int:
-    """Pages of the pool."""
+    """Number of pages of the pool."""
     return self.k.shape[0]
 
   @property
   def page_size(self) -> int:
-    """Tokens a page holds."""
+    """Tokens per page."""
     return self.k.shape[3]
 
 
@@ -62,17 +62,18 @@ def init(
   """Returns a pool of zeros.
 
   Args:
-    num_pages: Pages, at least 1.
-    num_layers: Layers that keep K and V in each page, at least 1.
-    num_kv_heads: Key and value heads, at least 1.
-    page_size: Tokens a page holds; a positive multiple of 8.
+    num_pages: Number of pages, at least 1.
+    num_layers: Layers that store K and V in each page, at least 1.
+    num_kv_heads: Number of key and value heads, at least 1.
+    page_size: Tokens per page; a positive multiple of 8.
     head_dim: Width of one head, at least 1.
-    dtype: bfloat16, float16 or float32; int8 or float8_e4m3fn for quantised
+    dtype: bfloat16, float16 or float32; or int8 or float8_e4m3fn for quantised
       pages, which have scales.
 
   Raises:
-    ValueError: If an argument is out of its range, or if the pool would have
-      2**31 token rows or more (the width of a scatter index).
+    ValueError: If an argument is out of its range, or if `num_pages *
+      num_layers * num_kv_heads * page_size` is 2**31 or more, the limit of a
+      scatter index.
   """
   shape = (num_pages, num_layers, num_kv_heads, page_size, head_dim)
   _check_sizes(shape, dtype)
@@ -93,28 +94,34 @@ def write(
   debug: bool = False,
   implementation: str | None = None,
 ) -> KVPool:
-  """Returns the pool with new tokens of one layer at their slots.
+  """Writes the keys and values of new tokens of one layer at their slots.
 
-  In place when the pool is donated or carried by a loop.
+  XLA updates the pool in place if it is donated or carried by a loop.
 
   Args:
-    pool: The pool; donate it, and do not read the old one after the write.
-    layer: Which layer, in `[0, num_layers)`.
-    k: [num_tokens, num_kv_heads, head_dim], new keys, rotated already. Cast to
-      the dtype of the pool, or quantised.
-    v: The same of the values.
+    pool: The pool; donate it, and do not read the old one afterwards.
+    layer: The layer of the group, in `[0, num_layers)`.
+    k: [num_tokens, num_kv_heads, head_dim], new keys, after any rotary
+      embedding. They are cast to the dtype of the pool, or quantised.
+    v: New values, like `k`.
     slots: i32[num_tokens], `page * page_size + offset` (see
-      `page_table.slots`). Slots out of range are dropped; the others must
-      differ from one another.
-    debug: Whether to check that they do, with `checkify.check` (see
+      `page_table.slots`). Tokens with a slot out of range are dropped; all
+      other slots must be distinct.
+    debug: Whether to check with `checkify.check` that slots are distinct (see
       `page_table.assert_valid`).
-    implementation: `"mosaic_gpu"`, a kernel for Hopper GPUs, or `"xla"`, which
-      scatters; None takes the kernel where it exists for pools of 16 bits.
+    implementation: `"mosaic_gpu"`, a kernel for Hopper GPUs, or `"xla"`, a
+      scatter. None takes the kernel if it can serve the pool and the dtype has
+      16 bits.
+
+  Returns:
+    The next pool.
 
   Raises:
-    ValueError: If a shape does not fit the pool, `layer` is out of range, or
-      `implementation` is unknown.
+    ValueError: If `k` or `v` does not fit the pool and `slots`, `layer` is out
+      of range, or `implementation` is unknown.
     NotImplementedError: If `implementation` cannot serve this pool here.
+    checkify.JaxRuntimeError: Outside jit with `debug`, if slots are not
+      distinct.
   """
   num_kv_heads, head_dim = pool.k.shape[2], pool.k.shape[4]
   num_tokens = slots.shape[0]
@@ -140,7 +147,7 @@ def write(
   )
 
 
-# Jitted, with the layer an argument: layers share the kernel.
+# Jitted with the layer as an array, so that all layers share one kernel.
 @functools.partial(jax.jit, static_argnames="implementation")
 def _write(
   pool: KVPool,
@@ -180,7 +187,7 @@ def _scatter(
     scatter = lambda pages, rows, x: pages.at[rows].set(
       x, mode="drop", unique_indices=True
     )
-    row = x.shape[2:]  # none of scales
+    row = x.shape[2:]  # (head_dim,), or () for scales
     flat = pages.reshape(-1, *row)
     flat = quantised.move(scatter, flat, rows, x.reshape(-1, *row))
     return flat.reshape(pages.shape)
@@ -194,13 +201,13 @@ def paged_kv(
   kv_lens: Int[Array, " num_seqs"],
   page_indices: Int[Array, "num_seqs pages_per_seq"],
 ) -> PagedKV:
-  """Returns one layer's keys and values, as attention reads them.
+  """Returns one layer's keys and values, as the attention kernels take them.
 
   Args:
     pool: The pool.
-    layer: Which layer, in `[0, num_layers)`.
-    kv_lens: i32[num_seqs], tokens stored.
-    page_indices: i32[num_seqs, pages_per_seq] of the page table.
+    layer: The layer of the group, in `[0, num_layers)`.
+    kv_lens: i32[num_seqs], tokens stored in each row.
+    page_indices: i32[num_seqs, pages_per_seq], from the page table.
 
   Raises:
     ValueError: If `layer` is out of range.
@@ -224,22 +231,26 @@ def copy_pages(
   *,
   implementation: str | None = None,
 ) -> KVPool:
-  """Returns the pool with pages copied, in all layers.
+  """Copies pages within the pool, in all layers.
 
-  In place when the pool is donated or carried by a loop. XLA makes one copy at
-  a time, and only those that there are: most steps have none, and gathering a
-  page for every row, of all layers, would take more memory than the step.
+  XLA updates the pool in place if it is donated or carried by a loop. The
+  `"xla"` implementation loops over the copies that are requested. Most steps
+  request none, and gathering one page for every row, in all layers, would take
+  more memory than the rest of the step.
 
   Args:
-    pool: The pool; donate it, and do not read the old one after the copy.
+    pool: The pool; donate it, and do not read the old one afterwards.
     src: i32[num_copies], pages to copy; clipped to the pool.
-    dst: i32[num_copies], where to; `num_pages` for nothing. The others must
-      differ from one another, and none of them be a source.
+    dst: i32[num_copies], pages to overwrite; `num_pages` for no copy. All
+      others must be distinct, and none of them may be in `src`.
     implementation: `"mosaic_gpu"`, a kernel for Hopper GPUs, `"xla"`, or None
-      to take the kernel where it can serve the pool.
+      to take the kernel if it can serve the pool.
+
+  Returns:
+    The next pool.
 
   Raises:
-    ValueError: If `src` and `dst` are not vectors of the same length, or
+    ValueError: If `src` and `dst` are not 1-D arrays of equal length, or
       `implementation` is unknown.
     NotImplementedError: If `implementation` cannot serve this pool here.
   """
@@ -250,7 +261,7 @@ def copy_pages(
   choice = dispatch.page_copy(implementation, jax.tree.leaves(pool))
   if choice.implementation == "xla":
     return _copy_in_a_loop(pool, src, dst)
-  # A process with a GPU may still compile for its CPU.
+  # A process with a GPU may still compile for the CPU.
   return lax.platform_dependent(
     pool, src, dst, cuda=_copy_by_kernel, default=_copy_in_a_loop
   )
@@ -282,17 +293,20 @@ def _copy_in_a_loop(pool: KVPool, src: Array, dst: Array) -> KVPool:
 
 
 def zero_pages(pool: KVPool, pages: Int[Array, " num_zeroed"]) -> KVPool:
-  """Returns the pool with some pages zeroed, in all layers.
+  """Sets pages to zero, in all layers.
 
-  No op reads what a free page holds. This is for those who do not want it to
-  stay in memory; see `page_table.freed_pages`.
+  No op reads the contents of a free page. This is for callers who must not
+  leave old keys and values in memory; see `page_table.freed_pages`.
 
   Args:
-    pool: The pool; donate it.
-    pages: i32[num_zeroed], pages; `num_pages` for nothing.
+    pool: The pool; donate it, and do not read the old one afterwards.
+    pages: i32[num_zeroed], pages; `num_pages` for none.
+
+  Returns:
+    The next pool.
 
   Raises:
-    ValueError: If `pages` is not a vector.
+    ValueError: If `pages` is not a 1-D array.
   """
   if pages.ndim != 1:
     raise ValueError(f"{pages.shape=} must be 1-D.")
@@ -302,15 +316,19 @@ def zero_pages(pool: KVPool, pages: Int[Array, " num_zeroed"]) -> KVPool:
 
 
 def resize(pool: KVPool, num_pages: int) -> KVPool:
-  """Returns a pool of another number of pages; see `page_table.resize`.
+  """Changes the number of pages of the pool; see also `page_table.resize`.
 
   Args:
-    pool: The pool. The new one is a copy: for a while, both take memory.
-    num_pages: Pages to have, at least 1. Pages from there on are lost; new
-      ones are zeros.
+    pool: The pool. The result is a copy, so both take memory until the old one
+      is freed.
+    num_pages: The new number of pages, at least 1. Pages from `num_pages` on
+      are lost; new pages are zero.
+
+  Returns:
+    The new pool.
 
   Raises:
-    ValueError: If `num_pages` is out of its range (as in `init`).
+    ValueError: If `num_pages` is out of its range (see `init`).
   """
   _check_sizes((num_pages, *pool.k.shape[1:]), pool.k.dtype)
   kept = min(pool.num_pages, num_pages)
@@ -336,8 +354,8 @@ def _check_sizes(shape: tuple[int, ...], dtype: DTypeLike) -> None:
   num_rows = num_pages * num_layers * num_kv_heads * page_size
   if num_rows >= 2**31:
     raise ValueError(
-      f"{shape=} has {num_rows} rows of head_dim elements; the limit is "
-      "2**31 - 1."
+      f"{shape=} has {num_rows} rows of head_dim elements, which exceed the "
+      "limit of 2**31 - 1."
     )
 
 
@@ -362,7 +380,7 @@ def _check_layer(pool: KVPool, layer: int) -> None:
 
 
 def _assert_distinct(slots: Array, num_slots: int) -> None:
-  """Checks that no slot of the pool is there twice, with `checkify.check`."""
+  """Checks with `checkify.check` that slots in range are distinct."""
   if slots.shape[0] < 2:
     return
   inside = (slots >= 0) & (slots < num_slots)
@@ -376,14 +394,14 @@ def _assert_distinct(slots: Array, num_slots: int) -> None:
 
 
 def _flat_rows(slots: Array, layer: Array, shape: tuple[int, ...]) -> Array:
-  """Returns i32[num_tokens * num_kv_heads], rows of the pool seen flat."""
+  """Returns i32[num_tokens * num_kv_heads], rows of the pool seen as 2-D."""
   num_pages, num_layers, num_kv_heads, page_size, _ = shape
   inside = (slots >= 0) & (slots < num_pages * page_size)
   page, offset = slots // page_size, slots % page_size
   head = jnp.arange(num_kv_heads, dtype=jnp.int32)
   page_head = (page * num_layers + layer)[:, None] * num_kv_heads + head[None]
   rows = page_head * page_size + offset[:, None]
-  # Out of range, for JAX to drop. Alike for all of them: scattering promises
+  # One row out of range for all tokens to drop: `unique_indices` demands
   # distinct rows only among those that are written.
   nowhere = num_pages * num_layers * num_kv_heads * page_size
   return jnp.where(inside[:, None], rows, nowhere).reshape(-1)

@@ -1,8 +1,9 @@
-"""The tokens of one model step: where each of them lives.
+"""The tokens of one model step, and their slots in the cache.
 
-A step reserves pages for all its rows at once, outside the layers, and computes
-the position and the slot of each of its tokens. Every layer then writes its
-keys and values there and attends through the page table.
+`begin_step` reserves pages for all rows at once, outside the layers, and
+computes the position and the slot of each token. Every layer then writes its
+keys and values at these slots and attends through the page table
+(`attend_layer`).
 """
 
 import dataclasses
@@ -23,51 +24,54 @@ from paged_jax.typing import Leaf
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GroupStep:
-  """What differs from layer group to layer group."""
+  """The part of a step that differs between layer groups."""
 
   page_indices: Leaf  # i32[num_rows, pages_per_seq]
-  slots: Leaf  # i32[num_tokens], out of range for tokens without a place
+  slots: Leaf  # i32[num_tokens], out of range for tokens that are not stored
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Padding:
-  """How tokens of a padded batch become flat ones, and back."""
+  """Maps tokens of a padded batch to flat tokens, and back."""
 
-  places: Leaf  # i32[num_tokens], place in the batch; its size for no token
+  # i32[num_tokens], index of each flat token in the batch seen flat;
+  # `batch * length` past the last token.
+  places: Leaf
   tokens: Leaf  # i32[batch * length], flat token; `num_tokens` for padding
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """The tokens of one step, and where each of them lives.
+  """The tokens of one step, with their positions and slots.
 
-  A step has `num_rows` rows, which are rows of the page table, and `num_tokens`
-  tokens. Tokens without a place belong to no row, or to a refused one: nothing
-  is written for them, and their attention is 0.
+  A step has `num_rows` rows, each a row of the page table, and `num_tokens`
+  tokens. Tokens of no row or of a refused row are not stored, and their
+  attention output is 0.
   """
 
   groups: tuple[GroupStep, ...]
-  ok: Leaf  # bool[num_rows], rows that have tokens and were given room
+  ok: Leaf  # bool[num_rows], rows that have tokens and were served
   kv_lens: Leaf  # i32[num_rows], new tokens included; 0 where not ok
   cu_q_lens: Leaf  # i32[num_rows + 1], offsets of the rows' tokens
-  positions: Leaf  # i32[num_tokens], or as the caller's batch; 0 if no place
-  is_token: Leaf  # bool, the same shape: whether the token has a place
+  # i32[num_tokens], or [batch, length] after `begin_padded`; 0 if not stored.
+  positions: Leaf
+  is_token: Leaf  # bool, in the shape of positions: whether it is stored
   tree_mask: Leaf | None = None  # bool[num_tokens, max_new]
   padding: Padding | None = None
-  # Most tokens of a row, if known. 1: decode, token i is that of row i.
+  # Most tokens of a row, if known. 1 is decode: row i has token i.
   max_q_len: int | None = dataclasses.field(
     default=None, metadata=dict(static=True)
   )
 
   @property
   def num_rows(self) -> int:
-    """Rows of the step."""
+    """Number of rows of the step."""
     return self.kv_lens.shape[0]
 
   def rows_of_tokens(self) -> Int[Array, " num_tokens"]:
-    """Returns the row of each flat token; `num_rows` past the last."""
+    """Returns i32[num_tokens], the row of each token; `num_rows` for none."""
     num_tokens = self.groups[0].slots.shape[0]
     return _rows_of_tokens(self.cu_q_lens, num_tokens)
 
@@ -81,34 +85,50 @@ def begin_step(
   max_q_len: int | None = None,
   tree_mask: Bool[Array, "num_tokens max_new"] | None = None,
 ) -> tuple[PagedCache, Step]:
-  """Reserves room for the next tokens of rows: prefill, decode, or a mixture.
+  """Reserves room for the new tokens of a step: prefill, decode, or a mixture.
 
-  The tokens of row `i` are `cu_q_lens[i] : cu_q_lens[i + 1]` of the flat token
-  axis. With `max_q_len=1`, for decode, token `i` is that of row `i`, and rows
-  without a token leave their place unused.
+  The tokens of all rows lie one after the other on a flat token axis: row `i`
+  has the tokens `cu_q_lens[i] : cu_q_lens[i + 1]`. With `max_q_len=1` (decode),
+  row `i` has token `i`, which is padding if `q_lens[i] == 0`.
 
   Args:
-    cache: The cache.
+    cache: The cache; donate it, and do not read the old one afterwards.
     q_lens: i32[num_rows], new tokens of each row, 0 for none.
-    num_tokens: Length of the flat token axis: at least the sum of `q_lens`, or
-      with `max_q_len=1` the number of rows.
-    rows: i32[num_rows], rows of the page table, in the order in which they are
-      served; `num_seqs`, or any other number out of range, for none: tokens of
-      such rows are padding. None takes all rows in their order.
-    max_q_len: Most tokens of a row, if known. Up to 8, the decode kernel serves
-      the attention.
-    tree_mask: bool[num_tokens, max_new], which of the new tokens of its row a
-      token sees; see `ragged_paged_attention`.
+    num_tokens: Length of the flat token axis, at least 1: at least the sum of
+      `q_lens`, or with `max_q_len=1` the number of rows.
+    rows: i32[num_rows], rows of the page table in the order in which they are
+      served; `num_seqs`, or any number out of range, for padding. If None, all
+      rows are served in row order.
+    max_q_len: Upper bound of `q_lens`, at least 1, if known. Up to 8, the
+      decode kernel computes the attention.
+    tree_mask: bool[num_tokens, max_new], which new tokens of its row a token
+      attends to; see `ragged_paged_attention`.
 
   Returns:
-    The cache, in which the lengths of served rows have grown, and the step. Of
-    a refused row, nothing has changed, and `step.ok` is False. Rows are refused
-    if their tokens do not fit the token axis, exceed `max_q_len`, find no room
-    (see `page_table.append`), or are named twice.
+    The next cache, in which the lengths of served rows have grown, and the
+    step. A row is refused if its tokens do not fit on the token axis, exceed
+    `max_q_len`, or find no pages (see `page_table.append`), or if it is given
+    twice. A refused row stays as it was, and its `step.ok` is False.
 
   Raises:
-    ValueError: If an argument has another shape or dtype, or if `q_lens` are
-      known and negative, or do not fit `num_tokens` or `max_q_len`.
+    ValueError: If `q_lens` or `rows` has the wrong shape or is not an integer
+      array, `num_tokens` or `max_q_len` is below 1, `num_tokens` is not the
+      number of rows with `max_q_len=1`, or, outside jit, `q_lens` are negative
+      or exceed `max_q_len` or `num_tokens`.
+    NotImplementedError: If `cache.implementation` cannot copy pages here.
+
+  Example:
+    # One decode step of a model: tokens[i] continues row i.
+    q_lens = jnp.ones_like(tokens)
+    cache, step = begin_step(cache, q_lens, len(tokens), max_q_len=1)
+    x = embed(tokens)
+    for i, layer in enumerate(layers):
+      q, k, v = layer.qkv(x)  # [num_tokens, heads, head_dim] each
+      q = apply_rotary(q, step.positions, theta)
+      k = apply_rotary(k, step.positions, theta)
+      y, cache = attend_layer(q, k, v, cache, step, i)
+      x = x + layer.output(y)
+    logits = head(x)
   """
   num_rows = cache.num_seqs if rows is None else jnp.size(rows)
   if rows is not None and num_rows > cache.num_seqs:
@@ -119,19 +139,18 @@ def begin_step(
   q_lens = page_table.integers(q_lens, (num_rows,), "q_lens")
   if rows is not None:
     rows = page_table.integers(rows, (num_rows,), "rows")
-    # A gather would take -1 for the last row.
+    # In a gather, -1 would be the last row.
     rows = jnp.where(
       (rows >= 0) & (rows < cache.num_seqs), rows, cache.num_seqs
     )
   if max_q_len == 1 and num_tokens != num_rows:
     raise ValueError(
-      f"{num_tokens=} must be {num_rows=} with max_q_len=1: token i is that "
-      "of row i."
+      f"{num_tokens=} must be {num_rows=} with max_q_len=1: row i has token i."
     )
   cu_q_lens, wanted = _spans(q_lens, num_tokens, max_q_len)
   cache, ok = _reserve(cache, wanted, rows, max_q_len or num_tokens)
 
-  # Where tokens live.
+  # The positions and the slots of tokens.
   all_rows = jnp.arange(cache.num_seqs, dtype=jnp.int32)
   table_rows = all_rows if rows is None else rows
   kv_lens = cache.kv_lens
@@ -149,7 +168,7 @@ def begin_step(
     positions = kv_lens.at[row].get(mode="clip") - from_end
     positions = jnp.where(is_token, positions, 0)
     rows_of_tokens = table_rows.at[row].get(mode="clip")
-    # Of a refused row, only the old tokens are stored.
+    # New tokens of a refused row are not stored.
     rows_of_tokens = jnp.where(is_token, rows_of_tokens, cache.num_seqs)
   groups = tuple(
     GroupStep(
@@ -173,21 +192,22 @@ def begin_step(
 def begin_padded(cache: PagedCache, mask: Array) -> tuple[PagedCache, Step]:
   """Reserves room for the tokens of a padded batch; see `begin_step`.
 
-  The batch has a row for each row of the cache. Padding may be on the left, on
-  the right, or between tokens. Arrays that layers hand to `attend_layer` then
-  have the axes `[batch, length]` in place of the token axis, and so have
-  `step.positions` and `step.is_token`.
+  Row `i` of the batch is row `i` of the cache. Padding may be on the left, on
+  the right, or between tokens. The arrays given to `attend_layer`,
+  `step.positions` and `step.is_token` then have the axes `[batch, length]` in
+  place of the token axis.
 
   Args:
-    cache: The cache.
-    mask: bool or integers [batch, length], True or not 0 where there is a
-      token. A batch of length 1 is a decode step.
+    cache: The cache; donate it, and do not read the old one afterwards.
+    mask: bool or integer [num_seqs, length], True or nonzero for tokens. A
+      batch of length 1 is a decode step.
 
   Returns:
-    The cache and the step, as `begin_step`.
+    The next cache and the step; see `begin_step`.
 
   Raises:
-    ValueError: If `mask` has another shape or dtype.
+    ValueError: If `mask` has another shape or dtype, or no column.
+    NotImplementedError: If `cache.implementation` cannot copy pages here.
   """
   dtype, shape = jnp.result_type(mask), jnp.shape(mask)
   is_flag = dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.integer)
@@ -210,7 +230,7 @@ def begin_padded(cache: PagedCache, mask: Array) -> tuple[PagedCache, Step]:
       positions=step.positions[:, None],
       is_token=step.is_token[:, None],
     )
-  # The n-th token of a row is the n-th of its span on the flat axis.
+  # The n-th token of a row is the n-th in the row's span of the flat axis.
   nth = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
   tokens = jnp.where(mask, step.cu_q_lens[:-1, None] + nth, num_tokens)
   tokens = tokens.reshape(-1)
@@ -229,7 +249,7 @@ def begin_padded(cache: PagedCache, mask: Array) -> tuple[PagedCache, Step]:
 
 
 def _check_known(q_lens: Array, num_tokens: int, max_q_len: int | None) -> None:
-  """Raises a ValueError if values that are known are out of their range."""
+  """Raises a ValueError if sizes, or lengths outside jit, are out of range."""
   if num_tokens < 1:
     raise ValueError(f"{num_tokens=} must be at least 1.")
   if max_q_len is not None and max_q_len < 1:
@@ -242,22 +262,22 @@ def _check_known(q_lens: Array, num_tokens: int, max_q_len: int | None) -> None:
     raise ValueError(f"q_lens={known.tolist()} must be in [0, {most}].")
   if known.sum() > num_tokens:
     raise ValueError(
-      f"q_lens={known.tolist()} have {known.sum()} tokens; {num_tokens=} is "
-      "the limit."
+      f"q_lens={known.tolist()} have {known.sum()} tokens, which exceed "
+      f"{num_tokens=}."
     )
 
 
 def _spans(
   q_lens: Array, num_tokens: int, max_q_len: int | None
 ) -> tuple[Array, Array]:
-  """Returns offsets of rows on the token axis, and the tokens they may have.
+  """Returns the offsets of rows on the token axis, and the tokens to reserve.
 
-  A row whose tokens do not fit whole may have none, but keeps its span.
+  A row whose tokens do not fit reserves none, but keeps its span of the axis.
   """
   if max_q_len == 1:
     offsets = jnp.arange(q_lens.shape[0] + 1, dtype=jnp.int32)
     return offsets, jnp.where(q_lens == 1, 1, 0)
-  # Clamped, so that sums of huge lengths do not wrap around.
+  # Clamped, so that the sum of huge lengths does not overflow.
   spans = jnp.clip(q_lens, 0, num_tokens + 1)
   ends = jnp.cumsum(spans, dtype=jnp.int32)
   most = num_tokens if max_q_len is None else max_q_len
@@ -269,7 +289,7 @@ def _spans(
 def _reserve(
   cache: PagedCache, wanted: Array, rows: Array | None, max_new_tokens: int
 ) -> tuple[PagedCache, Array]:
-  """Returns the cache with room for tokens, and bool[num_rows], who got it."""
+  """Returns the next cache, and bool[num_rows], the rows that were served."""
   append = functools.partial(paged_cache.append, max_new_tokens=max_new_tokens)
   if rows is None:
     cache, ok = append(cache, wanted)
@@ -285,7 +305,7 @@ def _reserve(
 
 
 def _order(rows: Array, num_seqs: int) -> Array:
-  """Returns rows as `page_table.append` takes an order: num_seqs entries."""
+  """Returns `rows` padded to num_seqs entries, for `page_table.append`."""
   missing = max(num_seqs - rows.shape[0], 0)
   padded = jnp.pad(rows, (0, missing), constant_values=num_seqs)
   return padded[:num_seqs]

@@ -177,7 +177,7 @@ def integers(value: Array | int, shape: tuple[int, ...], name: str) -> Array:
   if array.shape != shape:
     raise ValueError(f"{name} must have shape {shape}, got {array.shape}.")
   if not jnp.issubdtype(array.dtype, jnp.integer):
-    raise ValueError(f"{name} must have an integer dtype, got {array.dtype}.")
+    raise ValueError(f"{name} must be integers, got {array.dtype}.")
   return array.astype(jnp.int32)
 
 
