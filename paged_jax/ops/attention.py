@@ -1,11 +1,11 @@
-"""The two public attention ops over a paged KV pool.
+"""Attention over a paged KV pool: `paged_attention`, `ragged_paged_attention`.
 
-Both check their arguments, choose an implementation and call it:
+Both ops check their arguments and call one of two implementations:
 
   * `"mosaic_gpu"`: Pallas kernels for Hopper GPUs (`pallas_kernels`).
   * `"xla"`: plain JAX that streams over KV tiles; every option, every device.
 
-By default, the kernel is used wherever it takes the shapes at hand.
+By default, they call the kernel if it supports the shapes on this device.
 """
 
 import functools
@@ -47,52 +47,61 @@ def paged_attention(
   return_lse: bool = False,
   implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
-  """Attends with one query token per sequence (decode) over paged K and V.
+  """Computes attention of one query token per sequence (decode) over pages.
 
-  The query of sequence `i` stands at position `kv_lens[i] - 1`; its own key is
-  already in the pool.
+  This is PagedAttention (Kwon et al., 2023, section 4.1) with grouped-query
+  heads: query head `h` reads KV head `h // (num_q_heads // num_kv_heads)`. The
+  query of sequence `i` is at position `pos = kv_lens[i] - 1`, and its own key
+  must already be in the pool. For each query head, over the visible keys `j`:
+
+      s[j] = scale * dot(q, k[j])
+      s[j] = cap * tanh(s[j] / cap)    with logits_soft_cap
+      s[j] = s[j] + slope * (j - pos)  with alibi_slopes
+      lse  = log(sum_j exp(s[j]) + exp(sink))    exp(sink) only with sinks
+      out  = sum_j exp(s[j] - lse) * v[j]
 
   Args:
     q: [num_seqs, num_q_heads, head_dim], bfloat16, float16 or float32.
-    k_pages: [num_pages, num_kv_heads, page_size, head_dim], dtype of `q`, or
-      int8 or float8_e4m3fn with scales.
-    v_pages: The same of the values.
+    k_pages: [num_pages, num_kv_heads, page_size, head_dim], in the dtype of
+      `q`, or int8 or float8_e4m3fn with scales. `page_size` is a multiple of 8.
+    v_pages: Value pages, like `k_pages`.
     kv_lens: i32[num_seqs], tokens stored; 0 or less gives an output of 0.
-      Positions past the end of the table are not seen.
+      Positions past the end of the table are not visible.
     page_indices: i32[num_seqs, pages_per_seq], physical page of each logical
-      page. Pages out of `[0, num_pages)` are holes: their keys are not seen.
-    k_scales: f32[num_pages, num_kv_heads, page_size], factors, at least
-      0, of the keys of int8 or float8_e4m3fn pages; None for other pages. The
-      decode kernel clamps value scales to at least 2**-100. The ragged kernel
-      dequantises K and V to the dtype of `q` before multiplying.
-    v_scales: The same of the values.
+      page. Keys in pages out of `[0, num_pages)` are not visible.
+    k_scales: f32[num_pages, num_kv_heads, page_size], at least 0: a key of an
+      int8 or float8_e4m3fn page is its data times its scale. None for other
+      dtypes. The decode kernel clamps value scales to at least 2**-100. The
+      ragged kernel dequantises K and V to the dtype of `q` before multiplying.
+    v_scales: Scales of the values, like `k_scales`.
     scale: Multiplies the logits; `head_dim ** -0.5` if None.
-    sliding_window: If given, a query at `pos` sees keys in
-      `(pos - sliding_window, pos]` only.
-    num_sink_tokens: The first tokens of a sequence that stay visible besides
-      the window.
-    logits_soft_cap: If given, logits become `cap * tanh(logits / cap)`.
+    sliding_window: If given, only the keys at positions in
+      `(pos - sliding_window, pos]` are visible; at least 1.
+    num_sink_tokens: Number of first tokens of a sequence that stay visible
+      outside the window (Xiao et al., 2023); at least 0.
+    logits_soft_cap: If given, limits the logits to `[-cap, cap]`; above 0.
     batch_invariant: If True, the output of a sequence does not depend on the
-      rest of the batch, bit for bit. It costs the kernel about 10 %, and memory
-      for up to 16 partial results of each sequence and KV head. The XLA
-      implementation is as invariant as XLA's matrix products are, either way.
-    sinks: [num_q_heads], one more logit per head in the denominator.
-    alibi_slopes: [num_q_heads]; ALiBi (Press et al., 2022, section 3): after
-      the soft cap, the head's slope times the position of the key minus that
-      of the query (0 or less) is added to the logit. Slopes are clamped to
-      2**95.
+      rest of the batch, bit for bit. The kernel becomes about 10 % slower, and
+      stores up to 16 partial results for each sequence and KV head. The XLA
+      implementation ignores it, and is as invariant as XLA's matrix products.
+    sinks: [num_q_heads], a logit per head that is added to the denominator.
+    alibi_slopes: [num_q_heads], slopes of ALiBi (Press et al., 2022, section
+      3), clamped to a magnitude of 2**95.
     return_lse: Whether to return the log-sum-exp too.
     implementation: `"mosaic_gpu"`, `"xla"`, or None to choose.
 
   Returns:
-    [num_seqs, num_q_heads, head_dim] in the dtype of `q`; with `return_lse`
-    also f32[num_seqs, num_q_heads], the natural log of the sum of the
-    exponentiated logits, sinks included. Sequences with nothing to attend to
-    give 0 and -inf.
+    [num_seqs, num_q_heads, head_dim] in the dtype of `q`. With `return_lse`, a
+    pair of this and f32[num_seqs, num_q_heads], the natural logarithm `lse`.
+    Sequences without a visible key give 0 and -inf, with or without sinks.
 
   Raises:
-    ValueError: If a shape, dtype or option is wrong.
-    NotImplementedError: If `implementation` cannot serve these arguments here.
+    ValueError: If an argument is not an array, or has the wrong rank, shape or
+      dtype; if `num_q_heads` is not a multiple of `num_kv_heads`, or
+      `page_size` of 8; if scales are missing for quantised pages or given for
+      others; or if an option is out of its range.
+    NotImplementedError: If `implementation` cannot serve these arguments here;
+      the message says why.
   """
   kv = PagedKV(
     k_pages, v_pages, k_scales, v_scales, None, kv_lens, page_indices
@@ -137,60 +146,65 @@ def ragged_paged_attention(
   return_lse: bool = False,
   implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
-  """Attends with any number of query tokens per sequence.
+  """Computes attention of any number of query tokens per sequence.
 
-  Queries of all sequences lie one after the other on the token axis: those of
-  sequence `s` are `cu_q_lens[s] : cu_q_lens[s + 1]`. They are its last tokens:
-  query `i` of `q_len` sees its first `kv_len - q_len + i + 1` keys, unless
-  `causal` or `tree_mask` says otherwise. Prefill, chunks on top of a context,
-  decode, verification, and a mixture are the same call.
+  The queries of all sequences lie one after the other on the token axis:
+  sequence `s` has the tokens `cu_q_lens[s] : cu_q_lens[s + 1]`. They are its
+  last tokens: query `i` of `q_len` is at position `pos = kv_len - q_len + i`
+  and sees the keys up to `pos`, unless `causal` or `tree_mask` says otherwise.
+  One call can mix prefill, chunks on top of a context, decode, and the
+  verification of speculative tokens. See `paged_attention` for the formula.
 
   Args:
-    q: [num_tokens, num_q_heads, head_dim].
+    q: [num_tokens, num_q_heads, head_dim], bfloat16, float16 or float32.
     k_pages: See `paged_attention`.
     v_pages: See `paged_attention`.
-    kv_lens: i32[num_seqs], tokens stored, the queries' own included.
+    kv_lens: i32[num_seqs], tokens stored, including those of the queries.
     page_indices: See `paged_attention`.
     cu_q_lens: i32[num_seqs + 1], offsets into the token axis, not decreasing,
       `cu_q_lens[0] == 0`.
-    num_active: i32[] or i32[1]; sequences from this row on are ignored.
-    max_q_len: Most query tokens of a sequence, if it is known. Up to 8 are
-      served by the decode kernel, as in the verification of speculative tokens.
-      It is not checked: tokens of a sequence beyond it may get 0 and -inf, and
-      do not count for `alibi_slopes` without `causal`.
-    causal: Whether a query sees no key past its own; if not, it sees all keys
-      of its sequence.
-    tree_mask: bool[num_tokens, max_new], to verify a tree of speculative
-      tokens: `tree_mask[t, j]` is True if token `t` may attend to the j-th
-      query token of its sequence, whose key is at `kv_len - q_len + j`. All
-      query tokens attend to the keys before these. The mask alone decides: no
-      order, no causality and no self-attention is assumed. Columns from `q_len`
-      on are ignored; query tokens past the last column are not seen, and those
-      beyond `max_q_len` may not be seen either.
-    k_scales: See `paged_attention`, as for the other options.
+    num_active: i32[], i32[1] or an integer; sequences from this row on are
+      ignored.
+    max_q_len: Upper bound of the query tokens of a sequence, at least 1, if
+      known. Up to 8, the decode kernel serves the call. The op does not check
+      the bound: query tokens beyond it may give 0 and -inf, and with
+      `causal=False` they shift the positions used for `alibi_slopes`.
+    causal: Whether a query sees only keys up to its own position. If False, it
+      sees all keys of its sequence.
+    tree_mask: bool[num_tokens, max_new], for a tree of speculative tokens:
+      `tree_mask[t, j]` is True if token `t` may attend to the j-th query token
+      of its sequence, whose key is at `kv_len - q_len + j`. All query tokens
+      attend to the keys before `kv_len - q_len`. The mask replaces causality: a
+      token does not even attend to itself unless the mask says so. Columns from
+      `q_len` on are ignored. Query tokens past the last column are not visible,
+      and those beyond `max_q_len` may not be.
+    k_scales: See `paged_attention`.
     v_scales: See `paged_attention`.
     scale: See `paged_attention`.
-    sliding_window: See `paged_attention`; `causal` must be True. With a
-      `tree_mask`, a token stands where its path does: `pos` is
-      `kv_len - q_len` plus the number of query tokens that it sees, minus 1,
-      and the window bounds the keys before `kv_len - q_len` only.
+    sliding_window: See `paged_attention`; requires `causal=True`. With a
+      `tree_mask`, `pos` is `kv_len - q_len` plus the token's depth in the tree,
+      which is the number of query tokens that it attends to, minus 1, and the
+      window limits only the keys before `kv_len - q_len`.
     num_sink_tokens: See `paged_attention`.
     logits_soft_cap: See `paged_attention`.
     batch_invariant: See `paged_attention`.
     sinks: See `paged_attention`.
-    alibi_slopes: See `paged_attention`; `tree_mask` must be None. Query `i`
-      stands at `kv_len - q_len + i` whatever `causal` says.
+    alibi_slopes: See `paged_attention`; `tree_mask` must be None. The position
+      of query `i` is `kv_len - q_len + i`, also with `causal=False`.
     return_lse: See `paged_attention`.
     implementation: See `paged_attention`.
 
   Returns:
-    [num_tokens, num_q_heads, head_dim]; with `return_lse` also
-    f32[num_tokens, num_q_heads]. Tokens past `cu_q_lens[num_active]`, and those
-    with nothing to attend to, give 0 and -inf.
+    [num_tokens, num_q_heads, head_dim] in the dtype of `q`. With `return_lse`,
+    a pair of this and the log-sum-exp f32[num_tokens, num_q_heads]. Tokens past
+    `cu_q_lens[num_active]`, and tokens without a visible key, give 0 and -inf.
 
   Raises:
-    ValueError: If a shape, dtype or option is wrong.
-    NotImplementedError: If `implementation` cannot serve these arguments here.
+    ValueError: See `paged_attention`; also if `cu_q_lens` or `num_active` has
+      the wrong shape or dtype, if `causal=False` is combined with
+      `sliding_window` or `tree_mask`, or `tree_mask` with `alibi_slopes`.
+    NotImplementedError: If `implementation` cannot serve these arguments here;
+      the message says why.
   """
   kv = PagedKV(
     k_pages, v_pages, k_scales, v_scales, None, kv_lens, page_indices
@@ -240,7 +254,7 @@ def attend_decode(
   spec: AttentionSpec,
   implementation: str | None,
 ) -> tuple[Array, Array]:
-  """Returns output and LSE of checked arguments; see `paged_attention`."""
+  """Returns the output and LSE of checked arguments; see `paged_attention`."""
   choice = dispatch.decode_attention(
     implementation, AttentionShapes.of(q, kv.k)
   )
@@ -260,7 +274,7 @@ def attend_ragged(
   *,
   max_q_len: int | None,
 ) -> tuple[Array, Array]:
-  """Returns output and LSE; see `ragged_paged_attention`."""
+  """Returns the output and LSE of checked arguments; see the public op."""
   choice = dispatch.ragged_attention(
     implementation,
     AttentionShapes.of(q, kv.k),
@@ -280,7 +294,7 @@ def attend_ragged(
   )
 
 
-# Jitted, so that the unrolled layers of a model lower one kernel, not many.
+# Jitted, so that the unrolled layers of a model lower the kernel only once.
 @functools.partial(jax.jit, static_argnames=("spec", "implementation"))
 def _attend_decode(q, kv, arrays, *, spec, implementation):
   kv = kv.with_layer_axis()
@@ -290,7 +304,7 @@ def _attend_decode(q, kv, arrays, *, spec, implementation):
   from pallas_kernels.decode.kernel import paged_decode
 
   by_kernel = functools.partial(paged_decode, spec=spec)
-  # A process with a GPU may still compile for its CPU.
+  # A process with a GPU may still compile for the CPU.
   return lax.platform_dependent(q, kv, arrays, cuda=by_kernel, default=by_xla)
 
 

@@ -1,14 +1,15 @@
-"""Cascade attention: read a shared prefix once, then merge.
+"""Cascade attention: reads a shared prefix once, then merges.
 
-Sequences that were forked, or that found their prompt in a prefix cache, begin
-with the same pages:
+Forked sequences, and sequences whose prompts hit a prefix cache, start with
+the same pages:
 
   seq 0   | 7 2 9 4 | 1 8 |
-  seq 1   | 7 2 9 4 | 3 |     pages 7 2 9 4 are attended once, with the queries
-  seq 2   | 7 2 9 4 | 5 6 |   of all; 1 8, 3 and 5 6 with one query each
+  seq 1   | 7 2 9 4 | 3 |       pages 7 2 9 4 are read once, for the queries
+  seq 2   | 7 2 9 4 | 5 6 |     of all; 1 8, 3 and 5 6 for one query each
 
-Queries that share keys fill the tensor cores; one by one they would wait for
-memory. The outputs of both parts are merged by their log-sum-exp.
+Many queries against the same keys fill the tensor cores, where one query at a
+time is limited by memory bandwidth. The outputs of the two parts are merged by
+their log-sum-exp (`merge_attention`).
 """
 
 import dataclasses
@@ -47,48 +48,51 @@ def cascade_attention(
   return_lse: bool = False,
   implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
-  """Decodes like `paged_attention`, reading pages that rows share only once.
+  """Computes `paged_attention`, reading pages that sequences share only once.
 
-  The result is that of `paged_attention` on the same arguments, whatever the
-  table holds: what is shared decides only how fast it comes. Rows of a group
-  whose first `num_shared_pages` pages are the same, and full, attend these
-  together, and the rest each on its own. What counts are the pages of the
-  group's first row that fills as many; a row that begins with others, or is
-  shorter, attends all of its keys on its own.
+  The result is that of `paged_attention` with the same arguments, whatever the
+  table holds; the groups and `num_shared_pages` only affect the speed. All
+  sequences of a group that start with the same `num_shared_pages` full pages
+  attend to them together, and each attends to its other pages alone. The first
+  sequence of the group that is long enough determines these pages. A sequence
+  that starts with other pages, or is shorter, attends to all of its keys alone.
 
-  It pays where shared keys are many more than own ones, and rows more than a
-  few. There are no sliding windows: with one, a row sees the end of its keys
-  only, and `paged_attention` reads no more than that.
+  This is faster than `paged_attention` if the shared keys outnumber the others
+  by far and groups have more than a few sequences. There is no sliding window:
+  it would hide the prefix, and `paged_attention` skips pages before the window.
 
   Args:
     q: See `paged_attention`.
     k_pages: See `paged_attention`.
     v_pages: See `paged_attention`.
-    kv_lens: i32[num_seqs], tokens stored, shared ones included.
+    kv_lens: i32[num_seqs], tokens stored, including those in shared pages.
     page_indices: See `paged_attention`.
-    num_shared_pages: How many pages, from the first, the rows of a group share:
-      i32[num_groups], or a number for all groups. Values are not static: they
-      compile nothing anew. In an array, those below 0 count as 0; those beyond
-      the table count as all of its columns.
-    cu_group_lens: i32[num_groups + 1], at which row each group begins, not
-      decreasing, and at the end one past the last; other rows attend on their
-      own. All rows are one group if None.
-    k_scales: See `paged_attention`, as for the other options.
+    num_shared_pages: Number of first pages that the sequences of a group share:
+      i32[num_groups], or an integer for all groups. Its values are not static
+      and cause no recompilation. Values of an array are clamped to
+      `[0, pages_per_seq]`; an integer must be at least 0.
+    cu_group_lens: i32[num_groups + 1], not decreasing: group `g` has the rows
+      `cu_group_lens[g] : cu_group_lens[g + 1]`. Other rows attend alone. If
+      None, all rows form one group.
+    k_scales: See `paged_attention`.
     v_scales: See `paged_attention`.
     scale: See `paged_attention`.
     logits_soft_cap: See `paged_attention`.
-    batch_invariant: See `paged_attention`. What a row gets still depends on how
-      many pages it shares, and the kernel's speed suffers more.
+    batch_invariant: See `paged_attention`. The output of a sequence still
+      depends on the number of its shared pages, and the slowdown is larger.
     sinks: See `paged_attention`.
     return_lse: See `paged_attention`.
-    implementation: Of both parts: see `paged_attention`. None chooses for each.
+    implementation: See `paged_attention`. It applies to both parts; None
+      chooses for each.
 
   Returns:
     See `paged_attention`.
 
   Raises:
-    ValueError: If a shape, dtype or option is wrong.
-    NotImplementedError: If `implementation` cannot serve these arguments here.
+    ValueError: See `paged_attention`; also if `num_shared_pages` or
+      `cu_group_lens` has the wrong shape, dtype or range.
+    NotImplementedError: If `implementation` cannot serve these arguments here;
+      the message says why.
   """
   kv = PagedKV(
     k_pages, v_pages, k_scales, v_scales, None, kv_lens, page_indices
@@ -108,7 +112,7 @@ def cascade_attention(
   sizes = dict(page_size=page_size, num_pages=num_pages)
   split = _split(kv_lens, page_indices, counts, groups, **sizes)
 
-  # 1. The shared keys, by all queries of a group.
+  # 1. All queries of a group attend to the shared keys.
   shared, shared_lse = attend_ragged(
     q,
     kv._replace(kv_lens=split.shared_lens, page_indices=split.shared_pages),
@@ -119,10 +123,10 @@ def cascade_attention(
     implementation,
     max_q_len=None,
   )
-  # Rows of no group were not written: what they hold must not be merged.
+  # Rows that share nothing were not written, so their output is arbitrary.
   shared_lse = jnp.where(split.joins[:, None], shared_lse, -jnp.inf)
 
-  # 2. The keys of each row alone.
+  # 2. The query of each row attends to the other keys of its row.
   own = attend_decode(
     q,
     kv._replace(kv_lens=split.own_lens, page_indices=split.own_pages),
@@ -131,15 +135,15 @@ def cascade_attention(
     implementation,
   )
 
-  # 3. Both.
+  # 3. Merge.
   out, lse = merge_attention((shared, shared_lse), own, sinks=sinks)
   return (out, lse) if return_lse else out
 
 
 class _Split(NamedTuple):
-  """A batch, cut into the pages that rows share and those of each row."""
+  """A batch, split into the pages that rows share and all others."""
 
-  joins: Array  # bool[num_seqs], whether a row shares
+  joins: Array  # bool[num_seqs], whether a row shares its group's pages
   shared_lens: Array  # i32[num_groups]
   shared_pages: Array  # i32[num_groups, pages_per_seq]
   own_lens: Array  # i32[num_seqs]
@@ -148,22 +152,22 @@ class _Split(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("page_size", "num_pages"))
 def _split(kv_lens, page_indices, counts, groups, *, page_size, num_pages):
-  """Cuts a batch; see `cascade_attention`.
+  """Splits a batch; see `cascade_attention`.
 
   Args:
     kv_lens: i32[num_seqs].
     page_indices: i32[num_seqs, pages_per_seq].
-    counts: i32[num_groups], how many pages are shared.
-    groups: i32[num_groups + 1], where they begin.
-    page_size: Tokens in a page.
-    num_pages: In the pool: the sentinel.
+    counts: i32[num_groups], number of shared pages.
+    groups: i32[num_groups + 1], first row of each group.
+    page_size: Tokens per page.
+    num_pages: Number of pages of the pool, which means no page.
   """
   num_seqs, pages_per_seq = page_indices.shape
   counts = jnp.clip(counts, 0, pages_per_seq)
   row = jnp.arange(num_seqs, dtype=jnp.int32)
   is_in = (groups[:-1, None] <= row[None]) & (row[None] < groups[1:, None])
   fills = is_in & (kv_lens[None] >= (counts * page_size)[:, None])
-  # Nobody shares where no row of the group is long enough.
+  # If no row of a group is long enough, none shares.
   leader = jnp.min(jnp.where(fills, row[None], num_seqs), 1, initial=num_seqs)
   first = jnp.full((len(counts), pages_per_seq), num_pages, jnp.int32)
   if num_seqs > 0:
@@ -187,7 +191,7 @@ def _split(kv_lens, page_indices, counts, groups, *, page_size, num_pages):
 
 
 def _groups(num_shared_pages, cu_group_lens, num_seqs):
-  """Checks and returns pages that are shared, and rows where groups begin."""
+  """Checks the arguments, and returns the counts and the rows of groups."""
   if cu_group_lens is None:
     cu_group_lens = np.array([0, num_seqs], np.int32)
   checks.check_ints(cu_group_lens=cu_group_lens)

@@ -13,7 +13,7 @@ def check_paged(q: Array, kv: PagedKV) -> None:
 
   Args:
     q: [num_tokens, num_q_heads, head_dim].
-    kv: The arguments of a public op: pages without an axis of layers.
+    kv: The arguments of a public op; its pages have no layer axis.
   """
   k_pages, v_pages = kv.k, kv.v
   kv_lens, page_indices = kv.kv_lens, kv.page_indices
@@ -37,7 +37,7 @@ def check_paged(q: Array, kv: PagedKV) -> None:
   if page_size % 8:
     raise ValueError(f"{page_size=} must be a multiple of 8.")
   if q.shape[2] != head_dim:
-    raise ValueError(f"{q.shape=} must have head_dim {head_dim} of k_pages.")
+    raise ValueError(f"{q.shape=} must have {head_dim=}, as k_pages has.")
   if q.shape[1] % num_kv_heads:
     raise ValueError(
       f"num_q_heads={q.shape[1]} must be a multiple of {num_kv_heads=}."
@@ -72,20 +72,18 @@ def _check_dtypes(q, k_pages, v_pages) -> None:
     alike |= dict(q=q)
   for name, x in alike.items():
     if x.dtype != k_pages.dtype:
-      raise ValueError(
-        f"{name}.dtype={x.dtype} must be that of {k_pages.dtype=}."
-      )
+      raise ValueError(f"{name}.dtype={x.dtype} must equal {k_pages.dtype=}.")
 
 
 def check_are_arrays(**arrays) -> None:
-  """Raises a ValueError if one of the arguments is not an array."""
+  """Raises a ValueError if an argument is not an array."""
   for name, x in arrays.items():
     if not hasattr(x, "dtype"):
       raise ValueError(f"{name} must be an array, got {type(x).__name__}.")
 
 
 def check_ints(**arrays) -> None:
-  """Raises a ValueError if one of the arguments is not an i32 array."""
+  """Raises a ValueError if an argument is not an i32 array."""
   check_are_arrays(**arrays)
   for name, x in arrays.items():
     if x.dtype != jnp.int32:
@@ -93,7 +91,7 @@ def check_ints(**arrays) -> None:
 
 
 def check_per_head(q, **arrays) -> None:
-  """Raises a ValueError if one does not have a number per query head."""
+  """Raises a ValueError if an argument is not a float array [num_q_heads]."""
   check_are_arrays(**arrays)
   for name, x in arrays.items():
     if jnp.shape(x) != (q.shape[1],):

@@ -1,6 +1,6 @@
-"""The attention of one layer of a model: write its tokens, then attend.
+"""The attention of one layer: writes the keys and values, then attends.
 
-Every model, whatever its framework, reaches its cache through `attend_layer`.
+Models of any framework use the cache through `attend_layer` only.
 """
 
 import jax.numpy as jnp
@@ -34,36 +34,47 @@ def attend_layer(
   sinks: Float[Array, " num_q_heads"] | None = None,
   alibi_slopes: Float[Array, " num_q_heads"] | None = None,
 ) -> tuple[Float[Array, "*tokens num_q_heads head_dim"], PagedCache | None]:
-  """Writes keys and values of a step's tokens, and attends with its queries.
+  """Writes the keys and values of a step's tokens, then computes attention.
 
-  The caller has projected and rotated q, k and v. Attention is causal.
+  The caller projects q, k and v and applies the rotary embedding, if any.
+  Attention is causal, or follows `step.tree_mask`. See `begin_step` for an
+  example.
 
   Args:
-    q: [num_tokens, num_q_heads, head_dim] queries of the step's flat tokens; or
-      [batch, length, ...] after `begin_padded`.
-    k: The keys of the same tokens; None for a layer that shares those of
-      another.
-    v: The values; None with `k`.
-    cache: The cache, after `begin_step` or `begin_padded`. None attends without
-      a cache, each sequence `[..., length, heads, width]` to itself, and can be
-      differentiated.
-    step: What they returned; None with `cache`.
-    layer: The model's number of the layer.
-    scale: See `paged_jax.paged_attention`, as for the next six.
-    sliding_window: At most the window that the model declares for the layer.
-    num_sink_tokens: First tokens that stay visible besides the window.
-    logits_soft_cap: Soft cap of the logits.
-    batch_invariant: Whether a row must not depend on other rows.
-    sinks: [num_q_heads], one more logit per head in the denominator.
-    alibi_slopes: [num_q_heads], slopes of ALiBi.
+    q: [num_tokens, num_q_heads, head_dim], queries of the step's tokens; or
+      [batch, length, num_q_heads, head_dim] after `begin_padded`. bfloat16,
+      float16 or float32.
+    k: [num_tokens, num_kv_heads, head_dim], keys of the same tokens; None for a
+      layer that shares the keys and values of another (`LayerKV.shares`).
+    v: Values, like `k`.
+    cache: The cache that `begin_step`, `begin_padded` or the previous layer
+      returned; do not use it after the call. If None, each sequence of
+      [..., length, heads, head_dim] attends to itself only, without a cache;
+      this can be differentiated.
+    step: The step that `begin_step` or `begin_padded` returned; None if `cache`
+      is None.
+    layer: Index of the layer in `model.layers`.
+    scale: Multiplies the logits; `head_dim ** -0.5` if None.
+    sliding_window: See `paged_attention`. If the model declares a window for
+      the layer (`LayerKV.sliding_window`), it must be given here and be at most
+      that wide.
+    num_sink_tokens: See `paged_attention`.
+    logits_soft_cap: See `paged_attention`.
+    batch_invariant: See `paged_attention`.
+    sinks: [num_q_heads]; see `paged_attention`.
+    alibi_slopes: [num_q_heads]; see `paged_attention`.
 
   Returns:
-    The output in the shape and dtype of `q`, 0 for tokens without a place, and
-    the next cache.
+    The output in the shape and dtype of `q`, which is 0 for tokens that are not
+    stored, and the next cache (None without a cache).
 
   Raises:
-    ValueError: If a shape, dtype or option is wrong, or does not fit the layer.
-    NotImplementedError: If the implementation of the cache cannot serve.
+    ValueError: If only one of `cache` and `step` is None, `layer` is out of
+      range, `sliding_window` exceeds the declared one, k or v is missing or is
+      given to a layer that shares, a shape or dtype does not fit the step and
+      the layer, or an option is out of its range.
+    NotImplementedError: If `cache.implementation` cannot serve these arguments
+      here; the message says why.
   """
   spec = make_spec(
     q.shape[-1],
@@ -85,7 +96,7 @@ def attend_layer(
   tokens, owner = step.positions.shape, f"layer {layer}"
   _check_tokens(q, k, v, tokens, num_kv_heads, head_dim, owner)
 
-  # 1. From the caller's axes to the flat tokens of the step.
+  # 1. Flatten the caller's axes to the token axis of the step.
   flat_q = _flatten(q, step)
   arrays = AttentionArrays(sinks, alibi_slopes, tree_mask)
   check_arrays(arrays, flat_q, spec)
@@ -116,7 +127,7 @@ def attend_layer(
 def _place(
   cache: PagedCache, layer: int, sliding_window: int | None
 ) -> layout.Place:
-  """Returns where a layer's keys and values are, after checks of its window."""
+  """Returns the place of a layer's keys and values; checks its window."""
   if not 0 <= layer < len(cache.layers):
     raise ValueError(
       f"{layer=} must be in [0, {len(cache.layers)}), the layers of the cache."
@@ -126,8 +137,8 @@ def _place(
     sliding_window is None or sliding_window > declared
   ):
     raise ValueError(
-      f"{sliding_window=} of layer {layer} must be at most {declared}, which "
-      "the model declares: pages behind that window may be gone."
+      f"{sliding_window=} of layer {layer} must be at most {declared}, the "
+      "window that the model declares: pages before it may have been released."
     )
   return layout.places(cache.layers)[layer]
 
@@ -135,11 +146,11 @@ def _place(
 def _check_given(
   k: Array | None, v: Array | None, layer: int, is_shared: bool
 ) -> None:
-  """Raises a ValueError if k and v are given to a layer that shares, or not."""
+  """Raises a ValueError if k and v are missing, or given to a sharing layer."""
   if is_shared != (k is None) or (k is None) != (v is None):
     raise ValueError(
       f"k and v of layer {layer} must be "
-      f"{'None: it shares those of another' if is_shared else 'arrays'}."
+      f"{'None: it shares those of another layer' if is_shared else 'arrays'}."
     )
 
 
@@ -158,10 +169,10 @@ def _check_tokens(
     q: The queries.
     k: The keys, or None.
     v: The values, or None.
-    tokens: The axes of tokens.
-    num_kv_heads: Key and value heads.
+    tokens: Sizes of the token axes.
+    num_kv_heads: Number of key and value heads.
     head_dim: Width of one head.
-    owner: Whose they are, for messages.
+    owner: What these numbers belong to, for error messages.
   """
   named = {"q": q}
   if k is not None and v is not None:
@@ -170,8 +181,8 @@ def _check_tokens(
   for name, x in named.items():
     if x.ndim != len(tokens) + 2 or x.shape[: len(tokens)] != tokens:
       raise ValueError(
-        f"{name}.shape={x.shape} must be the axes {tokens} of the tokens, and "
-        "heads and width."
+        f"{name}.shape={x.shape} must be the axes {tokens} of the tokens, then "
+        "heads and head_dim."
       )
     if x.dtype not in dtypes.FLOAT_DTYPES:
       raise ValueError(f"{name}.dtype={x.dtype} must be {dtypes.FLOAT_NAMES}.")
@@ -190,7 +201,7 @@ def _check_tokens(
 
 
 def _flatten(x: Array, step: Step) -> Array:
-  """Returns [num_tokens, heads, width], in the order of the step."""
+  """Returns [num_tokens, heads, head_dim], in the order of the step."""
   flat = x.reshape(-1, *x.shape[-2:])
   if step.padding is None:
     return flat
@@ -198,7 +209,7 @@ def _flatten(x: Array, step: Step) -> Array:
 
 
 def _unflatten(x: Array, step: Step, shape: tuple[int, ...]) -> Array:
-  """Returns flat tokens on the caller's axes, 0 for padding."""
+  """Returns flat tokens in the caller's shape, 0 for padding."""
   if step.padding is not None:
     x = x.at[step.padding.tokens].get(mode="fill", fill_value=0)
   return x.reshape(shape)
@@ -229,17 +240,17 @@ def _attend(
 
 
 def _attend_without_cache(q, k, v, cache, step, spec, sinks, alibi_slopes):
-  """Returns causal attention of whole sequences, and no cache."""
+  """Returns causal attention of whole sequences, and None."""
   if cache is not None or step is not None:
     raise ValueError("cache and step must both be given, or both be None.")
   if k is None or v is None:
     raise ValueError(
-      "k and v must be arrays without a cache: hand the layer those that it "
-      "shares."
+      "k and v must be arrays without a cache: pass a layer that shares them "
+      "the k and v of the other layer."
     )
   if q.ndim < 3 or k.ndim != q.ndim:
     raise ValueError(
-      f"{q.shape=} and {k.shape=} must be [..., length, heads, width]."
+      f"{q.shape=} and {k.shape=} must be [..., length, heads, head_dim]."
     )
   _check_tokens(q, k, v, q.shape[:-2], k.shape[-2], q.shape[-1], "q and k")
   arrays = AttentionArrays(sinks, alibi_slopes)

@@ -1,4 +1,4 @@
-"""Merges the attention outputs of the same queries over different keys."""
+"""Merges attention outputs of the same queries over disjoint sets of keys."""
 
 import functools
 
@@ -20,27 +20,36 @@ def merge_attention(
   Float[Array, "num_tokens num_q_heads head_dim"],
   Float32[Array, "num_tokens num_q_heads"],
 ]:
-  """Merges the outputs of the same queries over different keys.
+  """Merges attention outputs of the same queries over disjoint sets of keys.
 
-  If keys are cut into parts, in any way, the result is that of attention over
-  all of them: `merge_attention(part, part)`, where each part is what an op
-  returns with `return_lse=True`.
+  The result is the attention over the union of the keys. With the output
+  `out_i` and the log-sum-exp `lse_i` of each part:
+
+      lse = log(sum_i exp(lse_i) + exp(sink))    exp(sink) only with sinks
+      out = sum_i exp(lse_i - lse) * out_i
+
+  This is the merge of the online softmax (Milakov & Gimelshein, 2018), as in
+  cascade attention and in context parallelism.
 
   Args:
-    parts: One or more pairs of an output [num_tokens, num_q_heads, head_dim],
-      all in one dtype, and its log-sum-exp f32[num_tokens, num_q_heads], a
-      natural logarithm. A part with -inf is ignored, whatever its output
-      holds; if only one part is left, it is returned unchanged (except that -0
-      becomes 0).
-    sinks: [num_q_heads], one more logit per head in the denominator. Attend
-      the parts without sinks and give them here: they must count once.
+    *parts: One or more pairs of an output [num_tokens, num_q_heads, head_dim],
+      all in one dtype, and its log-sum-exp f32[num_tokens, num_q_heads], as the
+      ops return them with `return_lse=True`. Where the log-sum-exp is -inf, the
+      part is ignored, even if its output is NaN. If only one part is left, its
+      output is returned unchanged (except that -0 becomes 0).
+    sinks: [num_q_heads], a logit per head that is added to the denominator.
+      Compute the parts without sinks, so that they count once.
 
   Returns:
-    The output in the dtype of the parts, and its log-sum-exp, sinks included.
-    Tokens that saw nothing in any part give 0 and -inf.
+    The output in the dtype of the parts, and `lse`. Tokens that no part has a
+    key for give 0 and -inf, with or without sinks.
 
   Raises:
-    ValueError: If a shape or dtype is wrong.
+    ValueError: If there are no parts, or if a part or `sinks` has the wrong
+      shape or dtype.
+
+  Example:
+    merge_attention((out_0, lse_0), (out_1, lse_1))
   """
   _check_parts(parts)
   if sinks is not None:
@@ -65,7 +74,7 @@ def _merge(parts, sinks):
   total = jnp.where(empty, 1.0, total)
   out = jnp.zeros(outs[0].shape, jnp.float32)
   for part, lse, weight in zip(outs, lses, weights, strict=True):
-    # A select: the output of a part that saw nothing may hold NaN.
+    # A select, because the output of a part without keys may be NaN.
     weight = (weight / total)[..., None]
     seen = (lse != -jnp.inf)[..., None]
     out += jnp.where(seen, part.astype(jnp.float32) * weight, 0.0)
@@ -74,7 +83,7 @@ def _merge(parts, sinks):
 
 
 def _check_parts(parts) -> None:
-  """Raises a ValueError if parts cannot be merged."""
+  """Raises a ValueError if the parts cannot be merged."""
   if not parts:
     raise ValueError("parts is empty: there is nothing to merge.")
   for i, (out, lse) in enumerate(parts):

@@ -1,6 +1,7 @@
-"""Checks the options of the public ops, and makes the two values they become.
+"""Checks the options of the public ops, and packs them into two values.
 
-See `pallas_kernels.common.spec` for these values.
+The values are the `AttentionSpec` and `AttentionArrays` of
+`pallas_kernels.common.spec`.
 """
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from pallas_kernels.common.spec import AttentionArrays, AttentionSpec
 
 
 def make_spec(head_dim: int, scale: float | None, **options) -> AttentionSpec:
-  """Returns the static options, with the default scale if there is none.
+  """Returns the static options; the default scale if `scale` is None.
 
   Raises:
     ValueError: If an option is out of its range.
@@ -24,7 +25,7 @@ def make_spec(head_dim: int, scale: float | None, **options) -> AttentionSpec:
 def check_arrays(
   arrays: AttentionArrays, q: Array, spec: AttentionSpec
 ) -> None:
-  """Raises a ValueError if one does not fit the queries or other options."""
+  """Raises a ValueError if an array does not fit the queries or the options."""
   per_head = dict(sinks=arrays.sinks, alibi_slopes=arrays.alibi_slopes)
   given = {name: x for name, x in per_head.items() if x is not None}
   checks.check_per_head(q, **given)
@@ -39,8 +40,8 @@ def _check_tree_mask(
     raise ValueError("tree_mask must be None with causal=False.")
   if alibi_slopes is not None:
     raise ValueError(
-      "alibi_slopes must be None with a tree_mask: the place where the key of "
-      "a token of a tree is stored says nothing of distances along its path."
+      "alibi_slopes must be None with a tree_mask: the positions of keys are "
+      "not distances along a path of the tree."
     )
   checks.check_are_arrays(tree_mask=tree_mask)
   shape = jnp.shape(tree_mask)
@@ -48,6 +49,6 @@ def _check_tree_mask(
     raise ValueError(f"tree_mask.dtype={tree_mask.dtype} must be bool.")
   if len(shape) != 2 or shape[0] != q.shape[0] or shape[1] < 1:
     raise ValueError(
-      f"tree_mask.shape={shape} must be ({q.shape[0]}, max_new): num_tokens, "
-      "and at least one column."
+      f"tree_mask.shape={shape} must be ({q.shape[0]}, max_new): num_tokens "
+      "rows and at least one column."
     )

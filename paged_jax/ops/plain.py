@@ -1,7 +1,7 @@
-"""Causal attention without a cache: for training, and to check paged decoding.
+"""Causal attention without a cache, for training and as a reference.
 
-Plain JAX over contiguous keys and values, differentiable. It makes the whole
-matrix of scores of a sequence.
+Plain JAX over contiguous keys and values, differentiable. It computes the
+whole score matrix of each sequence.
 """
 
 import jax
@@ -23,9 +23,9 @@ def causal_attention(
   Args:
     q: [..., length, num_q_heads, head_dim].
     k: [..., length, num_kv_heads, head_dim].
-    v: The same of the values.
-    arrays: Options that are arrays; there is no tree mask.
-    spec: Static options.
+    v: Values, like `k`.
+    arrays: The array options; `tree_mask` must be None.
+    spec: The static options.
 
   Returns:
     [..., length, num_q_heads, head_dim], in the dtype of `q`.
@@ -39,7 +39,7 @@ def causal_attention(
   )
   if (cap := spec.logits_soft_cap) is not None:
     s = cap * jnp.tanh(s / cap)
-  axes = [1] * (len(batch) + 2)  # of s, in front of queries and keys
+  axes = [1] * (len(batch) + 2)  # leading axes of s, before queries and keys
   position = jnp.arange(length, dtype=jnp.int32)
   distance = position[None] - position[:, None]  # key minus query
   distance = distance.reshape(*axes, length, length)

@@ -1,17 +1,18 @@
 """Paged attention in plain JAX: every option, every device.
 
-Streams over tiles of keys with an online softmax: no array that it makes grows
-with the context. A tile is a few pages, gathered by the page table. Rows of
-work are blocks of query tokens of one sequence: one token for decode, up to
-128 for prefill; sequences that are shorter, or windowed, skip the tiles that
-none of their queries sees.
+Streams over tiles of keys with an online softmax (Milakov & Gimelshein, 2018),
+so no intermediate array grows with the context. A tile is a few pages,
+gathered through the page table. A row of work is a block of query tokens of
+one sequence: one token for decode, up to 128 for prefill. A row visits only
+the tiles that its sequence and its window reach.
 
-The narrow numbers of quantised pages are exact in the dtype of the queries.
-Their scales are applied in float32: those of K to the scores, those of V to the
+The data of quantised pages are exact in the dtype of the queries. Scales are
+applied in float32: the scales of K to the scores, the scales of V to the
 probabilities.
 
-Masking selects, it never multiplies: the contents of unread page tails, holes
-and other sequences' pages leave no trace, not even NaN.
+Masks are applied by selection, never by multiplication: the contents of unread
+page tails, holes and other sequences' pages do not affect the output, even if
+they are NaN.
 """
 
 from typing import NamedTuple
@@ -29,7 +30,7 @@ from pallas_kernels.common.spec import (
   AttentionSpec,
 )
 
-_DECODE_TILE = 128  # tokens of K and V in flight for each row
+_DECODE_TILE = 128  # tokens of K and V per tile
 _PREFILL_TILE = 256
 _MAX_BLOCK_Q = 128
 _BLOCKS_PER_WAVE = 8
@@ -42,7 +43,7 @@ def paged_attention(
   *,
   spec: AttentionSpec,
 ) -> tuple[Array, Array]:
-  """Returns output and LSE; see `paged_jax.paged_attention`."""
+  """Returns the output and LSE; see `paged_jax.paged_attention`."""
   queries = _Queries(
     q=q[:, None],
     seq_ids=jnp.arange(q.shape[0], dtype=jnp.int32),
@@ -63,7 +64,7 @@ def ragged_paged_attention(
   *,
   spec: AttentionSpec,
 ) -> tuple[Array, Array]:
-  """Returns output and LSE; see `paged_jax.ragged_paged_attention`."""
+  """Returns the output and LSE; see `paged_jax.ragged_paged_attention`."""
   num_tokens, num_q_heads, _ = q.shape
   num_seqs, kv_lens = kv.num_seqs, kv.kv_lens
   out = jnp.zeros_like(q)
@@ -71,7 +72,7 @@ def ragged_paged_attention(
   if num_tokens == 0 or num_seqs == 0:
     return out, lse
   block_q = min(_MAX_BLOCK_Q, next_power_of_two(num_tokens))
-  # Every block but the last of its sequence is full.
+  # Every block is full, except for the last one of each sequence.
   most = min(num_tokens, num_tokens // block_q + num_seqs)
   wave = min(most, _BLOCKS_PER_WAVE)
   blocks = _QueryBlocks(cu_q_lens, kv_lens, num_active, block_q)
@@ -100,12 +101,12 @@ def ragged_paged_attention(
 
 
 class _QueryBlocks:
-  """The queries of a ragged batch, cut into blocks of one sequence each.
+  """The queries of a ragged batch, in blocks of at most block_q per sequence.
 
   Attributes:
     q_lens: i32[num_seqs], query tokens of each sequence.
-    context: i32[num_seqs], tokens before them.
-    count: i32[], blocks.
+    context: i32[num_seqs], tokens before the query tokens.
+    count: i32[], number of blocks.
   """
 
   def __init__(self, cu_q_lens, kv_lens, num_active, block_q):
@@ -121,10 +122,10 @@ class _QueryBlocks:
     self.count = self._ends[-1]
 
   def at(self, block: Array) -> tuple[Array, Array, Array]:
-    """Returns rows, tokens and positions of i32[wave] blocks.
+    """Returns the sequences, tokens and positions of i32[wave] blocks.
 
-    Tokens and positions are i32[wave, block_q]; a query that does not exist is
-    an out-of-range token at position -1, which sees no key.
+    Tokens and positions are i32[wave, block_q]. A query past the end of its
+    block is an out-of-range token at position -1, which sees no key.
     """
     seq = jnp.searchsorted(self._ends, block, side="right").astype(jnp.int32)
     exists = block < self.count
@@ -142,14 +143,14 @@ class _QueryBlocks:
 
 
 class _Tree(NamedTuple):
-  """Which new tokens of their sequences the queries of blocks see."""
+  """The tree mask, and where it applies to the queries of blocks."""
 
   mask: Array  # bool[num_tokens, max_new]
   tokens: Array  # i32[num_rows, block_q]
   context: Array  # i32[num_rows], position of the first new token
 
   def positions(self, q_lens: Array) -> Array:
-    """Returns i32[num_rows, block_q]: depths below the context."""
+    """Returns i32[num_rows, block_q], the context plus each query's depth."""
     column = jnp.arange(self.mask.shape[1], dtype=jnp.int32)
     rows = self.mask.at[self.tokens].get(mode="fill", fill_value=False)
     rows &= (column[None] < q_lens[:, None])[:, None]
@@ -157,15 +158,15 @@ class _Tree(NamedTuple):
     return self.context[:, None] + num_seen - 1
 
   def select(self, visible: Array, key: Array, ends: Array) -> Array:
-    """Returns what is visible, with the mask applied to new tokens.
+    """Returns `visible`, with the mask applied to the keys of new tokens.
 
     Args:
       visible: bool[num_rows, block_q, pages_per_tile, page_size].
       key: i32[num_rows, pages_per_tile, page_size], positions.
-      ends: i32[num_rows, block_q], see `_attend`.
+      ends: i32[num_rows, block_q], see `_Queries`.
     """
     nth = key - self.context[:, None, None]
-    # Never negative: that would count from the end.
+    # A negative column would count from the end.
     column = jnp.where(nth >= 0, nth, self.mask.shape[1])
     sees = self.mask.at[self.tokens[:, :, None, None], column[:, None]].get(
       mode="fill", fill_value=False
@@ -175,22 +176,23 @@ class _Tree(NamedTuple):
 
 
 class _Queries(NamedTuple):
-  """Blocks of query tokens, each of one sequence."""
+  """Blocks of query tokens; each block is of one sequence."""
 
   q: Array  # [num_rows, block_q, num_q_heads, head_dim]
   seq_ids: Array  # i32[num_rows], row of the page table
-  positions: Array  # i32[num_rows, block_q], to which windows belong
-  ends: Array  # i32[num_rows, block_q]; a query sees no key from there on
+  positions: Array  # i32[num_rows, block_q], where windows end
+  ends: Array  # i32[num_rows, block_q], end of the keys that a query may see
   tree: _Tree | None
 
 
 class _Tile(NamedTuple):
   """A tile of keys for each row of queries."""
 
-  rows: Array  # i32[num_rows, pages_per_tile], pages in the pool seen flat
+  rows: Array  # i32[num_rows, pages_per_tile], rows of the flattened pool
   key: Array  # i32[num_rows, pages_per_tile, page_size], positions
   visible: Array  # bool[num_rows, block_q, pages_per_tile, page_size]
-  seen: Array  # bool[num_rows, pages_per_tile, 1, page_size], by some query
+  # bool[num_rows, pages_per_tile, 1, page_size], visible to any query.
+  seen: Array
 
 
 def _attend(
@@ -201,7 +203,7 @@ def _attend(
   *,
   tile_tokens: int,
 ) -> tuple[Array, Array]:
-  """Returns f32 output [rows, block_q, heads, head_dim] and LSE."""
+  """Returns f32 outputs [num_rows, block_q, num_q_heads, head_dim], and LSE."""
   num_rows, block_q, num_q_heads, head_dim = queries.q.shape
   group = num_q_heads // kv.num_kv_heads
   pages_per_tile = max(1, tile_tokens // kv.page_size)
@@ -226,13 +228,13 @@ def _attend(
 
   def fold(i, state):
     m, l, acc = state
-    # 1. The pages of the tile, and what of them is visible.
+    # 1. The pages of the tile, and their visible keys.
     tile = _tile(queries, kv, spec, tiles.at(i), pages_per_tile)
     # 2. Scores.
     s = _scores(q, k, tile, queries.positions, slopes, spec)
-    # 3. The softmax, rescaled where the maximum grew.
+    # 3. Online softmax: rescale the state to the new maximum.
     m_next = jnp.maximum(m, s.max((-2, -1)))
-    # While a row has seen no key, exp(-inf - 0) keeps everything 0.
+    # Until a row has seen a key, exp(-inf - 0) keeps its state 0.
     shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)
     alpha = jnp.exp(m - shift)
     p = jnp.exp(s - shift[..., None, None])
@@ -266,7 +268,15 @@ def _tile(
   tile: Array,
   pages_per_tile: int,
 ) -> _Tile:
-  """Returns i32[num_rows] tiles: their pages, positions and masks."""
+  """Returns one tile of keys for each row.
+
+  Args:
+    queries: The queries.
+    kv: The keys and values.
+    spec: The static options.
+    tile: i32[num_rows], index of the tile.
+    pages_per_tile: Number of pages of a tile.
+  """
   column = tile[:, None] * pages_per_tile
   column += jnp.arange(pages_per_tile, dtype=jnp.int32)[None]
   page = kv.page_indices.at[queries.seq_ids[:, None], column].get(
@@ -309,7 +319,7 @@ def _scores(q, k: KVArrays, tile: _Tile, positions, slopes, spec):
 def _weigh_values(p, v: KVArrays, tile: _Tile, product_dtype):
   """Returns f32[rows, heads, group, block_q, head_dim], P V of a tile."""
   values = _gather(v.pages, tile.rows).astype(product_dtype)
-  # 0 * NaN is NaN: V that no query of the block sees is selected away.
+  # 0 * NaN is NaN, so values that no query of the block sees are set to 0.
   values = jnp.where(tile.seen[..., None], values, 0)
   weights = p if v.scales is None else p * _by_key(v.scales, tile)
   return jnp.einsum(
@@ -325,13 +335,13 @@ def _gather(pages, rows):
 
 
 def _by_key(scales, tile: _Tile):
-  """Gathers scales, 0 where not seen, as factors of [r, h, g, q, p, s]."""
+  """Gathers scales, 0 where not visible, as factors of [r, h, g, q, p, s]."""
   scales = jnp.where(tile.seen, _gather(scales, tile.rows), 0.0)
   return scales.swapaxes(1, 2)[:, :, None, None]
 
 
 def _visible(pos, end, key, spec: AttentionSpec):
-  """Returns whether a query at `pos` sees the key at `key`, before `end`."""
+  """Returns whether a query at `pos` sees the key at `key`, if before `end`."""
   visible = key < end
   if (window := spec.sliding_window) is not None:
     visible &= (key > pos - window) | (key < spec.num_sink_tokens)
@@ -339,11 +349,11 @@ def _visible(pos, end, key, spec: AttentionSpec):
 
 
 class _Tiles:
-  """Which tiles of keys each row visits: its sink tokens', then its window's.
+  """The tiles of keys that each row visits: sink tokens first, then the window.
 
   Attributes:
-    count: i32[], tiles of the row that has most. Visits of a row past its own
-      last tile see no key.
+    count: i32[], most tiles of a row. A row sees no key in visits past its own
+      last tile.
   """
 
   def __init__(
@@ -351,7 +361,7 @@ class _Tiles:
   ):
     ends = queries.ends
     last = jnp.maximum(ends.max(1), 0) - 1
-    # Exclusive; 0 for a row that sees nothing; at most the tiles of the table.
+    # Exclusive end: 0 for a row without keys, at most the tiles of the table.
     end = jnp.minimum(last // tile + 1, num_tiles)
     if (window := spec.sliding_window) is None:
       self._num_sink_tiles = 0
@@ -376,9 +386,9 @@ class _Tiles:
 
 
 def _finish(m, l, acc, sinks):
-  """Normalises the softmax state; `sinks` join the denominator only."""
+  """Normalises the softmax state; `sinks` are added to the denominator only."""
   empty = m == -jnp.inf
-  lse = m + jnp.log(jnp.where(empty, 1.0, l))  # -inf of an empty row stays
+  lse = m + jnp.log(jnp.where(empty, 1.0, l))  # -inf for an empty row
   total = lse if sinks is None else jnp.logaddexp(lse, sinks)
   total = jnp.where(empty, 0.0, total)
   weight = jnp.exp(jnp.where(empty, 0.0, m) - total)

@@ -23,7 +23,7 @@ BAD_ARRAYS = {
   "q unlike pages": ("q", lambda x: x.astype(jnp.bfloat16), "q.dtype=bfloat16"),
   "v unlike k": ("v_pages", lambda x: x.astype(jnp.bfloat16), "v_pages.dtype"),
   "fewer v pages": ("v_pages", lambda x: x[1:], "v_pages.shape"),
-  "head_dim": ("q", lambda x: x[..., :32], "head_dim 64"),
+  "head_dim": ("q", lambda x: x[..., :32], "must have head_dim=64"),
   "heads": ("q", lambda x: x[:, :3], "num_q_heads=3"),
   "queries": ("q", lambda x: x[:1], r"q.shape=\(1, 4, 64\)"),
   "float lengths": (

@@ -270,7 +270,7 @@ BAD = {
   "no array": (dict(k_scales=lambda x: [1.0]), "k_scales must be an array"),
   "v unlike k": (
     dict(v_pages=lambda x: x.astype(jnp.float8_e4m3fn)),
-    "v_pages.dtype=float8_e4m3fn must be that of k_pages.dtype",
+    "v_pages.dtype=float8_e4m3fn must equal k_pages.dtype=",
   ),
   "queries": (dict(q=lambda x: x.astype(jnp.int8)), "q.dtype=int8"),
   "float pages": (
