@@ -1,4 +1,4 @@
-"""Lets `python -m paged_jax` stand for the `paged-jax` command."""
+"""Runs the `paged-jax` command with `python -m paged_jax`."""
 
 import sys
 

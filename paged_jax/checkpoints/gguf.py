@@ -1,7 +1,6 @@
-"""Reads Llama-architecture GGUF files, the format of llama.cpp.
+"""Reads GGUF files, the format of llama.cpp, of the Llama architecture.
 
-Everything that can be wrong with a file is found from its header, before any
-weight is dequantised.
+All errors of a file are found in its header, before any weight is dequantised.
 """
 
 import contextlib
@@ -21,8 +20,8 @@ from paged_jax.text.tokenizer import Tokenizer
 
 _MAGIC = b"GGUF"
 _ARCHITECTURE = "llama"
-# Features that change the arithmetic and are not implemented. A file may name
-# them with a value that turns them off.
+# Keys of features that are not implemented and would change the output. A file
+# may have them with a value that turns the feature off.
 _UNSUPPORTED_KEYS = (
   "llama.rope.scal",
   "llama.expert_",
@@ -33,16 +32,17 @@ _OFF = (0, "none")
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """A model file, its weights still on disk.
+  """A model file, with its weights still on disk.
 
   Attributes:
-    config: Hyperparameters.
-    weights: Float32 arrays by their Hugging Face names, projections as
-      `[out, in]`, queries and keys in the order of half-split rotary
-      embeddings. `lm_head.weight` is absent if the embeddings are tied. Each
-      access dequantises anew: the whole model in float32 may not fit. The
-      file may be removed meanwhile, but not written to.
-    tokenizer: The tokenizer the model was trained with.
+    config: The hyperparameters.
+    weights: Float32 arrays by their Hugging Face names. Projections are
+      [out, in]; queries and keys have the row order of half-split rotary
+      embeddings. `lm_head.weight` is missing if the embeddings are tied. Each
+      access dequantises the weight again, because the whole model may not fit
+      in memory in float32. The file may be deleted meanwhile, but must not be
+      written to.
+    tokenizer: The model's tokenizer.
   """
 
   config: LlamaConfig
@@ -51,7 +51,7 @@ class Checkpoint:
 
 
 class _Weights(Mapping[str, np.ndarray]):
-  """The weights of a mapped file, dequantised one by one."""
+  """The weights of a memory-mapped file, dequantised when they are accessed."""
 
   def __init__(self, tensors: Mapping[str, tuple[Any, "_Tensor"]]):
     self._tensors = tensors
@@ -68,26 +68,27 @@ class _Weights(Mapping[str, np.ndarray]):
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-  """What a tensor of the file becomes: name, shape and heads to reorder."""
+  """The weight that a tensor of the file becomes."""
 
   name: str
   shape: tuple[int, ...]
-  num_heads: int | None = None
+  num_heads: int | None = None  # if its rows must be reordered, see _half_split
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
-  """Returns the configuration, weights and tokenizer of a GGUF file.
+  """Returns the hyperparameters, weights and tokenizer of a GGUF file.
 
   Args:
-    path: The file. Any tensor type that the `gguf` package can dequantise.
+    path: The file. Its tensors may have any type that the `gguf` package can
+      dequantise.
 
   Raises:
-    FileNotFoundError: if there is no such file.
-    ModelFileError: if it is not a GGUF file, is truncated, or lacks metadata
-      or tensors or has them in the wrong shape. A ValueError.
-    NotImplementedError: if it needs what is not implemented: another
-      architecture, RoPE scaling, experts, biases, another tokenizer.
-    ModuleNotFoundError: if the `demo` extra is not installed.
+    FileNotFoundError: If the file does not exist.
+    ModelFileError: If the file is not a GGUF file, is truncated, lacks metadata
+      or tensors, or has them in the wrong shape. A subclass of ValueError.
+    NotImplementedError: If the file needs a feature that is not implemented:
+      another architecture, RoPE scaling, experts, biases, another tokenizer.
+    ModuleNotFoundError: If the `demo` extra is not installed.
   """
   path = Path(path)
   with _naming(path):
@@ -102,7 +103,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     plan = _plan(config)
     _check_tensors(tensors, plan)
     for name in plan:
-      _dequantise(tensors[name], slice(1))  # a row tells if its type is known
+      _dequantise(tensors[name], slice(1))  # one row, to check the type
     weights = _Weights(
       {target.name: (tensors[name], target) for name, target in plan.items()}
     )
@@ -111,7 +112,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Generator[None]:
-  """Puts the path in front of what is wrong with the file."""
+  """Prepends the path to the messages of errors."""
   try:
     yield
   except NotImplementedError as error:
@@ -132,7 +133,7 @@ def _open(path: Path) -> Any:
       raise ModelFileError("is not a GGUF file.")
   try:
     reader = gguf.GGUFReader(path)
-  # What the reader trips over when data run past the end of the file.
+  # The reader raises these if the data runs past the end of the file.
   except (IndexError, KeyError, ValueError) as error:
     raise ModelFileError(
       f"is a truncated or damaged GGUF file ({error})."
@@ -194,7 +195,7 @@ def _config(
 
 
 def _plan(config: LlamaConfig) -> dict[str, _Tensor]:
-  """Returns what each tensor of the file becomes, by its name there."""
+  """Returns the weight that each tensor becomes, by the tensor's name."""
   hidden = config.hidden_size
   q_size = config.num_q_heads * config.head_dim
   kv_size = config.num_kv_heads * config.head_dim
@@ -233,7 +234,7 @@ def _check_tensors(
   for name, target in plan.items():
     if name not in tensors:
       raise ModelFileError(f"tensor {name!r} is missing.")
-    # GGUF states the fastest axis first.
+    # GGUF lists the fastest-varying axis first.
     shape = tuple(reversed(tensors[name].shape.tolist()))
     if shape != target.shape:
       raise ModelFileError(
@@ -253,7 +254,7 @@ def _dequantise(tensor: Any, rows: slice) -> np.ndarray:
 
 
 def _weight(tensor: Any, target: _Tensor) -> np.ndarray:
-  # A copy: float32 tensors come back as views of the mapped file.
+  # A copy, because float32 tensors are views of the mapped file.
   weight = np.array(_dequantise(tensor, slice(None)), np.float32)
   if target.num_heads is None:
     return weight
@@ -263,9 +264,9 @@ def _weight(tensor: Any, target: _Tensor) -> np.ndarray:
 def _half_split(weight: np.ndarray, num_heads: int) -> np.ndarray:
   """Undoes llama.cpp's interleaving of the rotary pairs.
 
-  The file holds the rows of a head as pairs (0, d/2), (1, d/2 + 1), ...,
-  next to each other; half-split rotary embeddings want all the first members
-  and then all the second.
+  The file stores the rows of a head as pairs (0, d/2), (1, d/2 + 1), ... next
+  to each other. Half-split rotary embeddings need the first members of all
+  pairs, then the second ones.
   """
   num_rows, hidden_size = weight.shape
   pairs = weight.reshape(num_heads, -1, 2, hidden_size)

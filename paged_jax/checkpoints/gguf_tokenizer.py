@@ -1,7 +1,7 @@
-"""The tokenizer of a GGUF file, from its metadata.
+"""Builds the tokenizer of a GGUF file from its metadata.
 
-The file carries the vocabulary, the merges and the name of the rule that cuts
-text into words, not the rule itself.
+The file contains the vocabulary, the merges, and the name of the rule that
+splits text into words, but not the rule itself.
 """
 
 from collections.abc import Mapping
@@ -15,22 +15,22 @@ from paged_jax.checkpoints.metadata import (
 )
 from paged_jax.text.tokenizer import Tokenizer, TokenKind
 
-# Types of `tokenizer.ggml.token_type`; every other one is plain text.
+# Values of `tokenizer.ggml.token_type`; all others are plain text.
 _CONTROL = 3
 _USER_DEFINED = 4
 
 
 def tokenizer_of(metadata: Mapping[str, Any]) -> Tokenizer:
-  """Returns the tokenizer that the model of a file was trained with.
+  """Returns the tokenizer of a model file.
 
   Args:
-    metadata: Key-value metadata of the file, `tokenizer.*` keys included.
+    metadata: Key-value metadata of the file, including the `tokenizer.*` keys.
 
   Raises:
-    ModelFileError: if a key is missing or contradicts another.
-    NotImplementedError: if the tokenizer is not a byte-level BPE, or cuts
-      words by a rule that is not known here.
-    ModuleNotFoundError: if the `demo` extra is not installed.
+    ModelFileError: If a key is missing or contradicts another.
+    NotImplementedError: If the tokenizer is not a byte-level BPE, or its rule
+      for splitting text into words is unknown.
+    ModuleNotFoundError: If the `demo` extra is not installed.
   """
   model = require(metadata, "tokenizer.ggml.model", str)
   if model != "gpt2":
@@ -53,7 +53,8 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> Tokenizer:
   )
   add_bos = optional(metadata, "tokenizer.ggml.add_bos_token", False, bool)
   chat_template = optional(metadata, "tokenizer.chat_template", None, str)
-  # An error begins with an argument, and each is named as its key is.
+  # Messages of `Tokenizer` begin with an argument, which is also the end of the
+  # key in the file.
   try:
     return Tokenizer(
       tokens,

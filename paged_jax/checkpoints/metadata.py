@@ -5,14 +5,14 @@ from typing import Any
 
 
 class ModelFileError(ValueError):
-  """A model file that is damaged, incomplete or not what it should be."""
+  """Raised if a model file is damaged, incomplete, or of another kind."""
 
 
 def require[T](metadata: Mapping[str, Any], key: str, kind: type[T]) -> T:
   """Returns `metadata[key]`.
 
   Raises:
-    ModelFileError: if the key is missing or its value is not a `kind`.
+    ModelFileError: If the key is missing or its value is not a `kind`.
   """
   if key not in metadata:
     raise ModelFileError(f"metadata key {key!r} is missing.")
@@ -22,10 +22,10 @@ def require[T](metadata: Mapping[str, Any], key: str, kind: type[T]) -> T:
 def optional[T, D](
   metadata: Mapping[str, Any], key: str, default: D, kind: type[T]
 ) -> T | D:
-  """Returns `metadata[key]`, or `default` where the file does not state it.
+  """Returns `metadata[key]`, or `default` if the key is missing.
 
   Raises:
-    ModelFileError: if its value is not a `kind`.
+    ModelFileError: If the value is not a `kind`.
   """
   if key not in metadata:
     return default
@@ -38,12 +38,12 @@ def optional[T, D](
 
 
 def require_texts(metadata: Mapping[str, Any], key: str) -> list[str]:
-  """Returns the list of texts `metadata[key]`.
+  """Returns `metadata[key]`, a list of strings.
 
   Raises:
-    ModelFileError: if the key is missing or its value is anything else.
+    ModelFileError: If the key is missing or its value is not a list of strings.
   """
   values = require(metadata, key, list)
   if not all(isinstance(value, str) for value in values):
-    raise ModelFileError(f"metadata {key} must be a list of texts.")
+    raise ModelFileError(f"metadata {key} must be a list of strings.")
   return values

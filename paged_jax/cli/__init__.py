@@ -17,11 +17,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command.
 
   Args:
-    argv: Arguments, without the program's name; those of the process if None.
+    argv: Arguments, without the program name; `sys.argv[1:]` if None.
 
   Returns:
-    The exit code: 0 for success, 2 for bad input (with one line on stderr),
-    or if the disk behind stdout is full, 130 after Ctrl-C, 141 if the reader
+    The exit code: 0 for success; 2 for bad input, with one line on stderr, or
+    if stdout is redirected to a full disk; 130 after Ctrl-C; 141 if the reader
     of stdout has gone.
 
   Raises:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _drop_stdout() -> None:
-  """Sees to it that what is buffered raises no second error at exit."""
+  """Discards buffered output, so that the flush at exit cannot fail."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""The arguments of the `paged-jax` command, and which values they take."""
+"""The arguments of the `paged-jax` command, and the values that they accept."""
 
 import argparse
 import math
@@ -10,36 +10,36 @@ from paged_jax.cli.errors import CommandError
 from paged_jax.dispatch import IMPLEMENTATIONS
 from paged_jax.kv import dtypes
 
-_MOST = 2**31 - 1  # of whatever becomes an i32
+_MOST = 2**31 - 1  # the largest i32
 
 _JSON_HELP = """\
-With --json, stdout has one object a line for each prompt, in order:
-  prompt_token_ids  the prompt
-  token_ids         new tokens only, a stop token included
-  text              of the new tokens, special tokens left out
+With --json, stdout has one line for each prompt, in order, with a JSON object:
+  prompt_token_ids  token ids of the prompt
+  token_ids         new token ids, including a stop token
+  text              text of the new tokens, without special tokens
   finish_reason     "stop", "length", or "out_of_pages"
   logprobs          with --logprobs: natural log of each new token's
                     probability under the model, before temperature and filters
-  timing            of the whole batch, so the same on every line:
-    compile_s       tracing and compiling, or fetching what an earlier run
-                    compiled; part of neither of the next two
-    prefill_s       until the first new token of every prompt
-    decode_s        until the last new token of every prompt
-    tokens_per_s    new tokens but the first of each prompt, over decode_s;
-                    null if there are none
-The time to load the model is in none of them.
+  timing            seconds of the whole batch, the same on every line:
+    compile_s       tracing and compiling, or loading programs that an earlier
+                    run compiled; not included in the next two
+    prefill_s       until all prompts have their first new token
+    decode_s        from then until all prompts have their last new token
+    tokens_per_s    new tokens, except the first of each prompt, per second of
+                    decode_s; null if there are none
+No field includes the time to load the model.
 """
 
 
 class _Parser(argparse.ArgumentParser):
-  """A parser whose errors are one line, without the usage."""
+  """A parser that raises errors of one line, without the usage."""
 
   def error(self, message: str) -> NoReturn:
     raise CommandError(message)
 
 
 def parser() -> argparse.ArgumentParser:
-  """Returns the parser; it raises `CommandError` for what it refuses."""
+  """Returns the parser, which raises `CommandError` for invalid arguments."""
   top = _Parser(
     prog="paged-jax",
     description="Text generation on a paged KV cache, in JAX.",
@@ -52,8 +52,8 @@ def parser() -> argparse.ArgumentParser:
   generate = commands.add_parser(
     "generate",
     help="continue prompts with a language model",
-    description="Continues prompts, all in one batch.\n"
-    "The text of a single prompt appears on stdout as it is made.",
+    description="Continues all prompts in one batch.\n"
+    "With a single prompt, the new text appears on stdout as it is generated.",
     epilog=_JSON_HELP,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
@@ -65,9 +65,9 @@ def parser() -> argparse.ArgumentParser:
   _add_cache(generate.add_argument_group("cache and computation"))
   commands.add_parser(
     "info",
-    help="say what this machine runs",
-    description="Prints versions, devices, the attention implementations "
-    "this machine gets and why, and the cache folder.",
+    help="show versions, devices and attention implementations",
+    description="Prints versions, devices, the attention implementations that "
+    "this machine uses and why, and the cache folder.",
     allow_abbrev=False,
   )
   return top
@@ -78,8 +78,8 @@ def _add_input(group) -> None:
     "--model",
     required=True,
     metavar="demo|FILE.gguf",
-    help="a GGUF file of the Llama architecture; 'demo' is "
-    "SmolLM2-135M-Instruct (93 MB, fetched once)",
+    help="a GGUF file of the Llama architecture, or 'demo' for "
+    "SmolLM2-135M-Instruct (93 MB, downloaded once)",
   )
   group.add_argument(
     "--prompt",
@@ -87,18 +87,20 @@ def _add_input(group) -> None:
     default=[],
     type=_prompt,
     metavar="TEXT",
-    help="may be repeated; write --prompt=TEXT if it starts with a dash",
+    help="a prompt; may be repeated; write --prompt=TEXT if TEXT starts with a "
+    "dash",
   )
   group.add_argument(
     "--prompts-file",
     metavar="FILE",
-    help="one prompt a line, UTF-8, after those of --prompt; '-' is stdin",
+    help="a UTF-8 file with one prompt per line, added after those of "
+    "--prompt; '-' is stdin",
   )
   group.add_argument(
     "--chat",
     action="store_true",
-    help="put each prompt as a user's turn into the model's chat template; "
-    "without, a prompt is plain text to be continued",
+    help="put each prompt into the model's chat template as the user's turn "
+    "(default: continue the prompt as plain text)",
   )
 
 
@@ -108,12 +110,12 @@ def _add_length(group) -> None:
     type=_integer(1),
     default=128,
     metavar="N",
-    help="most new tokens of each prompt (default: 128)",
+    help="maximum number of new tokens for each prompt (default: 128)",
   )
   group.add_argument(
     "--ignore-eos",
     action="store_true",
-    help="do not end at the model's stop tokens",
+    help="continue after the model's stop tokens",
   )
 
 
@@ -123,7 +125,7 @@ def _add_sampling(group) -> None:
     type=_number(0.0, math.inf),
     default=0.0,
     metavar="T",
-    help="0 takes the most likely token (default: 0)",
+    help="divide the logits by T; 0 takes the most likely token (default: 0)",
   )
   group.add_argument(
     "--top-k",
@@ -137,31 +139,37 @@ def _add_sampling(group) -> None:
     type=_number(0.0, 1.0, above=True),
     default=1.0,
     metavar="P",
-    help="keep the most likely tokens that together reach P (default: 1)",
+    help="keep the most likely tokens whose total probability reaches P "
+    "(default: 1)",
   )
   group.add_argument(
     "--min-p",
     type=_number(0.0, 1.0),
     default=0.0,
     metavar="P",
-    help="keep tokens of at least this share of the top token's probability "
-    "(default: 0)",
+    help="keep tokens with at least P times the probability of the most likely "
+    "token (default: 0)",
   )
   group.add_argument(
     "--seed",
     type=_integer(0, most=2**32 - 1),
     default=0,
     metavar="S",
-    help="prompt i samples with seed S + i, whatever its batch (default: 0)",
+    help="sample prompt i (from 0) with seed S + i, independent of the batch "
+    "(default: 0)",
   )
 
 
 def _add_output(group) -> None:
   group.add_argument(
-    "--json", action="store_true", help="one JSON object a line; see below"
+    "--json",
+    action="store_true",
+    help="print one JSON object per prompt; see below",
   )
   group.add_argument(
-    "--logprobs", action="store_true", help="log-probabilities, with --json"
+    "--logprobs",
+    action="store_true",
+    help="add log-probabilities to the output of --json",
   )
 
 
@@ -171,44 +179,46 @@ def _add_cache(group) -> None:
     type=_integer(8, multiple_of=8),
     default=16,
     metavar="N",
-    help="tokens a page, a multiple of 8 (default: 16)",
+    help="tokens per page, a multiple of 8 (default: 16)",
   )
   group.add_argument(
     "--num-pages",
     type=_integer(1),
     metavar="N",
-    help="pages of the pool (default: what the batch can need and memory has)",
+    help="number of pages (default: as many as the batch can need, within the "
+    "free memory)",
   )
   group.add_argument(
     "--max-len",
     type=_integer(1),
     metavar="N",
-    help="longest sequence, prompt included (default: the model's own)",
+    help="longest sequence in tokens, including the prompt (default: the "
+    "model's limit)",
   )
   group.add_argument(
     "--prefill-chunk",
     type=_integer(1),
     default=512,
     metavar="N",
-    help="prompt tokens a step (default: 512)",
+    help="prompt tokens per prefill step (default: 512)",
   )
   group.add_argument(
     "--dtype",
     choices=("float32", "bfloat16", "float16"),
-    help="of the model (default: bfloat16 on a GPU, else float32)",
+    help="dtype of the model (default: bfloat16 on a GPU, else float32)",
   )
   group.add_argument(
     "--kv-dtype",
     choices=tuple(dtype.name for dtype in dtypes.DTYPES),
-    help="of the cache; int8 and float8_e4m3fn are quantised, in half the "
-    "memory of bfloat16 (default: that of the model)",
+    help="dtype of the cache; int8 and float8_e4m3fn are quantised and take "
+    "half the memory of bfloat16 (default: the dtype of the model)",
   )
   group.add_argument(
     "--implementation",
     choices=("auto", *IMPLEMENTATIONS),
     default="auto",
-    help="of attention, writes and page copies (default: auto, the fastest "
-    "that runs here)",
+    help="implementation of attention, writes and page copies; auto chooses "
+    "the fastest that this machine can run (default: auto)",
   )
 
 
@@ -250,7 +260,7 @@ def _number(
   Args:
     least: Smallest value.
     most: Largest value.
-    above: Whether `least` itself is refused.
+    above: Whether the value must be above `least`.
   """
   rule = f"a finite number {'above' if above else 'of at least'} {least:g}"
   if most < math.inf:

@@ -1,5 +1,5 @@
-"""The one exception that ends a command without a traceback."""
+"""The exception that ends a command without a traceback."""
 
 
 class CommandError(Exception):
-  """What the caller of the command got wrong, or can put right."""
+  """An error that the user of the command can fix."""

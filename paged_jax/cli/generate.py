@@ -1,7 +1,6 @@
-"""`paged-jax generate`: from arguments to text.
+"""`paged-jax generate`: continues prompts with a language model.
 
-Everything that can be checked without the model is checked before it is
-fetched or read.
+All checks that do not need the model run before it is downloaded or read.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from paged_jax.models import llama
 from paged_jax.models.config import LlamaConfig
 from paged_jax.text.tokenizer import Tokenizer
 
-# Compilations shorter than this are not worth a file.
+# Programs that compile faster are not cached.
 _MIN_COMPILE_S = 0.2
 
 
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
   """Generates and prints.
 
   Raises:
-    CommandError: If an argument is wrong, the model cannot be had, or memory
+    CommandError: If an argument is wrong, the model cannot be loaded, or memory
       does not suffice.
   """
   given = prompts.read(args)
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_options(args: argparse.Namespace, num_prompts: int) -> None:
   if args.logprobs and not args.json:
-    raise CommandError("argument --logprobs: needs --json.")
+    raise CommandError("argument --logprobs: requires --json.")
   last_seed = args.seed + num_prompts - 1
   if last_seed >= 2**32:
     raise CommandError(
@@ -79,7 +78,7 @@ def _check_options(args: argparse.Namespace, num_prompts: int) -> None:
 def _check_kernel(
   args: argparse.Namespace, dtype: np.dtype, config: LlamaConfig | None = None
 ) -> None:
-  """Checks `--implementation`: before the model is known, and once it is."""
+  """Checks `--implementation`, before the model is loaded and again after."""
   if args.implementation != "mosaic_gpu":
     return
   shape = {}
@@ -102,18 +101,19 @@ def _check_kernel(
 
 
 def _keep_compiled_programs() -> None:
-  """Lets later runs reuse what this one compiles.
+  """Enables JAX's compilation cache for later runs.
 
-  Compiling the demo model takes 36 s on two CPU cores; fetching it takes 3 s.
+  Compiling the demo model takes 36 s on two CPU cores; downloading it takes 3
+  s.
   """
   if jax.config.jax_compilation_cache_dir:
     return  # the user has set one
   directory = demo.cache_dir() / "compiled"
   try:
-    # Compiled programs are code: nobody else may write here.
+    # Compiled programs are code, so no other user may write to the folder.
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
   except OSError:
-    return  # it would only have been faster
+    return  # the cache is optional
   jax.config.update("jax_compilation_cache_dir", str(directory))
   jax.config.update(
     "jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_S
@@ -124,7 +124,7 @@ def _load(model: str) -> gguf.Checkpoint:
   try:
     return gguf.load(demo.resolve(model))
   except OSError as error:
-    # Without its number, which means nothing to a reader.
+    # Without the error number, which means nothing to most users.
     reason = str(error).removeprefix(f"[Errno {error.errno}] ")
     raise CommandError(f"argument --model: {reason}") from error
   except (ModelFileError, NotImplementedError, ModuleNotFoundError) as error:
@@ -137,7 +137,7 @@ def _stream(
   token_ids: Sequence[Sequence[int]],
   stop_token_ids: tuple[int, ...],
 ) -> Iterator[list[Completion]]:
-  """Returns the new tokens of each step."""
+  """Returns an iterator over the new tokens of each step."""
   params = SamplingParams(
     max_new_tokens=args.max_new_tokens,
     temperature=args.temperature,
@@ -175,7 +175,7 @@ def _print(
   given: Sequence[prompts.Prompt],
 ) -> None:
   if isinstance(sys.stdout, io.TextIOWrapper):
-    # A terminal that is not UTF-8 gets question marks, not a traceback.
+    # A terminal that is not UTF-8 shows question marks instead of a traceback.
     sys.stdout.reconfigure(errors="replace")
   if args.json:
     output.print_json(steps, tokenizer)
@@ -187,7 +187,7 @@ def _print(
 
 @contextlib.contextmanager
 def _within_memory() -> Generator[None]:
-  """Turns what fails for want of memory into errors of the command."""
+  """Turns out-of-memory errors into errors of the command."""
   try:
     yield
   except MemoryError as error:
@@ -196,12 +196,12 @@ def _within_memory() -> Generator[None]:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     raise CommandError(
-      "out of device memory; fewer --num-pages, a smaller --prefill-chunk or "
-      f"fewer prompts may help: {error}"
+      "out of device memory; try fewer --num-pages, a smaller --prefill-chunk "
+      f"or fewer prompts: {error}"
     ) from error
 
 
 def _say(message: str) -> None:
-  """Tells a person who waits, and no one else."""
+  """Prints a message to stderr if it is a terminal."""
   if sys.stderr.isatty():
     print(f"paged-jax: {message} ...", file=sys.stderr)

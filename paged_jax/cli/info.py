@@ -1,4 +1,4 @@
-"""`paged-jax info`: what this machine runs, and why."""
+"""`paged-jax info`: shows what this machine runs, and why."""
 
 import argparse
 import collections
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     reason = why_not_kernel(op, dtype=jnp.bfloat16)
     if reason is None:
       print(
-        f"{op} attention: {_KERNEL}, since its kernel serves bfloat16 with "
+        f"{op} attention: {_KERNEL}, since its kernel supports bfloat16 with "
         f"head_dim=64 on {device.device_kind!r}."
       )
     else:
@@ -46,19 +46,19 @@ def run(args: argparse.Namespace) -> None:
   directory = demo.cache_dir()
   print(f"cache folder: {directory}")
   models = ", ".join(path.name for path in sorted(directory.glob("*.gguf")))
-  print(f"demo model: {models or 'not fetched yet'}")
+  print(f"demo model: {models or 'not downloaded yet'}")
 
 
 def default_device() -> jax.Device:
-  """Returns the device everything runs on.
+  """Returns the default device of JAX.
 
   Raises:
-    CommandError: If JAX finds none, as when `JAX_PLATFORMS` names a platform
-      that is not there.
+    CommandError: If JAX finds no device, for example because `JAX_PLATFORMS`
+      names a platform that is not available.
   """
   try:
     return devices.default_device()
-  # An assertion is what JAX fails with if it lacks the platform's plugin.
+  # JAX raises an AssertionError if the platform's plugin is not installed.
   except (RuntimeError, AssertionError) as error:
     platforms = jax.config.jax_platforms
     raise CommandError(
@@ -76,16 +76,16 @@ def why_not_kernel(
   num_kv_heads: int = 1,
   page_size: int = 16,
 ) -> str | None:
-  """Returns why the Pallas kernel cannot serve these shapes here, or None.
+  """Returns why the kernel cannot serve these shapes here, or None if it can.
 
   Args:
     op: One of `ATTENTION_OPS`.
-    dtype: Of the model.
-    kv_dtype: Of the pages; None is that of the model.
+    dtype: Dtype of the model.
+    kv_dtype: Dtype of the pages; `dtype` if None.
     head_dim: Width of one head.
-    num_q_heads: Query heads.
-    num_kv_heads: Key and value heads.
-    page_size: Tokens a page.
+    num_q_heads: Number of query heads.
+    num_kv_heads: Number of key and value heads.
+    page_size: Tokens per page.
   """
   kv_dtype = jnp.dtype(kv_dtype or dtype)
   shapes = dispatch.AttentionShapes(

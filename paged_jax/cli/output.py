@@ -1,4 +1,4 @@
-"""How `paged-jax generate` shows what it made."""
+"""Prints the output of `paged-jax generate`."""
 
 import json
 import sys
@@ -10,12 +10,12 @@ from paged_jax.cli.timing import Timing
 from paged_jax.generation import Completion, join
 from paged_jax.text.tokenizer import Tokenizer
 
-# New tokens and the time so far, step by step; never empty.
+# The new tokens and the time so far of each step; has at least one step.
 type Steps = Iterable[tuple[list[Completion], Timing]]
 
 
 def print_json(steps: Steps, tokenizer: Tokenizer) -> None:
-  """Prints one JSON object a line for each prompt, and nothing else."""
+  """Prints one JSON object per line for each prompt, and nothing else."""
   completions, timing = _whole(steps)
   rate = timing.tokens_per_s(completions)
   seconds = {
@@ -37,7 +37,7 @@ def print_json(steps: Steps, tokenizer: Tokenizer) -> None:
 
 
 def print_stream(steps: Steps, tokenizer: Tokenizer) -> None:
-  """Prints the text of the only prompt as it grows."""
+  """Prints the text of a single prompt as it grows."""
   decoder = tokenizer.stream()
 
   def shown() -> Steps:
@@ -54,7 +54,7 @@ def print_stream(steps: Steps, tokenizer: Tokenizer) -> None:
 def print_batch(
   steps: Steps, tokenizer: Tokenizer, prompts: Sequence[Prompt]
 ) -> None:
-  """Prints every prompt with its completion, once all are there."""
+  """Prints every prompt with its completion, after all have ended."""
   completions, timing = _whole(steps)
   pairs = zip(prompts, completions, strict=True)
   for i, (prompt, completion) in enumerate(pairs, start=1):
@@ -67,7 +67,7 @@ def print_batch(
 
 
 def _whole(steps: Steps) -> tuple[list[Completion], Timing]:
-  """Returns the completions of all steps together, and their time."""
+  """Returns the completions of all steps joined, and their total time."""
   pairs = list(steps)
   return join(completions for completions, _ in pairs), pairs[-1][1]
 

@@ -13,17 +13,18 @@ from paged_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """One prompt, before the model is known."""
+  """One prompt, before it is tokenized."""
 
   text: str
-  source: str  # how an error names it
+  source: str  # the start of error messages about it
 
 
 def read(args: argparse.Namespace) -> list[Prompt]:
   """Returns the prompts of `--prompt`, then those of `--prompts-file`.
 
   Raises:
-    CommandError: If there are none, one is empty, or the file cannot be read.
+    CommandError: If there is no prompt, a prompt is empty, or the file cannot
+      be read or is not UTF-8.
   """
   prompts = [
     Prompt(text, f"argument --prompt: {text[:40]!r}") for text in args.prompt
@@ -44,14 +45,14 @@ def encode(
   """Returns the token ids of every prompt.
 
   Raises:
-    CommandError: If a prompt is too long, or the model has no chat template
-      or refuses the turn.
+    CommandError: If a prompt or `--max-len` is too long, or if the model has no
+      chat template or the template fails.
   """
   max_len = args.max_len or config.max_len
   if max_len > config.max_len:
     raise CommandError(
       f"argument --max-len: {max_len} must be at most {config.max_len}, the "
-      "longest sequence of the model."
+      "limit of the model."
     )
   token_ids = []
   for prompt in prompts:
@@ -81,7 +82,7 @@ def _of_file(name: str) -> list[Prompt]:
     raise CommandError(f"{source}: {error.strerror}.") from error
   except UnicodeDecodeError as error:
     raise CommandError(f"{source} is not UTF-8: {error}.") from error
-  # Not splitlines: a prompt may hold a form feed or a Unicode line separator.
+  # Not splitlines: a prompt may have a form feed or a Unicode line separator.
   lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
   if lines == [""]:
     raise CommandError(f"{source} has no prompts.")

@@ -1,4 +1,4 @@
-"""Where the time of a batch goes: compiling, prefill, decode."""
+"""Measures the time of a batch: compiling, prefill, decode."""
 
 import contextlib
 import dataclasses
@@ -15,12 +15,12 @@ _COMPILING = "/jax/core/compile/"  # tracing and lowering included
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-  """Seconds a batch has taken so far.
+  """Seconds that a batch has taken so far.
 
   Attributes:
-    compile_s: Tracing and compiling, or fetching compiled programs.
-    prefill_s: Until the first new token of every prompt, less compiling.
-    decode_s: From there on, less compiling.
+    compile_s: Tracing and compiling, or loading cached programs.
+    prefill_s: Until all prompts have their first new token, without compiling.
+    decode_s: From then on, without compiling.
   """
 
   compile_s: float = 0.0
@@ -28,9 +28,9 @@ class Timing:
   decode_s: float = 0.0
 
   def tokens_per_s(self, completions: Sequence[Completion]) -> float | None:
-    """Returns the rate of decoding, None if nothing was decoded.
+    """Returns decoded tokens per second, or None if nothing was decoded.
 
-    The first token of a prompt comes from its prefill and does not count.
+    The first new token of a prompt belongs to its prefill and does not count.
     """
     decoded = sum(max(0, len(c.token_ids) - 1) for c in completions)
     if not decoded or self.decode_s <= 0:
@@ -41,9 +41,9 @@ class Timing:
 def timed(
   steps: Iterator[list[Completion]],
 ) -> Iterator[tuple[list[Completion], Timing]]:
-  """Yields what `generation.stream` yields, and the time it has taken.
+  """Yields the items of `generation.stream`, and the time they have taken.
 
-  What the caller does between two steps is not counted.
+  The time that the caller spends between two items is not counted.
   """
   timing = Timing()
   is_prefill = True
@@ -67,7 +67,7 @@ def timed(
 
 @contextlib.contextmanager
 def _compile_spans() -> Generator[list[tuple[float, float]]]:
-  """Collects when JAX compiles, as (start, end)."""
+  """Collects the times in which JAX compiles, as (start, end)."""
   spans = []
 
   def listen(
@@ -84,7 +84,7 @@ def _compile_spans() -> Generator[list[tuple[float, float]]]:
 
 
 def _covered(spans: Sequence[tuple[float, float]]) -> float:
-  """Returns the length of the union: inner functions trace within outer."""
+  """Returns the length of the union of spans, which may be nested."""
   total, covered_to = 0.0, -math.inf
   for start, end in sorted(spans):
     total += max(0.0, end - max(start, covered_to))

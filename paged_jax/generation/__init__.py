@@ -1,4 +1,4 @@
-"""Generation from prompts, by steps that run inside jit."""
+"""Generates from prompts, in steps that run inside jit."""
 
 from paged_jax.generation.driver import Completion, generate, join, stream
 from paged_jax.kv.config import CacheConfig

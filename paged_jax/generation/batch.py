@@ -1,4 +1,4 @@
-"""A call's prompts and parameters, checked, and padded to few shapes."""
+"""Checks the prompts and parameters of a call, and pads them to few shapes."""
 
 import dataclasses
 import operator
@@ -13,17 +13,17 @@ from paged_jax.models.contract import DecoderModel
 from paged_jax.sampling import SamplingParams
 from pallas_kernels.common.rounding import cdiv, next_power_of_two
 
-# The least that is compiled for: most short calls then share their programs.
+# The smallest chunk, so that most short calls share one compiled program.
 _LEAST_CHUNK = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """The prompts and parameters of a call, padded to a bucket of rows."""
+  """The prompts and parameters of a call, with rows of padding."""
 
   prompts: tuple[tuple[int, ...], ...]
-  params: tuple[SamplingParams, ...]  # of all rows, padding included
-  max_new: tuple[int, ...]  # of all rows; at most what `max_len` allows
+  params: tuple[SamplingParams, ...]  # for all rows, padding included
+  max_new: tuple[int, ...]  # for all rows; within `max_len`
   max_len: int
 
   @classmethod
@@ -34,24 +34,24 @@ class Batch:
     params: SamplingParams | Sequence[SamplingParams] | None,
     config: CacheConfig,
   ) -> "Batch":
-    """Returns the batch of a call; see `generate` for its errors."""
+    """Returns the batch of a call; see `generate` for the errors."""
     max_len = config.max_len or model.max_len
     if max_len > model.max_len:
-      raise ValueError(
-        f"{max_len=} must be at most the model's {model.max_len}."
-      )
+      raise ValueError(f"{max_len=} must be at most {model.max_len=}.")
     ids = tuple(_token_ids(i, prompt) for i, prompt in enumerate(prompts))
     _check_prompts(ids, model.vocab_size, max_len)
     params = SamplingParams() if params is None else params
     if isinstance(params, SamplingParams):
       params = (params,) * len(ids)
     if len(params) != len(ids):
-      raise ValueError(f"{len(params)=} must be {len(ids)=}.")
+      raise ValueError(f"{len(params)=} must equal len(prompts)={len(ids)}.")
     num_rows = config.num_seqs or next_power_of_two(len(ids))
     if num_rows < len(ids):
-      raise ValueError(f"num_seqs={num_rows} must be at least {len(ids)=}.")
+      raise ValueError(
+        f"num_seqs={num_rows} must be at least len(prompts)={len(ids)}."
+      )
     params = (*params, *(SamplingParams(),) * (num_rows - len(ids)))
-    # The last token is never stored: nothing is sampled after it.
+    # The last new token is not stored, so a row may have one more than fits.
     room = [max_len + 1 - len(prompt) for prompt in ids]
     room += [1] * (num_rows - len(ids))
     max_new = tuple(
@@ -60,15 +60,15 @@ class Batch:
     return cls(ids, params, max_new, max_len)
 
   def most_pages(self, page_size: int) -> int:
-    """Pages that the batch needs if every row runs to its limit."""
+    """Returns the pages that the batch needs if every row runs to its limit."""
     longest = zip(self.prompts, self.max_new, strict=False)
     return sum(cdiv(len(p) + n - 1, page_size) for p, n in longest)
 
   def status(self, num_pages: int, page_size: int) -> np.ndarray:
-    """Returns the status of each row at the start.
+    """Returns i32[num_rows], the initial status of each row.
 
-    In order, a prompt runs if the pages that are left hold it. The device has
-    the last word: a row whose prompt finds no pages there ends, too.
+    In order, a prompt runs if it fits in the remaining pages. A row whose
+    prompt the device refuses ends later, in the prefill.
     """
     status = np.full(len(self.params), Status.LENGTH, np.int32)
     for row, prompt in enumerate(self.prompts):
@@ -79,10 +79,11 @@ class Batch:
     return status
 
   def chunks(self, status: np.ndarray, chunk: int) -> Iterator[Plan]:
-    """Yields the plans by which the running prompts are read.
+    """Yields the plans that prefill the running prompts.
 
-    The prompts lie end to end; a chunk is the next tokens, at most a bucket of
-    all of them.
+    The prompts lie one after the other on one token axis, and each plan has the
+    next `chunk` tokens of it. Short prompts get a smaller chunk: their number
+    of tokens rounded up to a power of two, but at least 64.
     """
     running = status == Status.RUNNING
     lens = np.zeros(len(status), np.int32)
@@ -126,5 +127,6 @@ def _check_prompts(prompts, vocab_size: int, max_len: int) -> None:
     for token in prompt:
       if not 0 <= token < vocab_size:
         raise ValueError(
-          f"prompts[{i}] has token {token}; {vocab_size=} is the limit."
+          f"prompts[{i}] has token {token}, which must be in "
+          f"[0, {vocab_size=})."
         )

@@ -1,4 +1,4 @@
-"""Generation from a ragged batch of prompts: the host's side of the loops."""
+"""`generate` and `stream`: the host side of generation."""
 
 import collections
 import dataclasses
@@ -21,9 +21,9 @@ from paged_jax.models.contract import DecoderModel
 from paged_jax.sampling import SamplingParams
 from pallas_kernels.common.rounding import next_power_of_two
 
-# Of the free memory, what the pool may take: the rest is for the activations.
+# Fraction of the free memory for the pool. The rest is for activations.
 _POOL_SHARE = 0.8
-# The least that is compiled for: most short calls then share their programs.
+# The smallest pool, so that most short calls share one compiled program.
 _LEAST_PAGES = 64
 # Steps that run or wait on the device while the host reads an earlier one.
 # With two, a small model waits for the host: 1.24 ms a step instead of 1.08 to
@@ -38,11 +38,11 @@ class Completion:
   Attributes:
     prompt_token_ids: The prompt.
     token_ids: New tokens, a stop token included: all of them from `generate`,
-      those since the last time from `stream`.
+      those since the previous item from `stream`.
     finish_reason: `"stop"`, `"length"`, `"out_of_pages"`, or None while the
       sequence is running.
-    logprobs: Natural log of the probability of each of `token_ids` under the
-      model, before temperature and filters; None unless asked for.
+    logprobs: Natural logarithm of the probability of each of `token_ids` under
+      the model, before temperature and filters; None unless requested.
   """
 
   prompt_token_ids: tuple[int, ...]
@@ -59,27 +59,36 @@ def generate(
   cache: CacheConfig | None = None,
   with_logprobs: bool = False,
 ) -> list[Completion]:
-  """Continues every prompt, all in one batch.
+  """Continues all prompts in one batch.
 
   Args:
     model: The model.
-    prompts: Token ids of each prompt; at least one, none of them empty.
-    params: How to sample: one for all, or one for each prompt; greedy if None.
-    cache: Size of the paged cache.
+    prompts: Token ids of each prompt; at least one prompt, none empty.
+    params: Sampling parameters, for all prompts or one for each; greedy if
+      None.
+    cache: Sizes of the paged cache; see `CacheConfig` for the defaults.
     with_logprobs: Whether to return log-probabilities.
 
   Returns:
-    One completion for each prompt, in order.
+    One completion for each prompt, in order. A row that runs out of pages ends
+    with `finish_reason="out_of_pages"` and keeps its tokens.
 
   Raises:
-    TypeError: If the model lacks what `DecoderModel` asks for.
-    ValueError: If a prompt is empty, longer than `max_len`, or has a token
-      that the model does not know; if there are no prompts, or another number
-      of `params`; if `max_len` is more than the model's; or if the model
-      breaks its contract.
-    NotImplementedError: If the implementation that `cache` requests cannot
-      serve the model here.
-    MemoryError: If `num_pages`, or one page, does not fit in the free memory.
+    TypeError: If the model lacks an attribute of `DecoderModel`.
+    ValueError: If there are no prompts; if a prompt is empty, is longer than
+      `max_len`, is not a sequence of integers, or has a token id outside
+      `[0, vocab_size)`; if `params` is not one or one for each prompt; if
+      `cache.max_len` exceeds `model.max_len`, `cache.num_seqs` is less than the
+      number of prompts, or `cache.num_pages` does not fit the layer groups; or
+      if the model violates `DecoderModel`.
+    NotImplementedError: If `cache.implementation` cannot serve the model here.
+    MemoryError: If `cache.num_pages` pages, or a single page, do not fit in the
+      free memory.
+
+  Example:
+    params = SamplingParams(max_new_tokens=32, temperature=0.7)
+    for completion in generate(model, [[1, 15043], [1, 3186, 29889]], params):
+      print(completion.token_ids, completion.finish_reason)
   """
   return join(
     stream(model, prompts, params, cache=cache, with_logprobs=with_logprobs)
@@ -94,25 +103,25 @@ def stream(
   cache: CacheConfig | None = None,
   with_logprobs: bool = False,
 ) -> Iterator[list[Completion]]:
-  """Like `generate`, but yields the new tokens of every step.
+  """Continues all prompts in one batch, and yields the new tokens of each step.
 
-  The first item comes when all prompts have been read. The device is a
-  few steps ahead of what is yielded.
+  The first item is yielded after the prefill of all prompts. The device runs a
+  few steps ahead of the items.
 
   Args:
-    model: See `generate`, as for the next four.
-    prompts: Token ids of each prompt.
-    params: How to sample.
-    cache: Size of the paged cache.
-    with_logprobs: Whether to return log-probabilities.
+    model: See `generate`.
+    prompts: See `generate`.
+    params: See `generate`.
+    cache: See `generate`.
+    with_logprobs: See `generate`.
 
   Returns:
-    An iterator over lists with a completion for each prompt, in order, that
-    holds the tokens since the item before. Arguments are checked at once, not
-    at the first `next`.
+    An iterator over lists with one completion for each prompt, in order, which
+    holds the tokens since the previous item.
 
   Raises:
-    As `generate`.
+    See `generate`. Arguments are checked when `stream` is called. Errors of
+    the model and of the implementation are raised by the iterator.
   """
   contract.check(model)
   config = cache or CacheConfig()
@@ -122,7 +131,15 @@ def stream(
 
 
 def join(items: Iterable[list[Completion]]) -> list[Completion]:
-  """Returns the completions whose tokens are those of all items, in order."""
+  """Concatenates the items of `stream`.
+
+  Args:
+    items: Lists with one completion for each prompt.
+
+  Returns:
+    One completion for each prompt, with the tokens of all items and the
+    `finish_reason` of the last item.
+  """
   tokens: list[list[int]] = []
   logprobs: list[list[float]] = []
   last: list[Completion] = []
@@ -157,16 +174,16 @@ def _run(
   )
   runner = programs.Runner(model, rows)
 
-  # 1. Prompts.
+  # 1. Prefill.
   read = _Reader(batch, status, with_logprobs)
   plans = batch.chunks(status, config.prefill_chunk)
   yield read([runner.prefill(plan) for plan in plans])
 
-  # 2. Steps, of which a few are ahead of the one that is read.
+  # 2. Decode. A few steps are dispatched ahead of the one that is read.
   in_flight: collections.deque[jax.Array] = collections.deque()
   num_left = max(batch.max_new) - 1
   while not read.is_done:
-    # More steps than tokens are needed where rows have waited for pages.
+    # Rows that waited for pages need more steps than new tokens.
     while not in_flight or (len(in_flight) < _IN_FLIGHT and num_left > 0):
       in_flight.append(runner.decode())
       num_left -= 1
@@ -174,7 +191,7 @@ def _run(
 
 
 class _Reader:
-  """Makes completions of the results of steps.
+  """Makes completions from the results of steps.
 
   Attributes:
     is_done: Whether all prompts have ended.
@@ -187,7 +204,7 @@ class _Reader:
     self.is_done = False
 
   def __call__(self, packed: Sequence[jax.Array]) -> list[Completion]:
-    """Returns the new tokens of some steps; waits for them."""
+    """Waits for the results of some steps, and returns their new tokens."""
     results = [programs.unpack(np.asarray(each)) for each in packed]
     if results:
       self._status = results[-1].status
@@ -222,7 +239,7 @@ class _Reader:
 def _sized(
   model: DecoderModel, batch: Batch, config: CacheConfig
 ) -> CacheConfig:
-  """Returns the config with all sizes: those given, else chosen.
+  """Returns the config with a value for each size that is None.
 
   Raises:
     MemoryError: If the pages do not fit in the free memory.
@@ -254,13 +271,13 @@ def _sized(
         f"not one page of {page_bytes=} fits in {free} free bytes of device "
         "memory."
       )
-    # Rounded, so that free memory does not choose a new shape every time.
+    # Rounded down, so that the shape does not change with the free memory.
     wanted = min(wanted, 1 << (fitting.bit_length() - 1))
   return dataclasses.replace(config, num_pages=wanted)
 
 
 def _dtype(model: DecoderModel) -> np.dtype:
-  """Returns the float dtype that most parameters of a model have."""
+  """Returns the floating dtype of most parameters of a model."""
   counts: collections.Counter[np.dtype] = collections.Counter()
   for leaf in jax.tree.leaves(model):
     if jnp.issubdtype(leaf.dtype, jnp.floating):

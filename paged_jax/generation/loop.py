@@ -1,8 +1,8 @@
-"""The generation loops: what runs inside jit, from prompt to last token.
+"""The generation loops that run inside jit, from prompt to last token.
 
-`step` is the one step that everything folds: `prefill` and `decode` inside one
-program, for callers that embed them; `generate`, `stream` and an engine by
-dispatching it.
+`step` runs one step. `prefill` and `decode` loop over steps inside one
+program, for callers that embed them in their own jit. `generate` and `stream`
+dispatch one step at a time.
 """
 
 import dataclasses
@@ -23,27 +23,29 @@ from paged_jax.models.contract import DecoderModel
 def step(model: DecoderModel, rows: Rows, plan: Plan) -> tuple[Rows, Result]:
   """Runs one step: reserves pages, runs the model, samples.
 
-  Pages are only taken, never given back: rows that end keep theirs, and entries
-  of ended rows change nothing. A refused row stays as it was.
+  A step only reserves pages and never releases any: rows that end keep their
+  pages, and entries of ended rows change nothing. A refused row stays as it
+  was.
 
   Args:
     model: The model.
-    rows: The rows; donate them.
+    rows: The rows; donate them, and do not read the old ones afterwards.
     plan: Which rows take part, with which tokens.
 
   Returns:
-    The rows after the step, and what it did.
+    The next rows, and the result of each entry of the plan.
 
   Raises:
-    TypeError: If the model lacks what `DecoderModel` asks for.
-    ValueError: If the model breaks its contract, or the plan does not fit the
-      rows.
+    TypeError: If the model lacks an attribute of `DecoderModel`.
+    ValueError: If the model violates `DecoderModel`, or the plan does not fit
+      the rows (see `begin_step`).
+    NotImplementedError: If the cache's implementation cannot serve the model.
   """
   num_entries = plan.q_lens.shape[0]
   num_tokens = num_entries if plan.tokens is None else plan.tokens.shape[0]
   running = _of_entries(plan, rows.running, False)
 
-  # 1. Room for the tokens.
+  # 1. Reserve pages for the tokens.
   q_lens, table_rows = plan.q_lens, plan.slots
   if plan.max_q_len == 1:
     q_lens = jnp.where(running, q_lens, 0)
@@ -54,12 +56,12 @@ def step(model: DecoderModel, rows: Rows, plan: Plan) -> tuple[Rows, Result]:
     rows.cache, q_lens, num_tokens, rows=table_rows, max_q_len=plan.max_q_len
   )
 
-  # 2. The model.
+  # 2. Run the model.
   tokens = _tokens(rows, plan, now)
   hidden, cache = contract.run(model, tokens, cache, now)
   rows = dataclasses.replace(rows, cache=cache)
 
-  # 3. A token for each entry that samples.
+  # 3. Sample a token for each entry.
   if plan.max_q_len != 1:
     hidden = hidden.at[now.cu_q_lens[1:] - 1].get(mode="clip")
   logits = contract.logits(model, hidden)
@@ -83,10 +85,17 @@ def step(model: DecoderModel, rows: Rows, plan: Plan) -> tuple[Rows, Result]:
 def prefill_step(
   model: DecoderModel, rows: Rows, plan: Plan
 ) -> tuple[Rows, Result]:
-  """Runs a chunk of the prompts of all rows; ended rows give pages back.
+  """Runs one chunk of the prompts; ended rows release their pages.
 
-  A refused row cannot make up for the chunk: it ends with `OUT_OF_PAGES`. The
-  plan has no `slots`.
+  A refused row cannot catch up on the chunk, so it ends with `OUT_OF_PAGES`.
+
+  Args:
+    model: The model.
+    rows: The rows; donate them.
+    plan: The chunk; `slots` must be None.
+
+  Returns:
+    The next rows, and the result of each row.
   """
   rows, result = step(model, rows, plan)
   rows = rows_lib.end(rows, result.refused, Status.OUT_OF_PAGES)
@@ -95,10 +104,17 @@ def prefill_step(
 
 
 def decode_step(model: DecoderModel, rows: Rows) -> tuple[Rows, Result]:
-  """Continues every running row by one token; ended rows give pages back.
+  """Continues every running row by one token; ended rows release their pages.
 
-  When pages run short, the last of the refused rows ends with `OUT_OF_PAGES`
-  and gives its pages back; the others try again in the next step.
+  If pages run short, the last of the refused rows ends with `OUT_OF_PAGES` and
+  releases its pages. The others try again in the next step.
+
+  Args:
+    model: The model.
+    rows: The rows; donate them.
+
+  Returns:
+    The next rows, and the result of each row.
   """
   rows, result = step(model, rows, decode_plan(rows))
   row = jnp.arange(rows.num_seqs, dtype=jnp.int32)
@@ -109,7 +125,7 @@ def decode_step(model: DecoderModel, rows: Rows) -> tuple[Rows, Result]:
 
 
 def decode_plan(rows: Rows) -> Plan:
-  """Returns the plan by which every running row gets one more token."""
+  """Returns the plan that continues every running row by one token."""
   return Plan(q_lens=jnp.ones(rows.num_seqs, jnp.int32), max_q_len=1)
 
 
@@ -121,21 +137,24 @@ def prefill(
   *,
   chunk: int,
 ) -> Rows:
-  """Reads the prompts of a batch, and samples a token after each.
+  """Prefills the prompts of a batch, and samples a token after each.
 
-  The prompts lie one after the other on the token axis; a chunk is the next
-  `chunk` tokens of it, of however many rows. A row whose chunk finds no pages
-  ends with `OUT_OF_PAGES`, gives back what it has, and samples nothing.
+  The prompts lie one after the other on the token axis, and each step runs the
+  next `chunk` tokens of it. A row whose tokens find no pages ends with
+  `OUT_OF_PAGES`, releases its pages, and samples nothing.
 
   Args:
     model: The model.
     rows: The rows; donate them.
     tokens: i32[num_tokens], all prompts, padded to a multiple of `chunk`.
     prompt_lens: i32[num_seqs], 0 for rows without a prompt.
-    chunk: Tokens a step.
+    chunk: Tokens per step.
 
   Returns:
-    The rows, each with its first new token.
+    The next rows, each with its first new token.
+
+  Raises:
+    See `step`.
   """
   ends = jnp.cumsum(prompt_lens, dtype=jnp.int32)
 
@@ -152,13 +171,13 @@ def chunk_plan(
   i: Int[Array, ""],
   chunk: int,
 ) -> Plan:
-  """Returns the plan of the i-th chunk of prompts.
+  """Returns the plan of the i-th chunk of the prompts.
 
   Args:
     tokens: i32[num_tokens], all prompts, padded to a multiple of `chunk`.
-    ends: i32[num_seqs], where on the token axis each prompt ends.
-    i: Number of the chunk.
-    chunk: Tokens a chunk.
+    ends: i32[num_seqs], end of each prompt on the token axis.
+    i: Index of the chunk.
+    chunk: Tokens per chunk.
   """
   first = i * chunk
   starts = jnp.pad(ends[:-1], (1, 0))
@@ -173,16 +192,19 @@ def chunk_plan(
 def decode(
   model: DecoderModel, rows: Rows, num_steps: Int[Array, ""] | int
 ) -> Rows:
-  """Continues every running row, until all have ended or `num_steps` are done.
+  """Continues all rows until they have ended, or for `num_steps` steps.
 
   Args:
     model: The model.
-    rows: The rows; donate them. They keep their tokens if they were made with a
-      `capacity`.
-    num_steps: Most steps to run.
+    rows: The rows; donate them. They keep their tokens if they were created
+      with a `capacity`.
+    num_steps: Maximum number of steps to run.
 
   Returns:
     The rows after the last step; see `decode_step`.
+
+  Raises:
+    See `step`.
   """
 
   def wants_more(carry):
@@ -205,7 +227,7 @@ def _slots(plan: Plan, num_entries: int) -> Array:
 
 
 def _of_entries(plan: Plan, by_row: Array, otherwise) -> Array:
-  """Returns an array over rows for the entries of a plan."""
+  """Gathers an array over rows for the entries of a plan."""
   if plan.slots is None:
     return by_row
   return by_row.at[plan.slots].get(mode="fill", fill_value=otherwise)
@@ -219,7 +241,7 @@ def _sampling_of_entries(rows: Rows, plan: Plan) -> sampling.SamplingArrays:
 
 
 def _tokens(rows: Rows, plan: Plan, now: Step) -> Array:
-  """Returns i32[num_tokens], with the last tokens of rows filled in."""
+  """Returns i32[num_tokens], with -1 replaced by the last token of the row."""
   last = _of_entries(plan, rows.last_tokens, 0)
   if plan.tokens is None:
     return last

@@ -1,10 +1,10 @@
-"""The compiled programs that the host dispatches, one step each.
+"""The compiled programs that the host dispatches, one for each step.
 
 A model is flattened once, and its leaves are passed as a tuple of arrays: a
 jitted function that takes an NNX module flattens it in Python at each call,
-which takes 2 to 3 ms (30 to 32 layers, H200). A step is straight-line: there is
-no loop and no branch on a value of the device, so the call returns long before
-the step ends, and steps queue up.
+which takes 2 to 3 ms (30 to 32 layers, H200). A step has no loop and no branch
+on a value of the device, so the call returns long before the step ends, and
+several steps can be queued.
 """
 
 import functools
@@ -24,8 +24,8 @@ from paged_jax.models.contract import DecoderModel
 class Structure:
   """The structure of a model; models of equal structure share one object.
 
-  As a static argument it is compared by identity, which costs nothing however
-  large the model.
+  As a static argument of jit, it is compared by identity, which takes the same
+  time for models of any size.
   """
 
   def __init__(self, treedef: jax.tree_util.PyTreeDef):
@@ -50,7 +50,7 @@ def _structure(treedef: jax.tree_util.PyTreeDef) -> Structure:
 
 
 def by_leaves[R](run: Callable[..., R]) -> Callable[..., R]:
-  """Compiles `run(model, state, ...)` as a function of leaves.
+  """Compiles `run(model, state, ...)` as a function of the model's leaves.
 
   Returns:
     The jitted function of `(structure, leaves, state, ...)`. It donates the
@@ -60,17 +60,17 @@ def by_leaves[R](run: Callable[..., R]) -> Callable[..., R]:
   def compiled(structure, leaves, state, *args):
     return run(structure.model(leaves), state, *args)
 
-  compiled.__name__ = run.__name__  # of the program
-  # What is not read is kept too: its memory is that of an output.
+  compiled.__name__ = run.__name__  # names the program
+  # Unused inputs are kept, because outputs reuse their memory.
   return jax.jit(compiled, static_argnums=0, donate_argnums=2, keep_unused=True)
 
 
 class State(NamedTuple):
-  """What steps carry on the device.
+  """The state that steps carry on the device.
 
-  All outputs of a step have the memory of its inputs, so that its kernels find
-  the addresses of the step before: with an output elsewhere, the call took 0.9
-  ms instead of 0.7 (135M parameters, 8 rows, H200).
+  All outputs of a step reuse the memory of its inputs, so each step's kernels
+  have the same addresses as the step before. With one output elsewhere, a call
+  took 0.9 ms instead of 0.7 (135M parameters, 8 rows, H200).
   """
 
   rows: Rows
@@ -95,9 +95,10 @@ _copy = jax.jit(jnp.copy)
 
 
 class Runner:
-  """A model that continues rows: each call dispatches a step, and returns.
+  """A model and its rows; each call dispatches one step and returns at once.
 
-  What a call returns is on its way to the host; see `unpack`.
+  Calls return a packed result, whose copy to the host has started; see
+  `unpack`.
   """
 
   def __init__(self, model: DecoderModel, rows: Rows):
@@ -109,7 +110,7 @@ class Runner:
 
   @property
   def rows(self) -> Rows:
-    """The rows after the last step dispatched, which the next one donates."""
+    """The rows after the last dispatched step; the next step donates them."""
     return self._state.rows
 
   def prefill(self, plan: Plan) -> jax.Array:
@@ -128,7 +129,7 @@ class Runner:
 
 
 def _pack(result: Result) -> jax.Array:
-  """Returns one array of a result, for one transfer."""
+  """Packs a result into one array, for one transfer."""
   parts = [result.tokens[:, 0], result.num_new, result.status]
   if result.logprobs is not None:
     bits = lax.bitcast_convert_type(result.logprobs[:, 0], jnp.int32)
@@ -137,16 +138,16 @@ def _pack(result: Result) -> jax.Array:
 
 
 class HostResult(NamedTuple):
-  """What one step did, on the host."""
+  """The result of one step, on the host."""
 
   tokens: np.ndarray  # i32[num_seqs], sampled
-  num_new: np.ndarray  # i32[num_seqs], 0 or 1 of `tokens`
-  status: np.ndarray  # i32[num_seqs]
+  num_new: np.ndarray  # i32[num_seqs], 1 if the token counts, else 0
+  status: np.ndarray  # i32[num_seqs], a `Status`
   logprobs: np.ndarray | None  # f32[num_seqs]
 
 
 def unpack(packed: np.ndarray) -> HostResult:
-  """Returns the result that `prefill_step` or `decode_step` packed."""
+  """Unpacks the result of `prefill_step` or `decode_step`."""
   tokens, num_new, status, *bits = packed
   logprobs = bits[0].view(np.float32) if bits else None
   return HostResult(tokens, num_new, status, logprobs)

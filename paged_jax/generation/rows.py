@@ -1,4 +1,4 @@
-"""The state of rows that are being continued, and what one step is asked."""
+"""The state of the rows of a batch, and the plan and the result of one step."""
 
 import dataclasses
 import enum
@@ -15,7 +15,7 @@ from paged_jax.typing import Leaf
 
 
 class Status(enum.IntEnum):
-  """What becomes of a row. All but RUNNING are ends, and frozen."""
+  """The status of a row. All but RUNNING are final."""
 
   RUNNING = 0
   STOP = 1  # a stop token was sampled
@@ -26,16 +26,16 @@ class Status(enum.IntEnum):
 
   @property
   def finish_reason(self) -> str | None:
-    """The end in lower case, None while the row is running."""
+    """The final status in lower case; None while the row is running."""
     return None if self is Status.RUNNING else self.name.lower()
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """A batch of sequences while they are being continued.
+  """The state of a batch of sequences during generation.
 
-  Arrays that are None stay None: they are fixed when the rows are made.
+  Fields that are None stay None: `init` decides on them.
   """
 
   cache: PagedCache
@@ -53,23 +53,23 @@ class Rows:
 
   @property
   def num_seqs(self) -> int:
-    """Rows of the batch."""
+    """Number of rows of the batch."""
     return self.status.shape[0]
 
   @property
   def running(self) -> Array:
-    """bool[num_seqs], rows that go on."""
+    """bool[num_seqs], whether each row is running."""
     return self.status == Status.RUNNING
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What one step does: which rows take part, with which tokens.
+  """The rows that take part in one step, and their tokens.
 
-  The tokens of entry `i` lie one after the other on the token axis, as in
-  `begin_step`; with `max_q_len=1`, token `i` is that of entry `i`. Entries of
-  rows that have ended change nothing.
+  The tokens of the entries lie one after the other on the token axis, as in
+  `begin_step`; with `max_q_len=1`, entry `i` has token `i`. Entries of rows
+  that have ended change nothing.
   """
 
   q_lens: Leaf  # i32[num_entries], tokens of each entry, 0 for none
@@ -89,7 +89,7 @@ class Plan:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What one step did, entry by entry."""
+  """The result of one step, for each entry of the plan."""
 
   tokens: Leaf  # i32[num_entries, 1], sampled
   num_new: Leaf  # i32[num_entries], how many of `tokens` are there
@@ -110,13 +110,15 @@ def init(
   """Returns rows without new tokens.
 
   Args:
-    cache: The cache; empty, or with the context that the rows continue.
-    sampling_arrays: How each row samples.
-    max_new: i32[num_seqs], most new tokens of each row.
-    status: i32[num_seqs]; all rows run if None.
-    capacity: Tokens that are kept for each row; none are if None. At least
-      `max_new`: later ones are dropped.
-    with_logprobs: Whether log-probabilities are computed, and kept.
+    cache: The cache: empty, or with the contexts that the rows continue. The
+      rows own it.
+    sampling_arrays: Sampling parameters of each row.
+    max_new: i32[num_seqs], maximum number of new tokens of each row.
+    status: i32[num_seqs], initial `Status`; all rows are running if None.
+    capacity: Number of new tokens that are kept for each row, which should be
+      at least `max_new`, as later tokens are dropped. If None, none are kept.
+    with_logprobs: Whether to compute log-probabilities, and keep them with
+      `capacity`.
   """
   num_seqs = cache.num_seqs
   zeros = lambda: jnp.zeros(num_seqs, jnp.int32)  # each is donated
@@ -145,13 +147,13 @@ def record(
   tokens: Int[Array, " num_entries"],
   logprobs: Array | None,
 ) -> Rows:
-  """Returns the rows with their sampled tokens, and the ends these make.
+  """Returns the rows with their sampled tokens, ending those that are done.
 
   Args:
     rows: The rows.
     plan: The plan of the step.
     sampled: bool[num_entries], entries whose token counts.
-    tokens: i32[num_entries], one for each entry.
+    tokens: i32[num_entries], one token for each entry.
     logprobs: f32[num_entries], of the tokens; None if not computed.
   """
   if plan.slots is None:
@@ -182,7 +184,7 @@ def _kept(
   sampled: Array,
   new: Array | None,
 ) -> Array | None:
-  """Returns [num_seqs, capacity] with a new value for each entry, if kept."""
+  """Returns [num_seqs, capacity] with the new values; None if not kept."""
   if kept is None or new is None:
     return None
   entry = jnp.arange(new.shape[0], dtype=jnp.int32)
@@ -193,13 +195,19 @@ def _kept(
 
 
 def end(rows: Rows, which: Bool[Array, " num_seqs"], status: Status) -> Rows:
-  """Returns the rows with some that ran ended; their pages stay theirs."""
+  """Ends the running rows of `which` with `status`; they keep their pages.
+
+  Args:
+    rows: The rows.
+    which: bool[num_seqs], rows to end; those that have ended stay as they are.
+    status: A final status.
+  """
   ended = which & rows.running
   new_status = jnp.where(ended, jnp.int32(status), rows.status)
   return dataclasses.replace(rows, status=new_status)
 
 
 def release_ended(rows: Rows) -> Rows:
-  """Returns the rows, with the pages of all that have ended given back."""
+  """Releases the pages of all rows that have ended."""
   cache = paged_cache.release(rows.cache, ~rows.running)
   return dataclasses.replace(rows, cache=cache)

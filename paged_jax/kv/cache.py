@@ -161,7 +161,18 @@ def append(
 
 
 def release(cache: PagedCache, rows: Bool[Array, " num_seqs"]) -> PagedCache:
-  """Returns the cache with `rows` emptied; see `page_table.release`."""
+  """Empties rows; see `page_table.release`.
+
+  Args:
+    cache: The cache.
+    rows: bool[num_seqs], True for rows to empty.
+
+  Returns:
+    The next cache.
+
+  Raises:
+    ValueError: If `rows` is not bool[num_seqs].
+  """
   return cache.with_tables(
     [page_table.release(group.table, rows) for group in cache.groups]
   )
@@ -174,8 +185,16 @@ def fork(
 ) -> tuple[PagedCache, Bool[Array, "*num_forks"]]:
   """Makes empty rows copies of other rows; see `page_table.fork`.
 
+  Args:
+    cache: The cache.
+    src: i32[num_forks] or i32[], rows to copy; `num_seqs` for no request.
+    dst: Rows to fill, in the shape of `src`; `num_seqs` for no request.
+
   Returns:
     The next cache, and `ok` in the shape of `src`.
+
+  Raises:
+    ValueError: See `page_table.fork`.
   """
 
   def change(table: PageTable, group: int, keep: Array | None) -> Changed:
@@ -192,8 +211,16 @@ def truncate(
 ) -> tuple[PagedCache, Bool[Array, "*k"]]:
   """Shortens rows; see `page_table.truncate`.
 
+  Args:
+    cache: The cache.
+    seq: i32[k] or i32[], rows; `num_seqs` for no request.
+    new_len: Tokens to keep of each row, in the shape of `seq`.
+
   Returns:
     The next cache, and `ok` in the shape of `seq`.
+
+  Raises:
+    ValueError: See `page_table.truncate`.
   """
 
   def change(table: PageTable, group: int, keep: Array | None) -> Changed:
@@ -248,8 +275,16 @@ def permute(
 ) -> tuple[PagedCache, Bool[Array, ""]]:
   """Replaces each row by a fork of an old row; see `page_table.permute`.
 
+  Args:
+    cache: The cache.
+    parents: i32[num_seqs], the old row that each row becomes; `num_seqs` for an
+      empty row.
+
   Returns:
     The next cache, and `ok` bool[]: if False, no group has changed.
+
+  Raises:
+    ValueError: If `parents` is not an integer array of shape [num_seqs].
   """
   itself = jnp.arange(cache.num_seqs, dtype=jnp.int32)
 
@@ -267,6 +302,17 @@ def release_outside_window(
   """Releases the pages that the windows of windowed groups have passed.
 
   See `page_table.release_outside_window`, also for when to call it.
+
+  Args:
+    cache: The cache.
+    num_sink_tokens: First tokens that stay visible, at least 0.
+
+  Returns:
+    The next cache.
+
+  Raises:
+    ValueError: If `num_sink_tokens` is negative, or neither an integer nor an
+      i32[] array.
   """
   tables = []
   for group in cache.groups:

@@ -19,7 +19,7 @@ class CacheConfig:
   Attributes:
     page_size: Tokens per page; a positive multiple of 8.
     num_pages: Pages of each pool, at least 1: one number for all layer groups,
-      or a tuple with one for each. None chooses the most that the batch can
+      or a tuple with one for each. None chooses as many as the batch can
       need, rounded up to a power of two, within 80 % of the free memory.
     max_len: Longest sequence in tokens, at least 1; None is the model's.
     dtype: Dtype of K and V; None is the dtype of the model. int8 and

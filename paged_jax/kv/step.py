@@ -60,7 +60,7 @@ class Step:
   is_token: Leaf  # bool, in the shape of positions: whether it is stored
   tree_mask: Leaf | None = None  # bool[num_tokens, max_new]
   padding: Padding | None = None
-  # Most tokens of a row, if known. 1 is decode: row i has token i.
+  # Upper bound of the tokens of a row, if known. 1: row i has token i (decode).
   max_q_len: int | None = dataclasses.field(
     default=None, metadata=dict(static=True)
   )

@@ -1,1 +1,1 @@
-"""Decoder-only models, and the contract that they keep."""
+"""Decoder-only models, and the contract that they implement."""

@@ -1,24 +1,28 @@
-"""Hyperparameters of a decoder-only model, as its checkpoint states them."""
+"""Hyperparameters of a decoder-only model."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-  """Shape of a Llama-architecture model.
+  """Hyperparameters of a model of the Llama architecture.
 
   Attributes:
     vocab_size: Number of token ids.
     hidden_size: Width of the residual stream.
     intermediate_size: Width of the gated MLP.
     num_layers: Number of decoder layers.
-    num_q_heads: Query heads; a multiple of `num_kv_heads`.
-    num_kv_heads: Key and value heads.
+    num_q_heads: Number of query heads; a multiple of `num_kv_heads`.
+    num_kv_heads: Number of key and value heads.
     head_dim: Width of one head; even.
     rope_theta: Base of the rotary frequencies.
     rms_norm_eps: Added to the mean square before the root.
-    max_len: Longest sequence the model was trained for, in tokens.
+    max_len: Longest sequence that the model was trained on, in tokens.
     tie_word_embeddings: Whether the output head is the embedding table.
+
+  Raises:
+    ValueError: If a size is not positive, `num_q_heads` is not a multiple of
+      `num_kv_heads`, or `head_dim` is odd.
   """
 
   vocab_size: int

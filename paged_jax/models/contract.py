@@ -1,7 +1,8 @@
-"""What a model must be for the generation loops to run it.
+"""The interface of a model that the generation loops can run.
 
-The loops know this contract and no class. A model is a pytree: an NNX module,
-or a Linen module with its parameters (`paged_jax.nn.linen.LinenDecoder`).
+The loops depend on this interface and on no model class. A model is a pytree:
+an NNX module, or a Linen module with its variables
+(`paged_jax.nn.linen.LinenDecoder`).
 """
 
 from typing import Protocol, runtime_checkable
@@ -21,7 +22,7 @@ class DecoderModel(Protocol):
 
   @property
   def layers(self) -> tuple[LayerKV, ...]:
-    """What the cache must know of each layer."""
+    """The shape of each layer's keys and values."""
     ...
 
   @property
@@ -31,7 +32,7 @@ class DecoderModel(Protocol):
 
   @property
   def max_len(self) -> int:
-    """Longest sequence that the model takes, in tokens."""
+    """Longest sequence that the model supports, in tokens."""
     ...
 
   def __call__(
@@ -41,13 +42,14 @@ class DecoderModel(Protocol):
 
     Args:
       tokens: i32[num_tokens], in the order of the step.
-      cache: The cache, after `begin_step`. None runs plain causal attention
-        over tokens `[..., length]`, and can be differentiated.
-      step: What `begin_step` returned; None with `cache`.
+      cache: The cache that `begin_step` returned. If None, the model computes
+        plain causal attention over tokens [..., length] and can be
+        differentiated.
+      step: The step that `begin_step` returned; None if `cache` is None.
 
     Returns:
-      [num_tokens, width] hidden states, to be given to `logits`, and the cache
-      in which every layer has written its keys and values.
+      Hidden states [num_tokens, width], and the next cache, in which every
+      layer has written its keys and values (None without a cache).
     """
     ...
 
@@ -55,13 +57,13 @@ class DecoderModel(Protocol):
     """Returns f32[..., vocab_size], the logits of the next token.
 
     Args:
-      hidden: [..., width], some of the hidden states of a call.
+      hidden: [..., width], any rows of the hidden states that a call returned.
     """
     ...
 
 
 def check(model: DecoderModel) -> None:
-  """Raises a TypeError if an object lacks what the contract asks for."""
+  """Raises a TypeError if an object lacks an attribute of `DecoderModel`."""
   for name in ("layers", "vocab_size", "max_len", "logits", "__call__"):
     if not hasattr(model, name):
       raise TypeError(
@@ -72,11 +74,16 @@ def check(model: DecoderModel) -> None:
 def run(
   model: DecoderModel, tokens: Array, cache: PagedCache, step: Step
 ) -> tuple[Array, PagedCache]:
-  """Returns the hidden states and the next cache of a step, checked.
+  """Calls the model, and checks what it returns.
+
+  Returns:
+    The hidden states [num_tokens, width], and the next cache.
 
   Raises:
-    TypeError: If the model lacks what the contract asks for.
-    ValueError: If it breaks the contract.
+    TypeError: If the model lacks an attribute of `DecoderModel`.
+    ValueError: If `model.layers` are not the layers of the cache, or if the
+      model does not return hidden states [num_tokens, width] and the cache with
+      the keys and values of every group written.
   """
   check(model)
   name = type(model).__name__
@@ -105,10 +112,10 @@ def run(
 
 
 def logits(model: DecoderModel, hidden: Array) -> Array:
-  """Returns the logits of hidden states [num_rows, width], checked.
+  """Returns the logits f32[num_rows, vocab_size] of hidden states, checked.
 
   Raises:
-    ValueError: If the model breaks the contract.
+    ValueError: If the model returns another shape or dtype.
   """
   name = type(model).__name__
   result = model.logits(hidden)
@@ -124,7 +131,7 @@ def logits(model: DecoderModel, hidden: Array) -> Array:
 
 
 def _check_cache(name: str, before: PagedCache, after: PagedCache) -> None:
-  """Raises a ValueError if a returned cache is not the next one."""
+  """Raises a ValueError if `after` is not `before` with every group written."""
   spec = lambda cache: jax.tree.map(lambda x: (x.shape, x.dtype), cache)
   if spec(before) != spec(after):
     raise ValueError(

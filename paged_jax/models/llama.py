@@ -19,7 +19,7 @@ from paged_jax.nn.nnx import PagedAttention
 
 
 class Block(nnx.Module):
-  """One decoder layer: attention, then the MLP, each behind a norm."""
+  """One decoder layer: attention and MLP, each after a norm."""
 
   def __init__(
     self,
@@ -61,10 +61,10 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-  """A `DecoderModel` whose layers are unrolled.
+  """A `DecoderModel` of the Llama architecture.
 
-  A scan over stacked weights copies each layer's slice before its products:
-  2.8 times slower at decode (8B shape, H200).
+  The layers are unrolled: a scan over stacked weights copies each layer's slice
+  before its products, which made decode 2.8 times slower (8B shape, H200).
   """
 
   def __init__(
@@ -78,10 +78,10 @@ class Llama(nnx.Module):
     """Creates a model with random parameters.
 
     Args:
-      config: The shape of the model.
-      param_dtype: Of the parameters and of the computation.
+      config: The hyperparameters.
+      param_dtype: Dtype of the parameters and of the computation.
       batch_invariant: See `paged_jax.paged_attention`.
-      rngs: For the initial parameters.
+      rngs: Random numbers for the initial parameters.
     """
     self.config = config
     self.embed_tokens = nnx.Embed(
@@ -114,7 +114,7 @@ class Llama(nnx.Module):
 
   @property
   def layers(self) -> tuple[LayerKV, ...]:
-    """What the cache must know of each layer."""
+    """The shape of each layer's keys and values."""
     layer = LayerKV(self.config.num_kv_heads, self.config.head_dim)
     return (layer,) * self.config.num_layers
 
@@ -137,14 +137,14 @@ class Llama(nnx.Module):
     """Runs the tokens of one step; see `DecoderModel`.
 
     Args:
-      tokens: i32[num_tokens], in the order of the step; or [batch, length]
+      tokens: i32[num_tokens], in the order of the step; or i32[batch, length]
         after `begin_padded`.
-      cache: The cache, after `begin_step` or `begin_padded`, or None.
-      step: What they returned; None with `cache`.
+      cache: The cache that `begin_step` or `begin_padded` returned, or None.
+      step: The step that `begin_step` or `begin_padded` returned; None if
+        `cache` is None.
 
     Returns:
-      Hidden states [..., hidden_size], to be given to `logits`, and the next
-      cache.
+      Hidden states [..., hidden_size], and the next cache.
     """
     x = self.embed_tokens(tokens)
     for block in self.blocks:
@@ -154,7 +154,7 @@ class Llama(nnx.Module):
   def logits(
     self, hidden: Float[Array, "*tokens hidden_size"]
   ) -> Float[Array, "*tokens vocab_size"]:
-    """Returns the logits of the next token, summed and kept in float32."""
+    """Returns the logits of the next token; products accumulate in float32."""
     if self.config.tie_word_embeddings:
       head = self.embed_tokens.embedding[...].T
     else:
@@ -172,13 +172,14 @@ def from_weights(
   """Returns a model with the parameters of a checkpoint.
 
   Args:
-    config: The shape of the model.
-    weights: Arrays by their Hugging Face names, products as [out, in].
-    param_dtype: Of the parameters and of the computation.
+    config: The hyperparameters.
+    weights: Arrays by their Hugging Face names; projections are [out, in].
+    param_dtype: Dtype of the parameters and of the computation.
     batch_invariant: See `paged_jax.paged_attention`.
 
   Raises:
-    ValueError: If a weight is missing or has another shape than `config` says.
+    ValueError: If a weight is missing, or does not have the shape that `config`
+      requires.
   """
   build = lambda: Llama(
     config,
@@ -193,23 +194,24 @@ def from_weights(
   if missing:
     raise ValueError(
       f"weights lack {missing[0]!r} ({len(missing)} of {len(names)} are "
-      f"missing), which {config} asks for."
+      f"missing), which {config} requires."
     )
   for path, variable in nnx.to_flat_state(state):
-    # One at a time: in float32 the whole model may not fit beside itself.
+    # One weight at a time: a float32 copy of the whole model may not fit in
+    # memory.
     source = sources[path]
     value = source.combine([weights[name] for name in source.names])
     if value.shape != variable.shape:
       raise ValueError(
         f"weights {', '.join(source.names)} give a parameter of shape "
-        f"{value.shape}; the config says {variable.shape}."
+        f"{value.shape}; the config requires {variable.shape}."
       )
     variable.set_value(jnp.asarray(value, param_dtype))
   return nnx.merge(graphdef, state)
 
 
 class _Source(NamedTuple):
-  """Which weights a parameter is made of, and how."""
+  """The weights that a parameter is made from, and how to combine them."""
 
   names: tuple[str, ...]
   combine: Callable[[Sequence[np.ndarray]], np.ndarray]
@@ -220,7 +222,7 @@ def _as_it_is(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _kernel(parts: Sequence[np.ndarray]) -> np.ndarray:
-  """Returns a kernel [in, out] of a weight [out, in]."""
+  """Returns the kernel [in, out] of a weight [out, in]."""
   return parts[0].T
 
 
@@ -230,14 +232,14 @@ def _gate_up(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _qkv(num_kv_heads: int, parts: Sequence[np.ndarray]) -> np.ndarray:
-  """Returns the kernel of q, k and v, whose columns are ordered by KV head."""
+  """Returns the kernel of q, k and v, with columns ordered by KV head."""
   hidden_size = parts[0].shape[1]
   by_head = [part.reshape(num_kv_heads, -1, hidden_size) for part in parts]
   return np.concatenate(by_head, axis=1).reshape(-1, hidden_size).T
 
 
 def _sources(config: LlamaConfig) -> dict[tuple, _Source]:
-  """Returns the source of each parameter, by its path."""
+  """Returns the sources of all parameters, by parameter path."""
   qkv = functools.partial(_qkv, config.num_kv_heads)
   sources: dict[tuple, _Source] = {
     ("embed_tokens", "embedding"): _Source(

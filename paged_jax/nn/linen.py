@@ -1,4 +1,4 @@
-"""A Flax Linen module with its parameters, as a model of the loops."""
+"""Adapts a Flax Linen module and its variables to `DecoderModel`."""
 
 import dataclasses
 from typing import Any
@@ -15,11 +15,15 @@ from paged_jax.kv.step import Step
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LinenDecoder:
-  """A `DecoderModel` made of a Linen module and its variables.
+  """A `DecoderModel` that consists of a Linen module and its variables.
 
-  The module has `layers`, `vocab_size` and `max_len` as attributes, a method
-  `__call__(tokens, cache, step)` and a method `logits(hidden)`; see
-  `paged_jax.models.contract.DecoderModel`.
+  The module must have the attributes `layers`, `vocab_size` and `max_len`, a
+  method `__call__(tokens, cache, step)` and a method `logits(hidden)`, as
+  `paged_jax.models.contract.DecoderModel` describes them.
+
+  Attributes:
+    module: The Linen module; static.
+    variables: The variables that `module.init` returned.
   """
 
   module: linen.Module = dataclasses.field(metadata=dict(static=True))
@@ -27,7 +31,7 @@ class LinenDecoder:
 
   @property
   def layers(self) -> tuple[LayerKV, ...]:
-    """What the cache must know of each layer."""
+    """The shape of each layer's keys and values."""
     return self.module.layers
 
   @property
@@ -48,6 +52,6 @@ class LinenDecoder:
     return result
 
   def logits(self, hidden: Array) -> Array:
-    """Returns the logits of hidden states."""
+    """Returns the logits of the next token, from hidden states."""
     logits: Any = self.module.apply(self.variables, hidden, method="logits")
     return logits

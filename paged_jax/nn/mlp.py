@@ -7,10 +7,11 @@ from jaxtyping import Array, Float
 
 
 class GatedMLP(nnx.Module):
-  """`down(silu(gate(x)) * up(x))` (Shazeer, 2020), gate and up as one product.
+  """SwiGLU MLP (Shazeer, 2020): `down(silu(gate(x)) * up(x))`.
 
-  The kernel of `gate_up_proj` is `[hidden_size, 2, intermediate_size]`, so that
-  a shard of its last axis has the gates and the ups that belong together.
+  `gate_up_proj` computes both projections in one product. Its kernel has shape
+  `[hidden_size, 2, intermediate_size]`, so a shard of the last axis has
+  matching columns of gate and up.
   """
 
   def __init__(
@@ -30,7 +31,7 @@ class GatedMLP(nnx.Module):
   def __call__(
     self, x: Float[Array, "*tokens hidden_size"]
   ) -> Float[Array, "*tokens hidden_size"]:
-    """Returns the update of the residual stream."""
+    """Returns the output in the shape of `x`."""
     gate_up = self.gate_up_proj(x)
     gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
     return self.down_proj(jax.nn.silu(gate) * up)

@@ -16,8 +16,8 @@ from paged_jax.ops.layer import attend_layer
 class PagedAttention(nnx.Module):
   """Grouped-query causal attention: projections, rotary, `attend_layer`.
 
-  The cache is passed in and returned, never mutated: jit, scan and while_loop
-  see an ordinary value.
+  The cache is an argument and a result and is never mutated, so the module
+  works inside jit, scan and while_loop.
 
   Example:
     cache, step = begin_step(cache, q_lens, num_tokens=x.shape[0])
@@ -47,26 +47,29 @@ class PagedAttention(nnx.Module):
 
     Args:
       hidden_size: Width of the input and the output.
-      num_q_heads: Query heads, a multiple of `num_kv_heads`.
-      num_kv_heads: Key and value heads.
-      head_dim: Width of one head, even.
-      layer: The model's number of this layer.
-      rope_theta: Base of the rotary frequencies; None does not rotate q and k.
-      sliding_window: See `attend_layer`, as for the next five.
-      num_sink_tokens: First tokens that stay visible besides the window.
-      logits_soft_cap: Soft cap of the logits.
-      scale: Multiplies the logits; `head_dim ** -0.5` if None.
-      alibi_slopes: Constants, one for each query head: head `i` of `n`, a power
-        of two, has `2 ** (-8 * (i + 1) / n)` in the paper on ALiBi. Models with
-        ALiBi have no rotary embedding.
-      batch_invariant: Whether a row must not depend on other rows.
-      dtype: Of the computation; that of the input and parameters if None.
-      param_dtype: Of the parameters.
-      rngs: For the initial parameters.
+      num_q_heads: Number of query heads, a multiple of `num_kv_heads`.
+      num_kv_heads: Number of key and value heads.
+      head_dim: Width of one head; even.
+      layer: Index of the layer in `model.layers`.
+      rope_theta: Base of the rotary frequencies; None applies no rotary
+        embedding.
+      sliding_window: See `attend_layer`.
+      num_sink_tokens: See `attend_layer`.
+      logits_soft_cap: See `attend_layer`.
+      scale: See `attend_layer`.
+      alibi_slopes: Constant slopes, one for each query head. In Press et al.
+        (2022), head `i` of `n` has the slope `2 ** (-8 * (i + 1) / n)` if `n`
+        is a power of two. Models with ALiBi set `rope_theta=None`.
+      batch_invariant: See `attend_layer`.
+      dtype: Dtype of the projections; None promotes the dtypes of the input and
+        the parameters.
+      param_dtype: Dtype of the parameters.
+      rngs: Random numbers for the initial parameters.
 
     Raises:
-      ValueError: If the heads do not divide, `head_dim` is odd, or there is
-        not one slope for each head.
+      ValueError: If `num_q_heads` is not a multiple of `num_kv_heads`,
+        `head_dim` is odd, or `alibi_slopes` does not have one entry for each
+        query head.
     """
     if num_q_heads % num_kv_heads:
       raise ValueError(f"{num_q_heads=} must be a multiple of {num_kv_heads=}.")
@@ -74,7 +77,7 @@ class PagedAttention(nnx.Module):
       raise ValueError(f"{head_dim=} must be even.")
     if alibi_slopes is not None and len(alibi_slopes) != num_q_heads:
       raise ValueError(
-        f"{alibi_slopes=} must be one for each of {num_q_heads=}."
+        f"{alibi_slopes=} must have one entry for each of {num_q_heads=}."
       )
     self.num_q_heads = num_q_heads
     self.num_kv_heads = num_kv_heads
@@ -85,7 +88,8 @@ class PagedAttention(nnx.Module):
     self.sliding_window = sliding_window
     self.num_sink_tokens = num_sink_tokens
     self.logits_soft_cap = logits_soft_cap
-    # Numbers, not an array: no optimiser, checkpoint or cast may touch them.
+    # A tuple, not an array, so that no optimiser, checkpoint or cast changes
+    # the slopes.
     self.alibi_slopes = None
     if alibi_slopes is not None:
       self.alibi_slopes = tuple(map(float, alibi_slopes))
@@ -94,9 +98,9 @@ class PagedAttention(nnx.Module):
       use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
     )
     num_heads = num_q_heads + 2 * num_kv_heads
-    # One product for q, k and v: three small ones cost more at decode. Its
+    # One product for q, k and v: three small ones take longer at decode. The
     # columns are ordered by KV head (its query heads, its key, its value), so
-    # that a shard that divides the KV heads is a plain slice.
+    # that a shard of whole KV heads is a contiguous slice.
     self.qkv_proj = nnx.Linear(hidden_size, num_heads * head_dim, **linear)
     self.o_proj = nnx.Linear(num_q_heads * head_dim, hidden_size, **linear)
 
@@ -109,14 +113,19 @@ class PagedAttention(nnx.Module):
     """Returns the output, and the cache with this layer's K and V written.
 
     Args:
-      x: [num_tokens, hidden_size], the flat tokens of the step; or
+      x: [num_tokens, hidden_size], the tokens of the step; or
         [batch, length, hidden_size] after `begin_padded`.
-      cache: The cache, after `begin_step` or `begin_padded`; None attends
-        without a cache, as `attend_layer`.
-      step: What they returned; None with `cache`.
+      cache: The cache; see `attend_layer`. If None, each sequence attends to
+        itself only.
+      step: The step that `begin_step` or `begin_padded` returned; None if
+        `cache` is None.
 
     Returns:
       The output in the shape of `x`, and the next cache.
+
+    Raises:
+      ValueError: See `attend_layer`.
+      NotImplementedError: See `attend_layer`.
     """
     tokens = x.shape[:-1]
     qkv = self.qkv_proj(x).reshape(*tokens, self.num_kv_heads, -1)

@@ -352,8 +352,8 @@ class _Tiles:
   """The tiles of keys that each row visits: sink tokens first, then the window.
 
   Attributes:
-    count: i32[], most tiles of a row. A row sees no key in visits past its own
-      last tile.
+    count: i32[], maximum number of tiles of a row. A row sees no key in visits
+      past its own last tile.
   """
 
   def __init__(

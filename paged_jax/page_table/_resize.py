@@ -36,8 +36,8 @@ def compact(table: PageTable, max_copies: int | None = None) -> Compacted:
 
   Args:
     table: The current table.
-    max_copies: Most pages to move in this call, at least 1; further calls move
-      the rest. If None, all are moved.
+    max_copies: Maximum number of pages to move in this call, at least 1;
+      further calls move the rest. If None, all are moved.
 
   Returns:
     The next table, and the copies to carry out with

@@ -30,7 +30,7 @@ class PageTable:
   free_pages: Leaf  # i32[num_pages], a stack: the first num_free are free
   num_free: Leaf  # i32[]
   tenants: Leaf  # i32[num_seqs], whose quota the row's pages count against
-  quotas: Leaf | None  # i32[num_tenants], most pages; None: no limits at all
+  quotas: Leaf | None  # i32[num_tenants], page limits; None: no limits
   page_size: int = dataclasses.field(metadata=dict(static=True))  # tokens
   # Whether transitions check their result (see `assert_valid`).
   debug: bool = dataclasses.field(default=False, metadata=dict(static=True))
@@ -42,7 +42,7 @@ class PageTable:
 
   @property
   def pages_per_seq(self) -> int:
-    """Most pages that a row can map."""
+    """Maximum number of pages of a row."""
     return self.page_indices.shape[1]
 
   @property
@@ -86,11 +86,11 @@ def init(
     num_pages: Number of pages of the pool, at least 1.
     page_size: Tokens per page; a positive multiple of 8.
     num_seqs: Number of rows of the batch, at least 1.
-    pages_per_seq: Most pages that a row can map, at least 1.
+    pages_per_seq: Maximum number of pages of a row, at least 1.
     tenants: Tenant of each row, in `[0, len(quotas))`; all 0 if None.
-    quotas: Most pages that the rows of each tenant may reference together, at
-      least 0; `NO_QUOTA` for no limit. A page counts once for each row that
-      references it. If None, nothing is limited.
+    quotas: Maximum number of pages that the rows of each tenant may reference
+      together, at least 0; `NO_QUOTA` for no limit. A page counts once for each
+      row that references it. If None, nothing is limited.
     debug: Whether each transition checks its result (see `assert_valid`).
 
   Raises:

@@ -1,7 +1,7 @@
-"""How tokens are chosen, row by row, inside jit.
+"""Samples tokens inside jit, with different parameters for each row.
 
-Every option is an array over the rows, so that a batch may mix them and no
-value compiles anything anew.
+Every parameter is an array over the rows, so a batch may mix parameters, and
+new values cause no recompilation.
 """
 
 from paged_jax.sampling.params import (

@@ -1,4 +1,4 @@
-"""How a sequence is continued: parameters, and their arrays for a batch."""
+"""Sampling parameters of a sequence, and their arrays for a batch."""
 
 import dataclasses
 import math
@@ -14,19 +14,24 @@ from pallas_kernels.common.rounding import next_power_of_two
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-  """How one sequence is continued.
+  """Sampling parameters of one sequence.
 
   Attributes:
-    max_new_tokens: Most tokens to generate, at least 1.
-    temperature: Divides the logits; 0 takes the most likely token.
+    max_new_tokens: Maximum number of tokens to generate, at least 1.
+    temperature: Divides the logits, at least 0; 0 takes the most likely token.
     top_k: Keeps the k most likely tokens; 0 keeps all.
-    top_p: Keeps the most likely tokens that together reach this probability
-      (Holtzman et al., 2020), in (0, 1]; after `top_k`.
-    min_p: Keeps tokens of at least this share of the top token's probability,
-      in [0, 1].
-    seed: Of this sequence's random numbers, in [0, 2**32). They do not depend
-      on batchmates or on the row.
-    stop_token_ids: Tokens that end the sequence; the one that did is kept.
+    top_p: Keeps the smallest set of most likely tokens whose probability
+      reaches this value (nucleus sampling, Holtzman et al., 2020), in (0, 1].
+      Applied after `top_k`.
+    min_p: Keeps tokens with at least this fraction of the most likely token's
+      probability, in [0, 1].
+    seed: Seed of the random numbers, in [0, 2**32). They depend on the seed and
+      on the number of tokens sampled before, not on the row or the batch.
+    stop_token_ids: Tokens in [0, 2**31) that end the sequence. The token that
+      ends it is kept.
+
+  Raises:
+    ValueError: If a field has the wrong type or is out of its range.
   """
 
   max_new_tokens: int = 128
@@ -68,7 +73,7 @@ def _check_integer(name: str, value: object) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Filters:
-  """Options that leave out unlikely tokens. They need a sort of the logits."""
+  """Parameters that remove unlikely tokens, which need a sort of the logits."""
 
   top_k: Leaf  # i32[num_seqs], vocab_size or more keeps all
   top_p: Leaf  # f32[num_seqs]
@@ -77,12 +82,12 @@ class Filters:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Draws:
-  """Options of rows that draw at random."""
+  """Parameters of rows that sample at random."""
 
   temperature: Leaf  # f32[num_seqs], 0 takes the most likely token
   min_p: Leaf  # f32[num_seqs]
   seed: Leaf  # u32[num_seqs]
-  filters: Filters | None  # None if no row has any
+  filters: Filters | None  # None if no row uses top_k or top_p
 
 
 @jax.tree_util.register_dataclass
@@ -90,22 +95,23 @@ class Draws:
 class SamplingArrays:
   """The `SamplingParams` of a batch.
 
-  Whether any row draws, and whether any row filters, is part of the structure,
-  and so of the compiled program; their values are not.
+  Whether any row samples at random, and whether any row filters, is part of the
+  pytree structure, so a change compiles a new program. A change of values does
+  not.
   """
 
-  stop_ids: Leaf  # i32[num_seqs, most_stop_ids], NO_TOKEN where fewer
+  stop_ids: Leaf  # i32[num_seqs, max_stop_ids], padded with NO_TOKEN
   draws: Draws | None  # None if all rows take the most likely token
 
 
-NO_TOKEN = -1  # compared with token ids only, never an index
+NO_TOKEN = -1  # only compared with token ids, never used as an index
 _KEEP_ALL = 2**31 - 1
 
 
 def stack(params: Sequence[SamplingParams]) -> SamplingArrays:
-  """Returns the parameters of a batch as arrays, one row each."""
+  """Returns the parameters of a batch as arrays, with one row for each."""
   most = max(len(p.stop_token_ids) for p in params)
-  # Few widths, so that few programs are compiled.
+  # A power of two, so that few programs are compiled.
   width = next_power_of_two(most)
   stop_ids = np.full((len(params), width), NO_TOKEN, np.int32)
   for row, p in zip(stop_ids, params, strict=True):

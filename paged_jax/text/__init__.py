@@ -1,1 +1,1 @@
-"""Text to token ids and back, and chat templates. Knows no file format."""
+"""Tokenizers and chat templates, independent of file formats."""

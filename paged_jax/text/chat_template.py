@@ -1,4 +1,4 @@
-"""Conversations as text, by the Jinja template that a model file carries."""
+"""Renders conversations with the Jinja template of a model file."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,25 +14,25 @@ def render_chat(
   bos_token: str,
   eos_token: str,
 ) -> str:
-  """Returns the conversation as the text the model was trained on.
+  """Returns the conversation as text, in the model's chat format.
 
   Args:
-    template: Jinja source. It comes with the model file, so it runs in
-      Jinja's sandbox and sees nothing but the arguments below.
-    messages: Turns, each with a `role` and a `content`.
-    add_generation_prompt: Whether the text ends where a reply begins.
+    template: Jinja source. It comes from a model file, so it runs in Jinja's
+      sandbox, with access to the arguments below only.
+    messages: Turns, each with a `role` and a `content`, both strings.
+    add_generation_prompt: Whether to end the text with the start of a reply.
     bos_token: Text of the start token, empty if the model has none.
     eos_token: Text of the end token, empty if the model has none.
 
   Raises:
-    ValueError: if a message lacks its role or content, or the template
-      refuses the conversation.
-    ModuleNotFoundError: if the `demo` extra is not installed.
+    ValueError: If a message lacks its role or content, or if the template fails
+      or refuses the conversation.
+    ModuleNotFoundError: If the `demo` extra is not installed.
   """
   for i, message in enumerate(messages):
     for key in ("role", "content"):
       if not isinstance(message.get(key), str):
-        raise ValueError(f"messages[{i}]={message!r} needs a text {key!r}.")
+        raise ValueError(f"messages[{i}]={message!r} needs a string {key!r}.")
   template_error = import_demo("jinja2").TemplateError
   try:
     return (
@@ -50,9 +50,9 @@ def render_chat(
 
 
 def _environment() -> Any:
-  """Returns the sandbox, set up as templates written for Hugging Face expect.
+  """Returns the sandbox, with the settings that Hugging Face templates expect.
 
-  Newlines after a block tag and blanks before one leave no trace.
+  Newlines after a block tag and blanks before it are removed.
   """
   template_error = import_demo("jinja2").TemplateError
 

@@ -1,4 +1,4 @@
-"""Token ids back to text: the bytes of a token, and text that arrives late."""
+"""Converts token ids to text: bytes of tokens, and tokens that arrive late."""
 
 import codecs
 import functools
@@ -7,13 +7,13 @@ from typing import SupportsIndex
 
 
 def token_bytes(token: str, *, is_added: bool) -> bytes:
-  """Returns the bytes that a token of a byte-level BPE stands for.
+  """Returns the bytes of a token of a byte-level BPE.
 
   Args:
-    token: As the vocabulary spells it.
-    is_added: Whether it was added to the vocabulary as a whole: it is then
-      spelled as it reads. So is a token with a character outside the byte
-      alphabet.
+    token: The token as the vocabulary spells it.
+    is_added: Whether the token was added to the vocabulary as a whole. Such
+      tokens, and tokens with a character outside the byte alphabet, are spelled
+      as plain text.
   """
   table = _byte_of_symbol()
   if is_added or not all(symbol in table for symbol in token):
@@ -22,13 +22,13 @@ def token_bytes(token: str, *, is_added: bool) -> bytes:
 
 
 class StreamDecoder:
-  """Decodes ids as they arrive, holding back unfinished characters.
+  """Decodes token ids as they arrive, holding back incomplete characters.
 
-  The texts it returns, joined, are those of all the ids at once.
+  The returned texts, joined, are the text of all ids.
   """
 
   def __init__(self, to_bytes: Callable[[Iterable[SupportsIndex]], bytes]):
-    """Starts with no ids.
+    """Creates a decoder without ids.
 
     Args:
       to_bytes: Returns the UTF-8 bytes of some ids.
@@ -40,21 +40,21 @@ class StreamDecoder:
     """Returns the text that `ids` complete.
 
     Raises:
-      ValueError: if an id is outside the vocabulary.
+      ValueError: If an id is outside the vocabulary.
     """
     return self._utf8.decode(self._to_bytes(ids))
 
   def finish(self) -> str:
-    """Returns the rest: U+FFFD for a character that was never finished."""
+    """Returns the remaining text: U+FFFD for an incomplete character."""
     return self._utf8.decode(b"", final=True)
 
 
 @functools.cache
 def _byte_of_symbol() -> dict[str, int]:
-  """Returns GPT-2's alphabet: the printable character of every byte.
+  """Returns GPT-2's byte alphabet: the byte of each printable character.
 
-  Printable Latin-1 bytes stand for themselves; the others are numbered from
-  U+0100 on.
+  Printable Latin-1 bytes map to themselves; the others are numbered from
+  U+0100.
   """
   printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = [byte for byte in range(0x100) if byte not in set(printable)]

@@ -1,7 +1,7 @@
 """Byte-level BPE tokenizer, built from its vocabulary and merges.
 
-Text is cut into words before the merges apply. Model files name the rule that
-cuts; the rules known here are those of `_pre_tokenizer`.
+Text is split into words before the merges apply. Model files name the rule
+that splits; `_pre_tokenizer` has the rules that are supported.
 """
 
 import enum
@@ -21,7 +21,7 @@ _LLAMA3_WORDS = (
 _GPT2_WORDS = (
   r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 )
-# What llama.cpp falls back to where no rule is named.
+# The rule that llama.cpp uses if a file names none.
 _DEFAULT_SPLITS = (
   r"[\p{P}\$\+<=>\^~\|]+",
   _GPT2_WORDS,
@@ -31,19 +31,19 @@ _DEFAULT_SPLITS = (
 
 
 class TokenKind(enum.Enum):
-  """What a token of the vocabulary stands for."""
+  """The kind of a token of the vocabulary."""
 
-  TEXT = "text"  # spelled in the byte alphabet, made by merges
+  TEXT = "text"  # spelled in the byte alphabet, formed by merges
   ADDED = "added"  # text that is matched as a whole, before any merge
   CONTROL = "control"  # matched as a whole, and not part of the text
 
 
 class Tokenizer:
-  """Text to token ids and back.
+  """Converts text to token ids and back.
 
   Attributes:
-    stop_token_ids: Ids that end a reply: the end of the sequence and, where
-      there is one, the end of the turn.
+    stop_token_ids: Ids that end a reply: the end of the sequence and, if there
+      is one, the end of the turn.
   """
 
   def __init__(
@@ -59,25 +59,25 @@ class Tokenizer:
     add_bos_token: bool = False,
     chat_template: str | None = None,
   ):
-    """Builds the tokenizer. An error begins with the name of the argument.
+    """Builds the tokenizer. Error messages begin with the name of an argument.
 
     Args:
-      tokens: The vocabulary; a token's place is its id.
-      merges: Pairs of tokens that become one, as `"left right"`; the first in
-        the list is merged first.
-      pre: Name of the rule that cuts text into words: `"gpt-2"`, `"smollm"`,
+      tokens: The vocabulary; the index of a token is its id.
+      merges: Pairs of tokens to merge, as `"left right"`, in order of priority.
+      pre: Name of the rule that splits text into words: `"gpt-2"`, `"smollm"`,
         `"llama-bpe"` or `"default"`.
-      kinds: Of each token; all are `TEXT` if None.
+      kinds: Kind of each token; all are `TEXT` if None.
       bos_token_id: Start of a sequence.
       eos_token_id: End of a sequence.
       eot_token_id: End of a turn.
-      add_bos_token: Whether `encode` puts the start token in front.
-      chat_template: Jinja source of the model's conversations.
+      add_bos_token: Whether `encode` prepends the start token.
+      chat_template: Jinja source of the chat format.
 
     Raises:
-      ValueError: if an argument contradicts another, or repeats a token.
-      NotImplementedError: if words are cut by a rule that is not known here.
-      ModuleNotFoundError: if the `demo` extra is not installed.
+      ValueError: If `kinds` or a token id does not fit `tokens`, `tokens` has a
+        duplicate, or a merge does not join two tokens to a third.
+      NotImplementedError: If `pre` is unknown.
+      ModuleNotFoundError: If the `demo` extra is not installed.
     """
     self._tokens = tuple(tokens)
     if kinds is None:
@@ -117,13 +117,14 @@ class Tokenizer:
   def encode(self, text: str) -> list[int]:
     """Returns the token ids of `text`.
 
-    Special tokens written out in the text become their ids. A start token is
-    put in front where the model asks for one and the text has none yet.
+    Special tokens that are spelled out in the text become their ids. The start
+    token is prepended if `add_bos_token` is True and the text does not begin
+    with it.
 
     Raises:
-      ValueError: if the text has a lone surrogate, which UTF-8 cannot carry.
+      ValueError: If the text has a lone surrogate, which UTF-8 cannot encode.
     """
-    text.encode("utf-8")  # The library would take it for another type.
+    text.encode("utf-8")  # The library would report a wrong type instead.
     ids = self._backend.encode(text, add_special_tokens=False).ids
     if self._add_bos and self._bos_id is not None and ids[:1] != [self._bos_id]:
       ids.insert(0, self._bos_id)
@@ -134,8 +135,12 @@ class Tokenizer:
   ) -> str:
     """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD.
 
+    Args:
+      ids: Token ids, in `[0, vocab_size)`.
+      skip_special_tokens: Whether to leave out control tokens.
+
     Raises:
-      ValueError: if an id is outside `[0, vocab_size)`.
+      ValueError: If an id is outside `[0, vocab_size)`.
     """
     text = self._text_bytes(ids, skip_special_tokens)
     return text.decode("utf-8", errors="replace")
@@ -153,18 +158,19 @@ class Tokenizer:
     messages: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool = True,
   ) -> str:
-    """Returns the conversation as the text the model was trained on.
+    """Returns the conversation as text, in the model's chat format.
 
     Args:
-      messages: Turns, each with a `role` and a `content`.
-      add_generation_prompt: Whether the text ends where a reply begins.
+      messages: Turns, each with a `role` and a `content`, both strings.
+      add_generation_prompt: Whether to end the text with the start of a reply.
 
     Raises:
-      ValueError: if there is no chat template, a message lacks its role or
-        content, or the template refuses the conversation.
+      ValueError: If there is no chat template, if a message lacks its role or
+        content, or if the template fails or refuses the conversation.
+      ModuleNotFoundError: If the `demo` extra is not installed.
     """
     if self._chat_template is None:
-      raise ValueError("this model file has no chat template.")
+      raise ValueError("the model has no chat template.")
     return render_chat(
       self._chat_template,
       messages,
@@ -196,7 +202,7 @@ def _backend(
   merges: Sequence[str],
   pre: str,
 ) -> Any:
-  """Returns the `tokenizers.Tokenizer` that cuts and merges."""
+  """Returns the `tokenizers.Tokenizer` that splits and merges."""
   tokenizers = import_demo("tokenizers")
   pre_tokenizer = _pre_tokenizer(pre)
   vocab = {token: i for i, token in enumerate(tokens)}
@@ -229,10 +235,10 @@ def _backend(
 
 
 def _pre_tokenizer(pre: str) -> Any:
-  """Returns the rule `pre` that cuts text into words.
+  """Returns the rule that splits text into words.
 
   Raises:
-    NotImplementedError: if the rule is not known here.
+    NotImplementedError: If the rule is unknown.
   """
   tokenizers = import_demo("tokenizers")
   rules = tokenizers.pre_tokenizers

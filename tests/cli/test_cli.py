@@ -271,7 +271,7 @@ def test_info_says_which_attention_runs_here(capsys, cache_dir):
   assert lines["paged-jax"] == paged_jax.__version__
   assert lines["jax"] == jax.__version__
   assert lines["cache folder"] == str(cache_dir)
-  assert lines["demo model"] == "not fetched yet"
+  assert lines["demo model"] == "not downloaded yet"
 
 
 def test_version_is_printed(capsys):

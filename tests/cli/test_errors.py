@@ -105,7 +105,7 @@ def untouched(monkeypatch):
       "argument --implementation: invalid choice: 'cuda' (choose from",
     ),
     ([*PROMPT, "--temp", "1"], "unrecognized arguments: --temp 1"),
-    ([*PROMPT, "--logprobs"], "argument --logprobs: needs --json."),
+    ([*PROMPT, "--logprobs"], "argument --logprobs: requires --json."),
     (
       [*PROMPT, *PROMPT, "--seed", str(2**32 - 1)],
       f"argument --seed: {2**32 - 1} gives the last of 2 prompts the seed "
@@ -242,7 +242,7 @@ def test_chat_without_a_template_is_named(error, tmp_path):
   values = tiny_gguf.metadata({"tokenizer.chat_template": None})
   path = tiny_gguf.write(tmp_path / "plain.gguf", values)
   message = error("--model", str(path), *PROMPT, "--chat")
-  assert message == "argument --chat: this model file has no chat template."
+  assert message == "argument --chat: the model has no chat template."
 
 
 def test_pool_beyond_memory_is_named(error, model, monkeypatch):
