@@ -12,12 +12,12 @@ from paged_jax.nn.linen import LinenDecoder
 
 
 class TwoLayers(linen.Module):
-  """Two layers of attention, each behind a norm, and a head."""
+  """Two layers of attention, each after a norm, and a head."""
 
   layers, vocab_size, max_len = (LayerKV(2, 16),) * 2, 256, 64
 
   def setup(self):
-    """Names the parts, which `__call__` and `logits` both use."""
+    """Creates the layers, which `__call__` and `logits` share."""
     self.embed = linen.Embed(self.vocab_size, 48)
     self.norms = [linen.LayerNorm() for _ in self.layers]
     self.qkv = [linen.DenseGeneral((8, 16)) for _ in self.layers]  # 4 + 2 + 2
@@ -41,7 +41,7 @@ class TwoLayers(linen.Module):
 
 
 def random_model():
-  """Returns the module with random parameters, as a model of the loops."""
+  """Returns the module with random parameters as a `DecoderModel`."""
   run = lambda module, tokens: module.logits(module(tokens, None, None)[0])
   init = jax.jit(lambda key: TwoLayers().init(key, jnp.arange(3), method=run))
   return LinenDecoder(TwoLayers(), init(jax.random.key(0)))

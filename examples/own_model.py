@@ -1,4 +1,4 @@
-"""A Flax NNX model of one's own over the paged cache, decoding inside jit."""
+"""A custom Flax NNX model over the paged cache, decoding inside jit."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from paged_jax.nn import PagedAttention
 
 
 class OneLayer(nnx.Module):
-  """Embedding, paged attention, and the embedding again as the head."""
+  """An embedding, paged attention, and the tied embedding as the head."""
 
   layers, vocab_size, max_len = (LayerKV(2, 16),), 256, 24
 

@@ -1,4 +1,4 @@
-"""A model with two groups of layers, decoded by the loops inside one jit."""
+"""A model with two layer groups, decoded by the loops inside one jit."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from paged_jax.nn import PagedAttention
 
 
 class TwoGroups(nnx.Module):
-  """A windowed and a full layer, learned positions, an MLP without a gate."""
+  """A windowed and a full layer, learned positions, and an ungated MLP."""
 
   layers = LayerKV(1, 16, sliding_window=8), LayerKV(2, 32)
   vocab_size, max_len = 256, 40
@@ -38,7 +38,7 @@ class TwoGroups(nnx.Module):
 
 @jax.jit(donate_argnames="state")
 def generate(model, state, tokens, prompt_lens):
-  """Returns the rows after their prompts and 12 new tokens."""
+  """Returns the rows after prefill and 12 new tokens."""
   state = loop.prefill(model, state, tokens, prompt_lens, chunk=16)
   return loop.decode(model, state, num_steps=11)
 

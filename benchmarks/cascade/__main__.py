@@ -1,14 +1,14 @@
-"""What attention of sequences that share a prefix costs on a GPU.
+"""Measures attention of sequences that share a prefix, on a GPU.
 
-`cascade_attention` beside `paged_attention` over the same table, which reads
-the prefix once for each sequence, and, where it is installed, beside the
-cascade of FlashInfer (`rival`); and both parts of the cascade alone.
+Compares `cascade_attention` with `paged_attention` over the same table, which
+reads the prefix once for each sequence, and with FlashInfer's cascade if it is
+installed (`rival`). Also times the two parts of the cascade alone.
 
-Pages lie at random places of a pool with pages to spare, which hold NaN. A
-figure is the time of a compiled loop seen from the host, divided by its calls.
-All outputs are compared with that of plain JAX. `at_least_us` is what the GPU
-would take at the speeds of `ROOF`: keys once from its memory, and the products
-of the part that is shared.
+Pages lie at random places of a larger pool, whose unused pages hold NaN. Times
+are those of a compiled loop, measured on the host, divided by the number of
+calls. All outputs are compared with plain JAX. `at_least_us` is the time that
+the GPU needs at the rates of `ROOF` to read all keys and values once and to
+compute the products of the shared part.
 
   python -m benchmarks.cascade
 

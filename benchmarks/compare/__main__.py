@@ -1,11 +1,12 @@
-"""Times this checkout's ops beside those of another, in turns, in one process.
+"""Compares the speed and the outputs of the ops of two checkouts.
 
 `python -m benchmarks.compare FOLDER` needs a Hopper GPU, and another checkout
-of this project in a folder. For each case, loops of calls of both are timed in
-turns, five times, and what they return is compared bit for bit.
+of this project in a folder. Each case times loops over the op of either
+checkout, alternately and five times, in one process, and compares the outputs
+bit for bit.
 
 Results: benchmarks/results/h200/compare.json. `--small` compares tiny batches
-in plain JAX, on any machine.
+in plain JAX on any machine.
 """
 
 import statistics

@@ -1,19 +1,20 @@
-"""What decode attention costs on a GPU, in microseconds.
+"""Measures decode attention on a GPU, in microseconds.
 
-  page_sizes  the same tokens in pages of 8 to 256, beside what such pages
-              waste: of equal lengths that fill them, and of chats
-  window      131,072 tokens with a sliding window, beside the window's length
-  quantised   pages of int8 and float8, beside bfloat16
-  queries     1 to 8 query tokens a sequence, as to verify speculative tokens
+  page_sizes  the same tokens in pages of 8 to 256, and the memory that these
+              pages waste: for equal lengths that fill them, and for chats
+  window      131,072 tokens with a sliding window, compared with as many tokens
+              as the window has
+  quantised   pages of int8 and float8, compared with bfloat16
+  queries     1 to 8 query tokens per sequence, as in speculative decoding
   rows_apart  1,000 steps of growing sequences: one program, no transfer
-  batches     from one sequence to 256, beside plain JAX and the Triton kernel
-              that comes with JAX
+  batches     1 to 256 sequences, compared with plain JAX and with the Triton
+              kernel that comes with JAX
 
-Pages lie at random places of a pool with pages to spare, which hold NaN. Calls
-take turns with page tables that share no page, so that no call finds its keys
-in the L2 cache. A figure is the time of a compiled loop seen from the host,
-divided by its calls; how fast the GPU reads one large array is measured in the
-same run. The last output of a loop is verified before the loop is timed.
+Pages lie at random places of a larger pool, whose unused pages hold NaN.
+Successive calls use page tables without common pages, so that no call finds its
+keys in the L2 cache. Times are those of a compiled loop, measured on the host,
+divided by the number of calls. The run also measures how fast the GPU reads one
+large array. The last output of each loop is verified before the loop is timed.
 
   python -m benchmarks.decode
 

@@ -1,16 +1,16 @@
-"""Greedy generation on the demo model beside Hugging Face transformers.
+"""Compares greedy generation of the demo model with Hugging Face transformers.
 
-The same GGUF weights, dequantised to float32, the same prompts, the same
-number of new tokens; each side in a process of its own, in turn, several
-times. What is compared are ratios: tokens per second of whole calls
-(prefill included, compilation and loading not) and peak resident memory.
+Both use the same GGUF weights, dequantised to float32, the same prompts and the
+same number of new tokens. They run alternately, in separate processes, several
+times. The results are ratios: of tokens per second of whole calls, including
+prefill but not compilation or loading, and of peak resident memory.
 
-transformers lives in an environment of its own, whose interpreter is named:
+transformers needs its own environment; give the path of its interpreter:
 
   python -m benchmarks.generate --rival-python /path/to/bin/python
-  (that environment: pip install torch transformers accelerate gguf)
+  (in that environment: pip install torch transformers accelerate gguf)
 
-Without it only paged_jax is timed, and nothing is written. Results:
+Without it, only paged_jax is timed, and no results are written. Results:
 benchmarks/results/cpu/generate.json
 """
 

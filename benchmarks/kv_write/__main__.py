@@ -1,15 +1,15 @@
-"""What writing K and V of a step into the paged pool costs, in microseconds.
+"""Measures writes of K and V to the pool on a GPU, in microseconds.
 
-  write    `kv_pool.write` of 64, 512 and 8,192 tokens, by the kernel and by
-           scatters of XLA, to pages of each dtype; a plain copy of the same
-           bytes; and FlashInfer's append where it can be imported
-  pieces   the kernel with other numbers of pieces for a thread
+  write    `kv_pool.write` of 64, 512 and 8,192 tokens to pages of each dtype,
+           with the kernel and with XLA's scatter, compared with a copy of as
+           many bytes, and with FlashInfer's append if it is installed
+  pieces   the kernel with different numbers of 16-byte pieces per thread
 
-A step of a loop writes to all layers of a pool, one after the other, as the
-layers of a model do; pages lie at random places, tokens begin anywhere in a
-page. A figure is the time of a compiled loop seen from the host, divided by its
-writes. What a loop has written is verified before it is timed, and it may copy
-no array of the pool's size.
+Each step of a loop writes to all layers of a pool in order, as a model does.
+Pages lie at random places, and tokens begin anywhere in a page. Times are those
+of a compiled loop, measured on the host, divided by the number of writes. The
+contents of the pool are verified before a loop is timed, and no loop may copy
+an array of the size of the pool.
 
   python -m benchmarks.kv_write
 

@@ -1,20 +1,21 @@
-"""What the transitions of the page table cost on a GPU, in microseconds.
+"""Measures the transitions of the page table on a GPU, in microseconds.
 
-  append       one token for each of 256 rows, pages of 16, in pools of 65,536
-               to 1,048,576 pages that are free in random order; beside the ways
-               of other projects (`rivals`) and a loop that only counts
-  transitions  the others, and `append` where all rows copy a shared page, in
-               the smallest pool
-  sums         over the rows ahead of each: masked, as `append` takes them, or
-               running
-  copies       `kv_pool.copy_pages`, of the 256 that there could be, beside a
+  append       one token for each of 256 rows, with pages of 16 tokens, in pools
+               of 65,536 to 1,048,576 pages that are free in random order;
+               compared with the methods of other projects (`rivals`) and with a
+               loop that only counts
+  transitions  all other transitions, and `append` if all rows copy a shared
+               page, in the smallest pool
+  sums         sums over the preceding rows: masked, as in `append`, and
+               cumulative
+  copies       `kv_pool.copy_pages` with room for 256 copies, compared with a
                copy of one array
 
-Each is a loop compiled as one program, once, whose state is donated; a figure
-is the time of a call seen from the host, divided by the steps of the loop, so
-the calls tell how much it varies. What comes out of a loop is verified before
-it is timed. No loop of `append` copies an array of the pool's size or takes
-temporary memory that grows with the pool, or nothing is written.
+Each benchmark is a loop that is compiled as one program and donates its state.
+Times are those of a call, measured on the host, divided by the steps of the
+loop; their spread is over calls. The result of each loop is verified before it
+is timed. If a loop of `append` copies an array of the size of the pool, or
+needs temporary memory that grows with the pool, no results are written.
 
   python -m benchmarks.page_table
 

@@ -1,18 +1,17 @@
-"""How fast a model reads prompts on a GPU, in tokens a second.
+"""Measures prefill of a model on a GPU, in tokens per second.
 
-  ceiling  one large product of bfloat16 matrices: what the GPU can do
-  mixed    attention alone: 64 sequences that decode and 2 chunks of prompts in
-           one call, beside a call of each kind
-  model    16 prompts of 4,096 tokens through a Llama of 8 billion random
-           parameters, in the chunks of `paged_jax.generation.loop.prefill`, of
-           several sizes; logits of the last tokens only, in one product
+  ceiling  one large product of bfloat16 matrices: the peak rate of the GPU
+  mixed    attention alone: 64 sequences that decode and 2 prompt chunks in one
+           call, compared with one call for each kind
+  model    16 prompts of 4,096 tokens through a Llama with 8 billion random
+           parameters, in chunks of several sizes, as in
+           `paged_jax.generation.loop.prefill`; logits of the last tokens only
 
-FLOPs of the model are those of its products, the head's for the last tokens
-only, and of the attention that is seen, so nothing above the diagonal. The
-model's cache is donated and filled anew in each call. A figure is the time of
-a compiled program seen from the host, divided by its calls. Attention is
-compared with plain JAX before it is timed; the logits of every chunk size with
-those of the first.
+The FLOPs of the model are those of its products, the head's for the last tokens
+only, and of the attention below the diagonal. Each call donates the cache and
+fills it again. Times are those of a compiled program, measured on the host,
+divided by the number of calls. Attention is compared with plain JAX before it
+is timed, and the logits of every chunk size with those of the first.
 
   python -m benchmarks.prefill
 

@@ -1,9 +1,10 @@
-"""Perplexity of the demo model on quantised pages, beside float pages.
+"""Compares the perplexity of the demo model on quantised and on float pages.
 
-The start of a chapter of a book, chunk by chunk through the cache: every key
-and value that a token attends to is read from a page, the newest ones too.
-Weights and computation are float32; queries take the dtype of float pages.
-Perplexity is exp of the mean loss of the next token.
+The model reads the start of a book chapter, chunk by chunk, through the cache:
+every key and value that a token attends to comes from a page, including those
+of its own chunk. Weights and computation are float32; queries are cast to the
+dtype of float pages. Perplexity is the exponential of the mean loss of the next
+token.
 
 Runs on a CPU:
 

@@ -1,14 +1,14 @@
-"""What prefill over pages costs on a GPU, in microseconds and TFLOP/s.
+"""Measures prefill attention over pages on a GPU, in microseconds and TFLOP/s.
 
-Whole prompts, chunks of prompts on top of a context, and mixed batches, some by
-several Configs of the kernel, some also over pages of int8 and float8_e4m3fn. A
-TFLOP/s counts what the queries see, so nothing above the diagonal:
-4 * head_dim * num_q_heads for every query and key.
+The batches are whole prompts, prompt chunks on top of a context, and mixtures
+with decode. Some run with several Configs of the kernel, and some also over
+pages of int8 and float8_e4m3fn. TFLOP/s count visible keys only, so nothing
+above the diagonal: 4 * head_dim * num_q_heads for each query and key.
 
-Pages lie at random places of a pool with pages to spare, which hold NaN. A
-figure is the time of a compiled loop seen from the host, divided by its calls.
-The list of items is made anew in each call, and counted. The last output of a
-loop is compared with that of plain JAX before the loop is timed.
+Pages lie at random places of a larger pool, whose unused pages hold NaN. Times
+are those of a compiled loop, measured on the host, divided by the number of
+calls, and include the list of work items, which each call computes again. The
+last output of each loop is compared with plain JAX before the loop is timed.
 
   python -m benchmarks.ragged
 

@@ -1,14 +1,15 @@
-"""How long a decode step of a whole model takes, as `stream` runs it.
+"""Measures decode steps of a whole model, as `stream` runs them.
 
-  stream    `paged_jax.generation.stream`: one step a dispatch, a few in flight
+  stream    `paged_jax.generation.stream`: one dispatch per step, a few steps
+            in flight
   loop      `paged_jax.generation.loop.decode`: all steps in one program
-  returns   how long a call that dispatches a step holds the Python thread
+  returns   the time until a call that dispatches a step returns to Python
 
-Models have the shapes of SmolLM2-135M and Llama 3.1 8B, with random bfloat16
-parameters. Prompts have 1,024 tokens, and 256 new tokens follow, so both sides
-run at the same contexts, 1,025 to 1,280; greedy, and no row ends early. Times
-are of the steps after the first new token, seen from the host; stream and loop
-take turns. Their tokens are compared.
+The models have the shapes of SmolLM2-135M and Llama 3.1 8B, with random
+bfloat16 parameters. Prompts have 1,024 tokens and are continued greedily by 256
+tokens, so stream and loop run at the same contexts, 1,025 to 1,280, and no row
+ends early. Times are of the steps after the first new token, measured on the
+host. Stream and loop alternate, and their tokens are compared.
 
   python -m benchmarks.step
 

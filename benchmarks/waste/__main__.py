@@ -1,26 +1,26 @@
-"""How much KV memory pages waste and save, in replays on the CPU.
+"""Counts the KV memory that pages waste and save, in replays on the CPU.
 
 Three replays through `paged_jax.page_table`, each at every page size:
 
-  batching  1000 requests, 256 rows: a request that ends gives its pages back
-            and the next starts in its row. Beside it, buffers of 2,048 tokens;
-            a request longer than that (6 of them) takes two.
-  sampling  the first 250 prompts, 4 samples each, forked from one prompt and
-            as long as the next 4 outputs of the same list: prompt `i` takes
-            outputs `4 i` to `4 i + 3`. 64 prompts at once; the next starts
-            when all 4 samples of one have ended.
-  beams     beam searches of width 4, recorded on the demo model by
-            `record_beams`, all at once. Beside them, a buffer for each beam,
-            exactly as long as it gets.
+  batching  1000 requests in 256 rows: when a request ends, it releases its
+            pages and the next one starts in its row. Compared with buffers of
+            2,048 tokens; a longer request (there are 6) takes two.
+  sampling  the first 250 prompts, with 4 samples each, forked from one prompt.
+            The samples of prompt `i` are as long as outputs `4 i` to `4 i + 3`
+            of the same list. 64 prompts run at once; the next one starts when
+            all 4 samples of one have ended.
+  beams     beam searches of width 4, which `record_beams` recorded on the demo
+            model, all at once. Compared with a buffer for each beam that is
+            exactly as long as the beam.
 
-What a step uses is counted when its tokens are stored; figures are over all
-steps, from the first to the last request. Every replay has just as many pages
-as `count` says it needs, and agrees with it in every step, or nothing is
-written.
+The use of a step is counted when its tokens are stored; figures cover all
+steps, from the first to the last request. Every replay has only the pages that
+`count` computes for it. If the replay and `count` differ in any step, no
+results are written.
 
   python -m benchmarks.waste
 
-Results: benchmarks/results/cpu/waste.json, and waste.svg beside it.
+Results: benchmarks/results/cpu/waste.json and waste.svg
 """
 
 import json
