@@ -99,8 +99,8 @@ def begin_step(
     rows: i32[num_rows], rows of the page table in the order in which they are
       served; `num_seqs`, or any number out of range, for padding. If None, all
       rows are served in row order.
-    max_q_len: Upper bound of `q_lens`, at least 1, if known. Up to 8, the
-      decode kernel computes the attention.
+    max_q_len: Upper bound of `q_lens`, at least 1, if known. If it is at most
+      8, the decode kernel computes the attention.
     tree_mask: bool[num_tokens, max_new], which new tokens of its row a token
       attends to; see `ragged_paged_attention`.
 
@@ -133,7 +133,7 @@ def begin_step(
   num_rows = cache.num_seqs if rows is None else jnp.size(rows)
   if rows is not None and num_rows > cache.num_seqs:
     raise ValueError(
-      f"rows.shape={jnp.shape(rows)} must be at most {cache.num_seqs=} rows."
+      f"rows.shape={jnp.shape(rows)} must have at most {cache.num_seqs=} rows."
     )
   _check_known(q_lens, num_tokens, max_q_len)
   q_lens = page_table.integers(q_lens, (num_rows,), "q_lens")

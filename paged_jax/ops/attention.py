@@ -75,24 +75,24 @@ def paged_attention(
       ragged kernel dequantises K and V to the dtype of `q` before multiplying.
     v_scales: Scales of the values, like `k_scales`.
     scale: Multiplies the logits; `head_dim ** -0.5` if None.
-    sliding_window: If given, only the keys at positions in
-      `(pos - sliding_window, pos]` are visible; at least 1.
-    num_sink_tokens: Number of first tokens of a sequence that stay visible
-      outside the window (Xiao et al., 2023); at least 0.
-    logits_soft_cap: If given, limits the logits to `[-cap, cap]`; above 0.
+    sliding_window: At least 1. If given, only the keys at positions in
+      `(pos - sliding_window, pos]` are visible.
+    num_sink_tokens: At least 0. Number of first tokens of a sequence that stay
+      visible outside the window (Xiao et al., 2023).
+    logits_soft_cap: Above 0. If given, limits the logits to `[-cap, cap]`.
     batch_invariant: If True, the output of a sequence does not depend on the
       rest of the batch, bit for bit. The kernel becomes about 10 % slower, and
       stores up to 16 partial results for each sequence and KV head. The XLA
       implementation ignores it, and is as invariant as XLA's matrix products.
-    sinks: [num_q_heads], a logit per head that is added to the denominator.
+    sinks: [num_q_heads], one more logit per head, only in the denominator.
     alibi_slopes: [num_q_heads], slopes of ALiBi (Press et al., 2022, section
       3), clamped to a magnitude of 2**95.
     return_lse: Whether to return the log-sum-exp too.
     implementation: `"mosaic_gpu"`, `"xla"`, or None to choose.
 
   Returns:
-    [num_seqs, num_q_heads, head_dim] in the dtype of `q`. With `return_lse`, a
-    pair of this and f32[num_seqs, num_q_heads], the natural logarithm `lse`.
+    The output [num_seqs, num_q_heads, head_dim] in the dtype of `q`; with
+    `return_lse`, the pair of the output and `lse`, f32[num_seqs, num_q_heads].
     Sequences without a visible key give 0 and -inf, with or without sinks.
 
   Raises:
@@ -166,8 +166,8 @@ def ragged_paged_attention(
     num_active: i32[], i32[1] or an integer; sequences from this row on are
       ignored.
     max_q_len: Upper bound of the query tokens of a sequence, at least 1, if
-      known. Up to 8, the decode kernel serves the call. The op does not check
-      the bound: query tokens beyond it may give 0 and -inf, and with
+      known. If it is at most 8, the decode kernel serves the call. The op does
+      not check the bound: query tokens beyond it may give 0 and -inf, and with
       `causal=False` they shift the positions used for `alibi_slopes`.
     causal: Whether a query sees only keys up to its own position. If False, it
       sees all keys of its sequence.
@@ -195,9 +195,10 @@ def ragged_paged_attention(
     implementation: See `paged_attention`.
 
   Returns:
-    [num_tokens, num_q_heads, head_dim] in the dtype of `q`. With `return_lse`,
-    a pair of this and the log-sum-exp f32[num_tokens, num_q_heads]. Tokens past
-    `cu_q_lens[num_active]`, and tokens without a visible key, give 0 and -inf.
+    The output [num_tokens, num_q_heads, head_dim] in the dtype of `q`; with
+    `return_lse`, the pair of the output and `lse`, f32[num_tokens,
+    num_q_heads]. Tokens past `cu_q_lens[num_active]`, and tokens without a
+    visible key, give 0 and -inf.
 
   Raises:
     ValueError: See `paged_attention`; also if `cu_q_lens` or `num_active` has

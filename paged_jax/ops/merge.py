@@ -37,7 +37,7 @@ def merge_attention(
       ops return them with `return_lse=True`. Where the log-sum-exp is -inf, the
       part is ignored, even if its output is NaN. If only one part is left, its
       output is returned unchanged (except that -0 becomes 0).
-    sinks: [num_q_heads], a logit per head that is added to the denominator.
+    sinks: [num_q_heads], one more logit per head, only in the denominator.
       Compute the parts without sinks, so that they count once.
 
   Returns:
