@@ -43,6 +43,9 @@ def step(model: DecoderModel, rows: Rows, plan: Plan) -> tuple[Rows, Result]:
   """
   num_entries = plan.q_lens.shape[0]
   num_tokens = num_entries if plan.tokens is None else plan.tokens.shape[0]
+  if plan.slots is not None:  # a negative index would count from the end
+    slots = jnp.where(plan.slots < 0, rows.num_seqs, plan.slots)
+    plan = dataclasses.replace(plan, slots=slots)
   running = _of_entries(plan, rows.running, False)
 
   # 1. Reserve pages for the tokens.

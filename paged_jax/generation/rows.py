@@ -73,8 +73,8 @@ class Plan:
   """
 
   q_lens: Leaf  # i32[num_entries], tokens of each entry, 0 for none
-  # i32[num_entries], rows in order of service, num_seqs for none. None: all
-  # rows in their order.
+  # i32[num_entries], rows in order of service; entries whose row is out of range
+  # are empty. None: all rows in their order.
   slots: Leaf | None = None
   # i32[num_tokens], -1 for the last token of the entry's row. None: all -1.
   tokens: Leaf | None = None
@@ -119,7 +119,12 @@ def init(
       at least `max_new`, as later tokens are dropped. If None, none are kept.
     with_logprobs: Whether to compute log-probabilities, and keep them with
       `capacity`.
+
+  Raises:
+    ValueError: If `capacity` is less than 1.
   """
+  if capacity is not None and capacity < 1:
+    raise ValueError(f"{capacity=} must be None or at least 1.")
   num_seqs = cache.num_seqs
   zeros = lambda: jnp.zeros(num_seqs, jnp.int32)  # each is donated
   tokens = logprobs = None

@@ -296,6 +296,22 @@ def test_the_second_entry_of_a_row_is_refused():
   _assert_oracles(run, 0, 2)
 
 
+@pytest.mark.parametrize("nobody", [-1, NOBODY + 1])
+def test_an_entry_of_a_row_out_of_range_is_empty(nobody):
+  run = _Run().prefilled()
+  before = run.of(NUM_SEQS - 1)
+  result = run.step(_decode_plan(nobody, 0, nobody))
+  assert result.num_new == [0, 1, 0]
+  assert result.status[0] == result.status[2] == Status.ABORTED
+  _assert_same(before, run.of(NUM_SEQS - 1))
+  _assert_oracles(run, 0, 2)
+
+
+def test_rows_keep_at_least_one_token_or_none():
+  with pytest.raises(ValueError, match="capacity=0"):
+    _rows(capacity=0)
+
+
 def test_a_kind_of_plan_is_compiled_once_whatever_it_holds():
   run = _Run().prefilled()
   for rows in ((0, 2, 3), (3,), (), (2, 0, NOBODY)):
