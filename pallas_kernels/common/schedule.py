@@ -42,7 +42,7 @@ def split_size(num_tiles):
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class TileRanges:
   """Where on the line the shares of programs begin, without fixed splits.
 
   Shares differ by one tile at most. Leaving an eighth of the line to small
@@ -60,23 +60,23 @@ class Line:
     Args:
       program: i32, at most the number of programs.
     """
-    return program * self._least + jnp.minimum(program, self._longer)
+    return program * self._min_size + jnp.minimum(program, self._num_longer)
 
   def program_of(self, tile):
     """Returns the program that attends a tile."""
-    longer = self._longer * (self._least + 1)
+    longer = self._num_longer * (self._min_size + 1)
     return jnp.where(
       tile < longer,
-      lax.div(tile, self._least + 1),
-      self._longer + lax.div(tile - longer, jnp.maximum(self._least, 1)),
+      lax.div(tile, self._min_size + 1),
+      self._num_longer + lax.div(tile - longer, jnp.maximum(self._min_size, 1)),
     )
 
   @property
-  def _least(self):
+  def _min_size(self):
     return lax.div(jnp.asarray(self.num_tiles), jnp.int32(self.num_programs))
 
   @property
-  def _longer(self):  # shares that have one tile more
+  def _num_longer(self):  # shares that have one tile more
     return lax.rem(jnp.asarray(self.num_tiles), jnp.int32(self.num_programs))
 
 
@@ -113,8 +113,8 @@ def split_evenly(
   column = lax.broadcasted_iota(jnp.int32, (num_seqs + 1, num_seqs), 1)
   before = jnp.where(column < row, num_tiles[None], 0)
   starts = jnp.sum(before, axis=1, dtype=jnp.int32)
-  line = Line(starts[-1] * num_kv_heads, num_programs)
-  firsts = line.start(jnp.arange(num_programs + 1, dtype=jnp.int32))
+  ranges = TileRanges(starts[-1] * num_kv_heads, num_programs)
+  firsts = ranges.start(jnp.arange(num_programs + 1, dtype=jnp.int32))
   at = _find(starts, num_kv_heads, firsts)
   if fixed_splits:
     tile, tiles = at[3], at[4]

@@ -20,7 +20,7 @@ from jax import lax
 from pallas_kernels.common.gpu import WARPS
 
 
-class Share(NamedTuple):
+class Copies(NamedTuple):
   """Which chunks of each tile, and parts of Q, a warp or a warpgroup copies."""
 
   k: list[int]  # chunks
@@ -52,19 +52,19 @@ def num_threads(interpret: plgpu.InterpretGPUParams | None) -> int:
 
 
 def for_each_warp(
-  share: Share,
-  step: Callable[[Share], None],
+  copies: Copies,
+  step: Callable[[Copies], None],
   *,
   first_thread: int,
   interpret: plgpu.InterpretGPUParams | None,
 ) -> None:
-  """Calls `step(part of the share)` in each warp, without synchronising them.
+  """Calls `step(part of the copies)` in each warp, without synchronising them.
 
   A warp must not wait for a ring to which it copies nothing: no other thread
   waits for that warp, so it could miss a phase of the barrier.
 
   Args:
-    share: What the warpgroup copies.
+    copies: What the warpgroup copies.
     step: The function.
     first_thread: The first of the warpgroup's threads, see `num_threads`.
     interpret: Parameters of the interpreter, None on a GPU.
@@ -72,25 +72,25 @@ def for_each_warp(
 
   def go(warp):
     for nth in range(WARPS):
-      part = part_of(share, nth)
+      part = part_of(copies, nth)
       pl.when(warp == nth)(functools.partial(step, part))
 
   if interpret is None:
     plgpu.warp_map(go)
   elif num_threads(interpret) == 1:
-    step(share)
+    step(copies)
   else:
     go(lax.axis_index("warpgroup") - first_thread)
 
 
-def part_of(share: Share, warp: int) -> Share:
+def part_of(copies: Copies, warp: int) -> Copies:
   """Returns what a warp copies: chunks and parts are assigned in turn."""
 
   def own[T](tasks: list[T], num_before: int) -> list[T]:
     numbered = enumerate(tasks, num_before)
     return [task for i, task in numbered if i % WARPS == warp]
 
-  num_k, num_v = len(share.k), len(share.v)
-  return Share(
-    own(share.k, 0), own(share.v, num_k), own(share.q, num_k + num_v)
+  num_k, num_v = len(copies.k), len(copies.v)
+  return Copies(
+    own(copies.k, 0), own(copies.v, num_k), own(copies.q, num_k + num_v)
   )

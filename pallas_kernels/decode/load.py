@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.common import kv_tiles, warps
-from pallas_kernels.common.warps import Share
+from pallas_kernels.common.warps import Copies
 from pallas_kernels.decode import ring
 from pallas_kernels.decode.problem import DecodeProblem, Inputs, Scratch
 
@@ -35,7 +35,7 @@ def run(
   chunks = list(range(problem.num_chunks))
   for_each_warp = functools.partial(
     warps.for_each_warp,
-    Share(k=chunks, v=chunks, q=[(0, 0)]),  # Q is one copy
+    Copies(k=chunks, v=chunks, q=[(0, 0)]),  # Q is one copy
     first_thread=1,
     interpret=problem.interpret,
   )
@@ -94,20 +94,20 @@ def for_each_tile(
   return lax.fori_loop(0, num_tiles, take, (carry, page_ids(0)))[0]
 
 
-def _load_split(problem, inputs, smem, layer, at, share):
-  """Copies a warp's share of Q, and of the tiles of K and V."""
+def _load_split(problem, inputs, smem, layer, at, copies):
+  """Copies what a warp copies: Q, and of the tiles of K and V."""
   split, tiles, num_before, num_tiles = at
-  if share.q:
+  if copies.q:
     _load_queries(problem, inputs, smem, split)
 
   def load(i, base, ids, carry):
-    k_pages, v_pages = share.pages(ids)
+    k_pages, v_pages = copies.pages(ids)
     at = split.head, layer, num_before + i, base
     ring.load(problem, inputs.k, smem.k, at, k_pages)
     ring.load(problem, inputs.v, smem.v, at, v_pages)
     return carry
 
-  chunks = share.chunks
+  chunks = copies.chunks
   for_each_tile(problem, inputs, split, tiles, num_tiles, (), load, chunks)
 
 
@@ -127,8 +127,8 @@ def _load_queries(problem, inputs, smem, split):
   plgpu.copy_gmem_to_smem(rows, place, smem.q_loaded)
 
 
-def _drain(problem, smem, num_tiles, num_splits, share):
+def _drain(problem, smem, num_tiles, num_splits, copies):
   """Waits until everything was read, as in `ring.drain`."""
-  ring.drain(problem, smem, num_tiles, share)
-  if share.q:
+  ring.drain(problem, smem, num_tiles, copies)
+  if copies.q:
     pl.when(num_splits > 0)(lambda: plgpu.barrier_wait(smem.q_consumed))

@@ -228,10 +228,10 @@ def _item_that_ends_here(plan: schedule.Plan) -> _Split:
   program, num_programs = lax.axis_index("program"), firsts_gmem.shape[0] - 1
   begin, end = firsts_gmem[program, 0], firsts_gmem[program + 1, 0]
   seq, head, tile, tiles = (firsts_gmem[program, i] for i in range(1, 5))
-  line = schedule.Line(firsts_gmem[num_programs, 0], num_programs)
+  ranges = schedule.TileRanges(firsts_gmem[num_programs, 0], num_programs)
   item = begin - tile
-  first = line.program_of(item)
-  kind_of_first = jnp.where(line.start(first) < item, LAST, FIRST)
+  first = ranges.program_of(item)
+  kind_of_first = jnp.where(ranges.start(first) < item, LAST, FIRST)
 
   def place(i):
     return jnp.where(i == 0, kind_of_first, FIRST), first + i

@@ -1,6 +1,6 @@
 """The rings of KV tiles in shared memory, between a copy and a product.
 
-The warps of the producer warpgroup fill them, each its share; the consumer
+The warps of the producer warpgroup fill them, each its part; the consumer
 warpgroup takes a tile, as an operand of wgmma, or through registers if it is of
 8-bit numbers. The scales of its tokens come in rings of their own. The caller
 applies the scales to the scores, of which there are fewer than elements.
@@ -16,7 +16,7 @@ from jax import lax
 
 from pallas_kernels.common.kv_tiles import page_row
 from pallas_kernels.common.paged_kv import KVArrays
-from pallas_kernels.common.warps import Share
+from pallas_kernels.common.warps import Copies
 from pallas_kernels.decode import fragments
 from pallas_kernels.decode.problem import DecodeProblem, Ring, Scratch
 
@@ -74,13 +74,15 @@ def _copy_row_by_row(source, target, barrier):
 
 
 def drain(
-  problem: DecodeProblem, smem: Scratch, num_tiles, share: Share
+  problem: DecodeProblem, smem: Scratch, num_tiles, copies: Copies
 ) -> None:
   """Waits until all tiles were read, in the rings to which a warp copies.
 
   No barrier may be left with a completion that nobody waited for.
   """
-  rings = [x for x, chunks in ((smem.k, share.k), (smem.v, share.v)) if chunks]
+  rings = [
+    x for x, chunks in ((smem.k, copies.k), (smem.v, copies.v)) if chunks
+  ]
 
   @pl.loop(jnp.maximum(num_tiles - problem.config.num_stages, 0), num_tiles)
   def _(nth):

@@ -13,7 +13,7 @@ from jax import lax
 from pallas_kernels.common import kv_tiles, warps
 from pallas_kernels.common.kv_tiles import page_row
 from pallas_kernels.common.paged_kv import KVArrays
-from pallas_kernels.common.warps import Share
+from pallas_kernels.common.warps import Copies
 from pallas_kernels.ragged.problem import (
   Count,
   RaggedProblem,
@@ -35,7 +35,7 @@ def run(problem: RaggedProblem, smem: Scratch, walk: Walk) -> None:
   """
   for_each_warp = functools.partial(
     warps.for_each_warp,
-    whole(problem),
+    all_copies(problem),
     first_thread=problem.config.num_compute_wgs,
     interpret=problem.interpret,
   )
@@ -43,16 +43,18 @@ def run(problem: RaggedProblem, smem: Scratch, walk: Walk) -> None:
   for_each_warp(functools.partial(drain, problem, smem, count))
 
 
-def whole(problem: RaggedProblem) -> Share:
+def all_copies(problem: RaggedProblem) -> Copies:
   """Returns everything that the warpgroup copies of an item."""
   chunks = list(range(problem.num_chunks))
   num_columns = problem.head_dim // problem.columns
   wgs = range(problem.config.num_compute_wgs)
-  return Share(chunks, chunks, list(itertools.product(wgs, range(num_columns))))
+  return Copies(
+    chunks, chunks, list(itertools.product(wgs, range(num_columns)))
+  )
 
 
 def drain(
-  problem: RaggedProblem, smem: Scratch, count: Count, share: Share
+  problem: RaggedProblem, smem: Scratch, count: Count, copies: Copies
 ) -> None:
   """Waits until all tiles of a program, and their queries, were read.
 
@@ -65,11 +67,11 @@ def drain(
       plgpu.barrier_wait(consumed.at[lax.rem(i, jnp.int32(num_stages))])
 
   config = problem.config
-  if share.q:
+  if copies.q:
     drain_ring(smem.q_consumed, config.num_q_stages, count.num_items)
-  if share.k:
+  if copies.k:
     drain_ring(smem.k.consumed, config.num_stages, count.num_tiles)
-  if share.v:
+  if copies.v:
     drain_ring(smem.v.consumed, config.num_stages, count.num_tiles)
 
 
@@ -103,17 +105,17 @@ def rows_of_page(work: Work, page, first, num_rows: int) -> tuple:
   return row, work.item.head, pl.ds(offset, num_rows)
 
 
-def _load_item(work, share):
+def _load_item(work, copies):
   """Copies Q, and the tiles of K and V into their rings, or a part of them."""
-  chunks = share.chunks
+  chunks = copies.chunks
   # With room for one Q, K comes first: there may be room for it before.
   is_q_first = work.problem.config.num_q_stages > 1
 
   # The page ids of the next tile are loaded while this one waits.
   def load(i, ids):
     next_ids = page_ids(work, work.base(i + 1), chunks)
-    k_pages, v_pages = share.pages(ids)
-    load_q = functools.partial(load_queries, work, share.q)
+    k_pages, v_pages = copies.pages(ids)
+    load_q = functools.partial(load_queries, work, copies.q)
     if is_q_first:
       pl.when(i == 0)(load_q)
     _load_tile(work, work.inputs.k, work.smem.k, i, k_pages)

@@ -26,8 +26,8 @@ _AHEAD = 2  # see `widen`; with four, registers spill
 
 def run(problem: RaggedProblem, smem: Scratch, walk: load.Walk) -> None:
   """Loads all items of a program; see `load.run`."""
-  share = load.whole(problem)
-  load.drain(problem, smem, walk(_load_item), share)
+  copies = load.all_copies(problem)
+  load.drain(problem, smem, walk(_load_item), copies)
 
 
 def _load_item(work: Work) -> None:
@@ -38,7 +38,7 @@ def _load_item(work: Work) -> None:
   def _():
     for nth in range(work.problem.num_staged):
       _stage(work, 0, ids, nth)
-    load.load_queries(work, load.whole(work.problem).q)
+    load.load_queries(work, load.all_copies(work.problem).q)
 
   def load_tile(i, ids):
     next_ids = load.page_ids(work, work.base(i + 1))

@@ -19,7 +19,7 @@ from jax import lax
 
 from pallas_kernels.common import refs
 from pallas_kernels.common.base2 import Softmax
-from pallas_kernels.common.schedule import FIRST, LAST, Line
+from pallas_kernels.common.schedule import FIRST, LAST, TileRanges
 from pallas_kernels.common.types import ArrayOrRef, Ref
 from pallas_kernels.ragged import query_tiles, softmax
 from pallas_kernels.ragged.config import ROWS
@@ -194,13 +194,13 @@ def _merge(problem: RaggedProblem, inputs: _Inputs, smem: Ref) -> None:
   program, num_programs = lax.axis_index("program"), problem.config.num_programs
   begin, end = firsts[program, 0], firsts[program + 1, 0]
   nth, head, place, cost = (firsts[program, i] for i in range(1, 5))
-  line = Line(firsts[num_programs, 0], num_programs)
+  ranges = TileRanges(firsts[num_programs, 0], num_programs)
 
   @pl.when((begin < end) & (place > 0) & (begin - place + cost <= end))
   def _():
     tile = query_tiles.load(inputs.tiles, nth)
-    first = line.program_of(begin - place)
-    is_last = line.start(first) < begin - place
+    first = ranges.program_of(begin - place)
+    is_last = ranges.start(first) < begin - place
 
     def fold(p, state):
       kind = jnp.where((p == first) & is_last, LAST, FIRST)
