@@ -146,7 +146,7 @@ def write_pieces(sizes: Sizes, batch: Batch, pieces: int) -> dict:
     layer = jnp.asarray(layer, jnp.int32)
     return kv_pool.KVPool(
       *page_write.write_tokens(
-        (pool.k, pool.v), (k, v), slots, layer, pieces=pieces
+        (pool.k, pool.v), (k, v), slots, layer, vectors_per_thread=pieces
       )
     )
 

@@ -1,12 +1,12 @@
-"""The streaming softmax in base 2, whatever axis the queries are on.
+"""The online softmax in base 2, for queries in rows or in columns.
 
-The state of a query is the greatest score m, the sum l of 2^(s - m), and
-acc = sum 2^(s - m) v. Decode has the queries in the columns of its tiles and
-prefill in the rows: both hand in how acc is multiplied by a factor for each
-query.
+The state of a query is the maximum score m, the sum l of 2^(s - m), and
+acc = sum 2^(s - m) v. Decode keeps queries in the columns of its tiles, ragged
+keeps them in the rows. Therefore both pass a function that multiplies acc by
+one factor per query.
 
-Masked scores are -inf. While a query has seen only those, m is -inf, and 0 is
-subtracted in its place, so that it stays empty instead of turning into NaN.
+Masked scores are -inf. A query that has seen only masked scores has m = -inf;
+then 0 is subtracted from its scores instead of m, because -inf - -inf is NaN.
 """
 
 import functools
@@ -22,12 +22,12 @@ from pallas_kernels.common.spec import MAX_SLOPE
 LOG2_E = math.log2(math.e)
 
 
-# One array, or blocks of one (see `decode.softmax.row_blocks`).
+# An array, or a tuple of its row blocks (see `decode.softmax.row_blocks`).
 type Acc = Array | tuple[Array, ...]
 
 
 class Softmax(NamedTuple):
-  """The softmax over the keys folded in so far, summed over the keys."""
+  """The softmax state over the keys folded in so far; l is fully reduced."""
 
   acc: Acc
   m: Array  # f32[num_queries]
@@ -35,35 +35,56 @@ class Softmax(NamedTuple):
 
 
 def to_base_2(qk, scale: float, logits_soft_cap: float | None):
-  """Returns the scores of products q k: scaled, capped, in base 2."""
+  """Returns the scores of dot products q k: scaled, capped, in base 2.
+
+  Args:
+    qk: f32, dot products.
+    scale: Factor of the dot products.
+    logits_soft_cap: See `paged_jax.paged_attention`.
+  """
   if logits_soft_cap is None:
     return qk * (scale * LOG2_E)
-  # tanh x = 1 - 2 / (1 + e^2x). The hardware's tanh errs by 5e-4, which a cap
-  # of 50 makes 0.025.
+  # tanh x = 1 - 2 / (1 + e^2x). The hardware's tanh has an error of 5e-4, which
+  # is an error of 0.025 in a score with a cap of 50.
   e = jnp.exp2(qk * (2 * LOG2_E * scale / logits_soft_cap))
   return (1 - 2 / (1 + e)) * (logits_soft_cap * LOG2_E)
 
 
 def logits_to_base_2(logits: Array) -> Array:
-  """Returns logits of query heads, as f32 in base 2."""
+  """Returns natural logits converted to base 2, in f32.
+
+  Args:
+    logits: Of any shape and dtype.
+  """
   return logits.astype(jnp.float32) * LOG2_E
 
 
 def slopes_to_base_2(slopes: Array) -> Array:
-  """Returns slopes of ALiBi, clamped so that products stay finite."""
+  """Returns ALiBi slopes in base 2, clamped so that biases stay finite.
+
+  Args:
+    slopes: Of any shape and dtype.
+  """
   return jnp.clip(logits_to_base_2(slopes), -MAX_SLOPE, MAX_SLOPE)
 
 
 def or_zero(m):
-  """Returns greatest scores, 0 where nothing was seen."""
+  """Returns maximum scores, with 0 in place of -inf.
+
+  Args:
+    m: f32[num_queries].
+  """
   return jnp.where(m == -jnp.inf, 0.0, m)
 
 
 def half_factor(difference):
-  """Returns the square root of 2^difference.
+  """Returns 2^(difference / 2), to be multiplied twice.
 
-  With scales of values, m of two states may be 2^100 apart: l times
-  2^difference is a number, though 2^difference alone underflows.
+  With value scales, m of two states may differ by 100 and more. Then
+  2^difference underflows although l times 2^difference does not.
+
+  Args:
+    difference: f32, m of a state minus the new m; at most 0.
   """
   return jnp.exp2(difference * 0.5)
 
@@ -75,13 +96,13 @@ def merge(
   *,
   far_apart: bool,
 ) -> Softmax:
-  """Returns the softmax over the keys of all states, folded in order.
+  """Returns the softmax state over the keys of all states, folded in order.
 
   Args:
-    states: Of the same queries, over different keys.
-    scale_acc: Multiplies acc by a factor for each query.
+    states: States of the same queries over disjoint sets of keys.
+    scale_acc: Multiplies acc by one factor per query.
     add: Adds two acc.
-    far_apart: Whether m of two states may differ by so much that a factor
+    far_apart: Whether m of two states may differ so much that a factor
       underflows; see `half_factor`.
   """
   top = functools.reduce(jnp.maximum, [state.m for state in states])
@@ -107,10 +128,13 @@ def finish(
   """Returns the normalised output and the natural log-sum-exp.
 
   Args:
-    state: The softmax over all keys.
-    sinks: f32[num_queries], a logit in base 2 that only the denominator
-      counts, or None. What has seen no key stays empty.
-    scale_acc: Multiplies acc by a factor for each query.
+    state: The softmax state over all keys.
+    sinks: f32[num_queries], logits in base 2 that are added to the denominator
+      only; or None. They do not count for queries that have seen no key.
+    scale_acc: Multiplies acc by one factor per query.
+
+  Returns:
+    acc / l, and f32[num_queries]; 0 and -inf for queries that have seen no key.
   """
   acc, m, l = state
   sees = l != 0  # NaN must not count as empty

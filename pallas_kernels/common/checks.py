@@ -1,4 +1,4 @@
-"""Checks of pages and of their scales. Imports no Pallas."""
+"""Checks that K, V and their scales match. Imports no Pallas."""
 
 import jax.numpy as jnp
 
@@ -7,7 +7,14 @@ from pallas_kernels.common.paged_kv import PagedKV
 
 
 def check_pages(kv: PagedKV) -> None:
-  """Raises a ValueError if K, V and their scales do not go together."""
+  """Checks that K, V and their scales match.
+
+  Args:
+    kv: The paged keys and values.
+
+  Raises:
+    ValueError: If K and V differ in shape or dtype, or `check_scales` raises.
+  """
   if (kv.k.dtype, kv.k.shape) != (kv.v.dtype, kv.v.shape):
     raise ValueError(
       f"k_pages is {kv.k.dtype}{kv.k.shape}, v_pages is "
@@ -17,12 +24,16 @@ def check_pages(kv: PagedKV) -> None:
 
 
 def check_scales(k_pages, *, k_scales, v_scales) -> None:
-  """Raises a ValueError if scales do not go with the pages.
+  """Checks that the scales match the pages.
 
   Args:
-    k_pages: Of keys; those of values are alike.
-    k_scales: An array, or None.
-    v_scales: The same.
+    k_pages: Pages of keys; the pages of values have the same shape and dtype.
+    k_scales: Scales of keys, or None.
+    v_scales: Scales of values, or None.
+
+  Raises:
+    ValueError: If quantised pages lack scales, other pages have scales, or the
+      scales have a wrong dtype or shape.
   """
   needed = is_quantised(k_pages.dtype)
   for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):

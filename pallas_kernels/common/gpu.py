@@ -1,25 +1,25 @@
-"""The GPU that kernels are sized for. Imports no Pallas."""
+"""The GPU that tile sizes are chosen for. Imports no Pallas."""
 
 import dataclasses
 
 from jax.extend import backend
 
-WARPS = 4  # of a warpgroup
+WARPS = 4  # warps per warpgroup
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """A kind of GPU."""
+  """A GPU model."""
 
-  kind: str = ""  # as JAX names it, "NVIDIA H200"
-  num_sms: int = 132  # multiprocessors: those of an H200, or an H100 SXM
+  kind: str = ""  # JAX's `device_kind`, for example "NVIDIA H200"
+  num_sms: int = 132  # multiprocessors; the default fits H200 and H100 SXM
 
 
 def at_hand() -> Gpu:
-  """Returns the default device, or a nameless one if it is not a GPU.
+  """Returns the default device, or `Gpu()` if the default device is no GPU.
 
-  A kernel can be lowered without a GPU, and it runs on any number of
-  multiprocessors, best on the number it was sized for.
+  Kernels can be lowered without a GPU. They run on any number of
+  multiprocessors, and run best on the number that they were sized for.
   """
   device = backend.get_default_device()
   if device.platform != "gpu":

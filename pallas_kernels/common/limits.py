@@ -1,21 +1,25 @@
-"""Shapes and dtypes that the kernels take, and the memory of a Hopper GPU.
+"""Shapes and dtypes that the kernels support; memory of a Hopper GPU.
 
-Imports no Pallas, so that a machine without Mosaic GPU can ask too.
+Imports no Pallas, so that machines without Mosaic GPU can import it.
 """
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-SMEM_LIMIT = 232_448  # bytes of shared memory that a program may use
-SM_SMEM = 233_472  # bytes of a multiprocessor, for all its programs
-SMEM_ALLOCATION = 1024  # bytes: the granularity of shared memory
-QUANTISED_DTYPES = ("int8", "float8_e4m3fn")  # of pages that have scales
-MAX_Q_LEN = 8  # query tokens of a sequence that the decode kernel takes
+SMEM_LIMIT = 232_448  # bytes of shared memory per program (CTA), at most
+SM_SMEM = 233_472  # bytes of shared memory per multiprocessor
+SMEM_ALLOCATION = 1024  # bytes: allocation granularity of shared memory
+QUANTISED_DTYPES = ("int8", "float8_e4m3fn")  # pages with one scale per token
+MAX_Q_LEN = 8  # query tokens per sequence in the decode kernel, at most
 
 
 def is_quantised(dtype: DTypeLike) -> bool:
-  """Returns whether pages of this dtype have scales."""
+  """Returns whether pages of this dtype have scales.
+
+  Args:
+    dtype: Dtype of the pages.
+  """
   return jnp.dtype(dtype).name in QUANTISED_DTYPES
 
 
@@ -27,15 +31,15 @@ def unsupported_shape(
   dtype: DTypeLike,
   kv_dtype: DTypeLike,
 ) -> str | None:
-  """Returns why no attention kernel takes these shapes, or None.
+  """Returns why no attention kernel supports these shapes, or None.
 
   Args:
-    head_dim: Width of a head.
-    page_size: Tokens of a page.
-    num_q_heads: Query heads.
-    num_kv_heads: KV heads.
-    dtype: Of the queries.
-    kv_dtype: Of the pages.
+    head_dim: Elements per head.
+    page_size: Tokens per page.
+    num_q_heads: Number of query heads.
+    num_kv_heads: Number of KV heads.
+    dtype: Dtype of the queries.
+    kv_dtype: Dtype of the pages.
   """
   names = [jnp.dtype(x).name for x in (dtype, kv_dtype)]
   if names[0] not in ("bfloat16", "float16"):

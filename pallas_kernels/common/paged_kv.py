@@ -1,4 +1,4 @@
-"""The paged keys and values of one layer, as attention reads them.
+"""The paged keys and values that attention reads, as one pytree.
 
 Imports no Pallas.
 """
@@ -12,47 +12,48 @@ from pallas_kernels.common.types import ArrayOrRef
 
 
 class KVArrays(NamedTuple):
-  """K or V in global memory, seen flat: the first axis is (page, layer)."""
+  """K or V, with the page and layer axes of the pool merged into the first."""
 
   pages: ArrayOrRef  # [rows, num_kv_heads, page_size, head_dim]
   scales: ArrayOrRef | None  # f32[rows, num_kv_heads, page_size]
 
 
 class PagedKV(NamedTuple):
-  """The pool of all layers, which layer to read, and who owns which pages.
+  """The pool of all layers, the layer to read, and the page table.
 
-  Seen flat, layer `l` of page `p` is row `p * num_layers + l` of the pool: no
-  layer is ever sliced out of it, and all layers read the same page table.
+  Kernels reshape the pool so that layer `l` of page `p` is row
+  `p * num_layers + l`. No layer is ever sliced out of the pool, and all layers
+  read the same page table.
   """
 
   k: jax.Array  # [num_pages, num_layers, num_kv_heads, page_size, head_dim]
   v: jax.Array  # [num_pages, num_layers, num_kv_heads, page_size, head_dim]
-  # f32[num_pages, num_layers, num_kv_heads, page_size] of quantised pages.
+  # f32[num_pages, num_layers, num_kv_heads, page_size]; None: not quantised.
   k_scales: jax.Array | None
   v_scales: jax.Array | None
-  layer: jax.Array | None  # i32[], in [0, num_layers); None: the only layer
-  kv_lens: jax.Array  # i32[num_seqs], tokens stored
-  # i32[num_seqs, pages_per_seq]; pages out of [0, num_pages) are unmapped.
+  layer: jax.Array | None  # i32[], in [0, num_layers); None: one layer only
+  kv_lens: jax.Array  # i32[num_seqs]: stored tokens
+  # i32[num_seqs, pages_per_seq]; entries outside [0, num_pages) are unmapped.
   page_indices: jax.Array
 
   @property
   def num_pages(self) -> int:
-    """Pages of the pool."""
+    """Number of pages in the pool."""
     return self.k.shape[0]
 
   @property
   def num_layers(self) -> int:
-    """Layers of a page."""
+    """Number of layers that share the page table."""
     return self.k.shape[1]
 
   @property
   def num_kv_heads(self) -> int:
-    """Key and value heads."""
+    """Number of KV heads."""
     return self.k.shape[2]
 
   @property
   def page_size(self) -> int:
-    """Tokens of a page."""
+    """Tokens per page."""
     return self.k.shape[3]
 
   @property
@@ -66,7 +67,11 @@ class PagedKV(NamedTuple):
     return self.page_indices.shape[1]
 
   def with_layer_axis(self) -> "PagedKV":
-    """Returns the same, with an axis of one layer if K and V have none."""
+    """Returns self, with a layer axis of size 1 inserted if K and V have none.
+
+    Without a layer axis, K and V are [num_pages, num_kv_heads, page_size,
+    head_dim].
+    """
     if self.k.ndim == 5:
       return self
     expand = lambda x: None if x is None else x[:, None]
@@ -79,7 +84,7 @@ class PagedKV(NamedTuple):
     )
 
   def flat(self) -> tuple[KVArrays, KVArrays]:
-    """Returns K and V seen flat; no data moves."""
+    """Returns K and V with the page and layer axes merged; copies no data."""
     flatten = lambda x: x.reshape(-1, *x.shape[2:])
     k_scales = v_scales = None
     if self.k_scales is not None and self.v_scales is not None:
@@ -90,7 +95,7 @@ class PagedKV(NamedTuple):
     )
 
   def layer_operand(self) -> jax.Array | None:
-    """Returns i32[1], the layer as kernels read it; None if it is the only."""
+    """Returns the layer as a kernel operand, i32[1]; None for one layer."""
     if self.num_layers == 1:
       return None
     return jnp.asarray(self.layer, jnp.int32).reshape(1)

@@ -1,4 +1,4 @@
-"""The static facts of a launch over paged KV, which both kernels share."""
+"""The static sizes of a launch over paged KV, for decode and ragged."""
 
 import dataclasses
 import math
@@ -14,25 +14,25 @@ from pallas_kernels.common.spec import AttentionSpec
 
 @runtime_checkable
 class TiledKV(Protocol):
-  """A `Config` of a kernel, as far as KV tiles go."""
+  """The part of a kernel's `Config` that describes KV tiles."""
 
   @property
   def block_kv(self) -> int:
-    """Positions of a KV tile."""
+    """Positions per KV tile."""
     ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedProblem[Config: TiledKV]:
-  """The static facts of a launch."""
+  """The static sizes and options of a launch."""
 
   config: Config
   spec: AttentionSpec
-  dtype: DTypeLike  # of the queries
-  kv_dtype: DTypeLike  # of the pages
+  dtype: DTypeLike  # queries
+  kv_dtype: DTypeLike  # pages
   num_seqs: int
   num_kv_heads: int
-  group: int  # query heads of a KV head
+  group: int  # query heads per KV head
   head_dim: int
   num_pages: int
   num_layers: int
@@ -42,21 +42,27 @@ class PagedProblem[Config: TiledKV]:
 
   @property
   def chunk(self) -> int:
-    """Positions of a tile that one copy brings: they are of one page."""
+    """Positions per chunk: one copy loads them, from a single page."""
     return math.gcd(self.page_size, self.config.block_kv)
 
   @property
   def num_chunks(self) -> int:
-    """Copies of a tile."""
+    """Chunks per KV tile."""
     return self.config.block_kv // self.chunk
 
   @property
   def is_quantised(self) -> bool:
-    """Whether pages hold 8-bit numbers, with a scale for each token."""
+    """Whether pages hold 8-bit elements, with a scale per token and KV head."""
     return limits.is_quantised(self.kv_dtype)
 
   def visited_tiles(self, kv_len, num_earlier, num_new=None):
-    """Returns the KV tiles that queries visit; see `kv_tiles.visit`."""
+    """Returns the KV tiles that queries visit; see `kv_tiles.visit`.
+
+    Args:
+      kv_len: Stored tokens of the sequence.
+      num_earlier: Query tokens before the last one.
+      num_new: See `kv_tiles.visit`.
+    """
     return kv_tiles.visit(
       kv_len,
       num_earlier,
@@ -69,7 +75,11 @@ class PagedProblem[Config: TiledKV]:
 
 
 def sizes_of(kv: PagedKV) -> dict[str, int]:
-  """Returns the fields of a `PagedProblem` that the pool and table tell."""
+  """Returns the `PagedProblem` fields that follow from pool and page table.
+
+  Args:
+    kv: The paged keys and values.
+  """
   return dict(
     num_seqs=kv.num_seqs,
     num_kv_heads=kv.num_kv_heads,

@@ -1,8 +1,8 @@
-"""Declares the outputs and the scratch memory of kernels.
+"""Declares the outputs, shared memory and barriers of kernels.
 
-A kernel body gets references in the pytrees in which its launcher had arrays
-and declarations. The functions here are typed as the references that their
-declarations become.
+A launcher passes pytrees of arrays and of declarations. The kernel body
+receives the same pytrees with a reference in each place. The functions here
+return declarations, but are annotated with the type that the body sees.
 """
 
 import jax
@@ -13,7 +13,12 @@ from pallas_kernels.common.types import Ref
 
 
 def output(shape: tuple[int, ...], dtype: DTypeLike) -> Ref:
-  """Declares an array in global memory that the kernel writes."""
+  """Declares an output array in global memory.
+
+  Args:
+    shape: Shape of the array.
+    dtype: Its dtype.
+  """
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
@@ -22,11 +27,22 @@ def smem(
   dtype: DTypeLike,
   transforms: tuple[plgpu.TilingTransform | plgpu.SwizzleTransform, ...] = (),
 ) -> Ref:
-  """Declares shared memory of a program."""
+  """Declares a buffer in the shared memory of a program.
+
+  Args:
+    shape: Shape of the buffer.
+    dtype: Its dtype.
+    transforms: Its layout; () is row-major.
+  """
   return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def barrier(num_arrivals: int = 1, num_barriers: int | None = None) -> Ref:
-  """Declares a barrier of a program, or an array of them."""
+  """Declares a barrier of a program, or an array of barriers.
+
+  Args:
+    num_arrivals: Arrivals that complete a phase of the barrier.
+    num_barriers: Length of the array; None for a single barrier.
+  """
   shape = () if num_barriers is None else (num_barriers,)
   return plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=shape)

@@ -1,8 +1,9 @@
-"""The options of an attention op, as two values that travel whole.
+"""The options of an attention op: one static value and one pytree of arrays.
 
-The public ops spell every option out as a keyword. Below them, an option is a
-field: of `AttentionSpec` if programs are compiled for its value, of
-`AttentionArrays` if it is an array. Imports no Pallas.
+Only the public ops take each option as a keyword. Everything below them passes
+an `AttentionSpec`, which is static under jit, and an `AttentionArrays`.
+
+Imports no Pallas.
 """
 
 import dataclasses
@@ -11,14 +12,19 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-# The greatest slope of ALiBi: times any distance, it is a finite number.
+# ALiBi slopes are clamped to this: times any distance, it is finite in f32.
 MAX_SLOPE = 2.0**95
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-  """Static options; see `paged_jax.paged_attention` for their meaning."""
+  """Static options; `paged_jax.paged_attention` documents each of them.
+
+  Raises:
+    ValueError: If an option has a wrong type, is out of range or is not finite
+      in float32, or if there is a window without `causal`.
+  """
 
   scale: float
   sliding_window: int | None = None
@@ -52,14 +58,14 @@ class AttentionSpec:
           "causal=False."
         )
     check_count("num_sink_tokens", self.num_sink_tokens, 0)
-    # A NumPy float would widen what it meets.
+    # As Python floats, they do not promote arrays as NumPy floats would.
     object.__setattr__(self, "scale", float(self.scale))
     if cap is not None:
       object.__setattr__(self, "logits_soft_cap", float(cap))
 
 
 class AttentionArrays(NamedTuple):
-  """Options that are arrays, or None; see `paged_jax.paged_attention`."""
+  """Array options; `paged_jax.paged_attention` documents each of them."""
 
   sinks: jax.Array | None = None  # [num_q_heads]
   alibi_slopes: jax.Array | None = None  # [num_q_heads]
@@ -67,7 +73,16 @@ class AttentionArrays(NamedTuple):
 
 
 def check_count(name: str, value: object, least: int) -> None:
-  """Raises a ValueError if a value is not an integer of at least `least`."""
+  """Checks that a static option is an integer in [least, 2**31).
+
+  Args:
+    name: Name of the option, for the message.
+    value: Its value.
+    least: The least allowed value.
+
+  Raises:
+    ValueError: If it is not a Python integer, or out of range.
+  """
   if isinstance(value, bool) or not isinstance(value, int):
     raise ValueError(f"{name}={value!r} must be a Python integer.")
   if not least <= value < 2**31:

@@ -1,13 +1,16 @@
-"""Masks of what queries see of the new tokens of their sequences, as bits.
+"""Tree masks of speculative decoding, packed into bits.
 
-Bit j of a word is set if the j-th new token is seen, whose key is at position
-`context + j`. All positions of the context are seen, unless there is a window:
-a query then stands at the end of its path, the context and the new tokens that
-it sees. That is as many tokens before the end of the sequence as there are new
-tokens that it does not see, its `unseen`.
+The new tokens of a sequence follow its context. Bit j of a query's words is set
+if the query sees the j-th new token, whose key is at position `context + j`.
 
-The word of a sequence is the union of those of its queries, to tell which
-values none of them sees, and its `unseen` is the greatest.
+Without a sliding window, a query sees the whole context. With one, the position
+of a query is the length of its path, that is of the context and the new tokens
+that it sees. The `unseen` of a query, the number of new tokens that it does not
+see, is therefore its distance from the end of the sequence.
+
+The words of a sequence are the union of the words of its queries: no query sees
+a new token without a bit there, so that its row of V is zeroed. The `unseen` of
+a sequence is the maximum over its queries.
 """
 
 import itertools
@@ -22,25 +25,29 @@ from pallas_kernels.common.limits import MAX_Q_LEN
 from pallas_kernels.common.rounding import cdiv
 from pallas_kernels.common.types import ArrayOrRef
 
-_WORD = 32  # bits
-_FEW = MAX_Q_LEN  # bits of a word that has `unseen` above them
+_WORD = 32  # bits per word
+_FEW = MAX_Q_LEN  # mask bits in a word of `Few`; the bits above hold `unseen`
 
 
 class Many(NamedTuple):
-  """A mask of any number of new tokens: words, between two of zeros."""
+  """A mask of any number of new tokens, for the ragged kernel.
 
-  of_rows: ArrayOrRef  # i32[num_words + 3, num_rows]; `unseen` is the last
+  A word of zeros precedes the words of each row, and another follows them.
+  """
+
+  of_rows: ArrayOrRef  # i32[num_words + 3, num_rows]; the last word is `unseen`
   of_seqs: ArrayOrRef  # i32[num_seqs, num_words + 2]
-  num_earlier: Array  # i32[num_seqs], the greatest `unseen`, see `kv_tiles`
+  num_earlier: Array  # i32[num_seqs]: the maximum `unseen`, see `kv_tiles`
 
 
 class Few(NamedTuple):
-  """A mask of at most `_FEW` new tokens; `unseen` is in the same words."""
+  """A mask of at most `_FEW` new tokens, one word each, for the decode kernel.
 
-  of_queries: (
-    ArrayOrRef  # i32[num_seqs, max_q_len], or of the columns of a tile
-  )
-  of_seqs: ArrayOrRef  # i32[num_seqs], or of one
+  In a kernel: the words of the columns of a tile, and of their sequence.
+  """
+
+  of_queries: ArrayOrRef  # i32[num_seqs, max_q_len]
+  of_seqs: ArrayOrRef  # i32[num_seqs]
 
 
 def pack_few(
@@ -48,12 +55,12 @@ def pack_few(
   q_lens: Int[Array, " num_seqs"],
   sliding_window: int | None,
 ) -> Few:
-  """Packs the mask of the query tokens of sequences.
+  """Packs a mask whose queries are grouped by sequence.
 
   Args:
-    mask: Columns past `max_q_len` are cut, those past `q_lens` ignored.
+    mask: Columns past `max_q_len` or past `q_lens` are ignored.
     q_lens: Query tokens of each sequence, at most `max_q_len`.
-    sliding_window: Positions that a query sees, or None.
+    sliding_window: Positions in the window of a query, or None.
   """
   mask = mask[..., : mask.shape[1]]
   nth = jnp.arange(mask.shape[1], dtype=jnp.int32)
@@ -78,15 +85,15 @@ def pack(
   group: int,
   more_rows: int,
 ) -> Many:
-  """Packs the mask of tokens, which belong to sequences.
+  """Packs a mask whose queries lie on the flat token axis.
 
   Args:
     mask: Columns past the query tokens of a sequence are ignored.
     cu_q_lens: Offsets of the sequences on the token axis.
-    num_active: Sequences from this one on have no queries.
-    sliding_window: Positions that a query sees, or None.
-    group: Rows of a token.
-    more_rows: Rows after those of the last token, which may be read.
+    num_active: Sequences from this index on have no queries.
+    sliding_window: Positions in the window of a query, or None.
+    group: Rows per token: query heads per KV head.
+    more_rows: Rows to append, because the last tile may be read past the end.
   """
   (num_tokens, max_new), num_seqs = mask.shape, cu_q_lens.shape[0] - 1
   token = jnp.arange(num_tokens, dtype=jnp.int32)
@@ -111,18 +118,18 @@ def pack(
 
 
 def _num_earlier(q_lens, fewest, sliding_window):
-  """Returns by how many positions some query sees less than the last token.
+  """Returns an upper bound of `unseen` over the queries of each sequence.
 
-  Without a window, it is the whole tree.
+  Without a window, the bound is the number of new tokens.
   """
   if sliding_window is None:
     return q_lens
-  # Windows do not bound new tokens: all of them are visited.
+  # The window does not hide new tokens: all of them are visited.
   return q_lens - jnp.minimum(fewest, sliding_window)
 
 
 def _words(mask):
-  """Packs the last axis into words."""
+  """Packs the last axis of a boolean mask into i32 words."""
   max_new = mask.shape[-1]
   num_words = cdiv(max_new, _WORD)
   padding = [(0, 0)] * (mask.ndim - 1) + [(0, num_words * _WORD - max_new)]
@@ -132,25 +139,34 @@ def _words(mask):
 
 
 def unseen(words):
-  """Returns `unseen`, which stands above the bits of `Few`."""
+  """Returns the `unseen` of queries.
+
+  Args:
+    words: i32 words of `Few`.
+  """
   return words >> _FEW
 
 
 def has(words, nth):
-  """Returns whether words have bits; any value for bits out of range."""
+  """Returns whether bit `nth` of each word is set.
+
+  Args:
+    words: i32 words.
+    nth: i32 bit numbers; arbitrary results for those outside [0, 32).
+  """
   return ((words >> (nth & (_WORD - 1))) & 1) != 0
 
 
 def aligned(
   load: Callable[[Array], Array], num_words: int, first, size: int
 ) -> list[Array]:
-  """Returns the words of new tokens from the first-th, maybe negative, on.
+  """Returns the mask of `size` consecutive new tokens, as words.
 
   Args:
-    load: Returns one of the words of `Many`, including those of zeros.
-    num_words: Their number.
-    first: The token of the lowest bit.
-    size: Bits, a multiple of 32.
+    load: Returns the word of `Many` at an index, words of zeros included.
+    num_words: Number of words, words of zeros included.
+    first: The new token of the lowest bit; may be negative.
+    size: Number of bits, a multiple of 32.
   """
   at, shift = (first >> 5) + 1, first & (_WORD - 1)
   words = [
@@ -166,12 +182,12 @@ def aligned(
 
 
 def spread(words, nth, axes: list[int]):
-  """Returns whether aligned words have bits.
+  """Returns a boolean mask from the words that `aligned` returned.
 
   Args:
-    words: Each for 32 bits, of any shape.
-    nth: i32, of each bit, from 0 on.
-    axes: Axes of `nth` that are the axes of words.
+    words: Words of 32 bits each, of any shape.
+    nth: i32, bit numbers in [0, 32 * len(words)).
+    axes: Axes of `nth` along which the axes of a word lie.
   """
   which = nth >> 5
   word, *others = (lax.broadcast_in_dim(x, nth.shape, axes) for x in words)

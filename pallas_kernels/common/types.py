@@ -1,9 +1,9 @@
-"""Types of what a kernel is given. Imports no Pallas."""
+"""Type aliases for kernel operands. Imports no Pallas."""
 
 from typing import Any
 
-# A reference inside a kernel. Pallas's functions ask for references of private
-# types, which `jax.Ref` is not: to a type checker, a reference is anything.
+# A reference inside a kernel. Pallas functions are annotated with private
+# reference types that `jax.Ref` does not match, so this alias is `Any`.
 type Ref = Any
-# An array where a kernel is launched, a reference to it inside the kernel.
+# An array at the launch of a kernel; a reference to it inside the kernel.
 type ArrayOrRef = Any

@@ -1,7 +1,7 @@
-"""Matrix products by the tensor cores of Hopper (wgmma), in f32.
+"""Matrix products by Hopper's tensor cores (wgmma), accumulated in f32.
 
-The interpreter has no wgmma that starts from a given accumulator or takes an
-operand from registers: there, plain products take its place.
+The interpreter supports neither wgmma with an initial accumulator nor wgmma
+with an operand in registers. There, plain products replace both.
 """
 
 from typing import cast
@@ -14,17 +14,25 @@ from jax import Array
 
 
 def full_tile(value: float, shape: tuple[int, int]):
-  """Returns a tile of one value, in the layout of wgmma."""
+  """Returns an f32 tile filled with one value, in the layout of wgmma.
+
+  Args:
+    value: The value.
+    shape: Shape of the tile; the rows are a multiple of 64.
+  """
   return plgpu.layout_cast(
     jnp.full(shape, value, jnp.float32), plgpu.Layout.WGMMA
   )
 
 
 def matmul(operands):
-  """Returns the sum of products a @ b of operands in shared memory.
+  """Returns the sum of the products a @ b of operands in shared memory.
 
   Args:
-    operands: Pairs (a, b).
+    operands: Pairs (a, b), one or more.
+
+  Returns:
+    f32[a.shape[0], b.shape[1]].
   """
 
   def issue(acc):
@@ -36,19 +44,23 @@ def matmul(operands):
 
 
 def accumulator_of(operands):
-  """Returns an accumulator for the products of operands."""
+  """Returns the type of an accumulator for `matmul(operands)`.
+
+  Args:
+    operands: See `matmul`.
+  """
   (a, b), *_ = operands
   return plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32)
 
 
 def accumulate(acc, a, b, *, interpreted: bool):
-  """Returns acc + a @ b, without a second accumulator.
+  """Returns acc + a @ b, accumulated in place.
 
   Args:
-    acc: In f32.
+    acc: f32, in registers.
     a: The left operand, in shared memory or in registers.
     b: The right operand, in shared memory.
-    interpreted: Whether an interpreter runs it.
+    interpreted: Whether the interpreter runs the kernel.
   """
   if interpreted:
     in_registers = isinstance(a, jax.Array)
@@ -60,5 +72,10 @@ def accumulate(acc, a, b, *, interpreted: bool):
 
 
 def plain_product(a, b):
-  """Returns a @ b without wgmma."""
+  """Returns a @ b in f32 without wgmma.
+
+  Args:
+    a: Left operand, a reference or an array.
+    b: Right operand, a reference or an array.
+  """
   return a[...].astype(jnp.float32) @ b[...].astype(jnp.float32)

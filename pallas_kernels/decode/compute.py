@@ -1,4 +1,4 @@
-"""Decode: the consumer warpgroup, which attends its splits tile by tile."""
+"""Decode: the consumer warpgroup, which attends each split tile by tile."""
 
 import functools
 from collections.abc import Callable
@@ -27,22 +27,44 @@ def run(
   smem: Scratch,
   for_each_split: Callable,
 ) -> None:
-  """Attends a program's share of the tiles; see `load.run`."""
+  """Runs the consumer warpgroup: attends all splits of the program.
+
+  Args:
+    problem: The static sizes.
+    inputs: Arrays in global memory that are read.
+    outputs: Arrays in global memory that are written.
+    smem: Shared memory and barriers.
+    for_each_split: Folds a function over the splits of the program.
+  """
   attend = functools.partial(_attend_split, problem, inputs, outputs, smem)
   for_each_split(jnp.int32(0), attend)
+  # Shared memory must outlive the copies of the last outputs.
   plgpu.wait_smem_to_gmem(0)
 
 
 def _attend_split(problem, inputs, outputs, smem, split, num_before):
-  """Attends the tiles of a split, and writes its output or its partial."""
+  """Attends the tiles of a split, and writes its output or its partial.
+
+  Args:
+    problem: The static sizes.
+    inputs: Arrays that are read.
+    outputs: Arrays that are written.
+    smem: Shared memory and barriers.
+    split: The split.
+    num_before: Tiles of previous splits, from which stages are numbered.
+
+  Returns:
+    `num_before` of the next split.
+  """
   tiles, num_tiles = load.visited(problem, inputs, split)
 
-  # 1. Q, in tiles for wgmma.
+  # 1. Wait for Q. wgmma reads Q from tiles in shared memory. A row-major Q is
+  # moved into tiles first, which releases the buffer that TMA fills.
   plgpu.barrier_wait(smem.q_loaded)
   if not problem.loads_tiles_of_q:
     _tile_queries(problem, smem)
 
-  # 2. Fold the tiles into the softmax.
+  # 2. Load the options of the item's queries, for all of its tiles.
   slopes = tree = None
   if inputs.alibi_slopes is not None:
     slopes = load_queries(inputs.alibi_slopes.at[split.head])
@@ -50,6 +72,7 @@ def _attend_split(problem, inputs, outputs, smem, split, num_before):
     words = load_queries(inputs.tree.of_queries.at[split.seq])
     tree = tree_bits.Few(words, inputs.tree.of_seqs[split.seq])
 
+  # 3. Fold the KV tiles into the softmax, as the producer delivers them.
   def fold(i, base, ids, state):
     at = num_before + i, base, ids
     return tile.fold(problem, smem, tiles, slopes, tree, *at, state)
@@ -60,28 +83,31 @@ def _attend_split(problem, inputs, outputs, smem, split, num_before):
   state = load.for_each_tile(
     problem, inputs, split, tiles, num_tiles, state, fold
   )
+
+  # 4. Release Q only now if wgmma read it from the buffer that TMA fills.
   if problem.loads_tiles_of_q:
     plgpu.barrier_arrive(smem.q_consumed)
 
-  # 3. Write the output of a whole item, the partial of another.
+  # 5. Write the output of a whole item, or the partial state of a split item.
   _write(problem, inputs, outputs, smem, split, softmax.sum_rows(state))
   return num_before + num_tiles
 
 
 def _tile_queries(problem, smem):
-  """Moves Q through registers into tiles, as wgmma takes it."""
+  """Moves Q from row-major shared memory through registers into wgmma tiles."""
   if problem.is_interleaved:
     q = fragments.load_rows(smem.loaded_q.T)
   else:
     q = plgpu.load(smem.loaded_q.T, layout=plgpu.Layout.WGMMA, optimized=False)
   smem.q.T[...] = problem.as_operand(q)
-  # For wgmma to see it, and for the next Q not to overtake the load.
+  # Makes Q visible to wgmma, and all warps finish the load before the arrival
+  # below lets the producer overwrite the buffer.
   plgpu.commit_smem()
   plgpu.barrier_arrive(smem.q_consumed)
 
 
 def _write(problem, inputs, outputs, smem, split, state):
-  """Writes the output of a split that is a whole item, or its partial."""
+  """Writes the output if the split is a whole item, else its partial state."""
   store = fragments.store_rows if problem.is_interleaved else partials.store
 
   @pl.when(split.is_whole)

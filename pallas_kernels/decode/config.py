@@ -1,4 +1,4 @@
-"""Decode: which shapes the kernel takes, and how it is tiled.
+"""Decode: supported shapes, tile sizes, bytes of shared memory.
 
 Imports no Pallas.
 """
@@ -12,18 +12,22 @@ from pallas_kernels.common import gpu, limits
 from pallas_kernels.common.limits import SM_SMEM, SMEM_ALLOCATION
 from pallas_kernels.common.rounding import round_up
 
-_MAX_QUERIES = 64  # of an item, which the accumulators have room for
-_MAX_ELEMENTS = 8192  # of them, in four places of shared memory
-REDUCTION_BYTES = 2048  # bytes of scratch to reduce over warps
+_MAX_QUERIES = 64  # queries per item, limited by the registers of accumulators
+_MAX_ELEMENTS = 8192  # elements of Q per item; shared memory has 4 such buffers
+REDUCTION_BYTES = 2048  # bytes of shared memory to reduce over warps
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Tile sizes of the kernel, and how many programs share the tiles."""
+  """Tile sizes and the number of programs.
 
-  block_kv: int  # positions in a tile
-  num_stages: int  # tiles in flight
-  num_programs: int  # that share all tiles
+  Raises:
+    ValueError: If a field is out of range.
+  """
+
+  block_kv: int  # positions per KV tile
+  num_stages: int  # stages of the rings: KV tiles in flight
+  num_programs: int  # persistent programs (CTAs)
 
   def __post_init__(self):
     if self.block_kv not in (64, 128):
@@ -42,23 +46,23 @@ def default_config(
   *,
   device: gpu.Gpu | None = None,
 ) -> Config:
-  """Returns a good Config for these shapes; it does not depend on lengths.
+  """Returns a Config from shapes alone, not from lengths.
 
-  Its tiles depend on the width and the dtype alone, so that the order in which
-  keys are folded does not depend on the number of items.
+  `block_kv` depends on head_dim and dtype alone. The order in which keys are
+  folded therefore does not depend on the number of items.
 
   Args:
-    num_items: KV heads of all sequences.
-    num_queries: Queries of each of them.
-    head_dim: Width of a head.
-    dtype: Of the pool.
-    device: The GPU; that at hand if None.
+    num_items: Number of sequences times number of KV heads.
+    num_queries: Queries per item.
+    head_dim: Elements per head.
+    dtype: Dtype of the pool.
+    device: The GPU to size for; the default device if None.
   """
   num_sms = (device or gpu.at_hand()).num_sms
   shapes = num_queries, head_dim, dtype
   if limits.is_quantised(dtype):
-    # What it takes to widen numbers is hidden by another program; wider heads
-    # leave it no registers.
+    # A second program hides the latency of dequantisation. With head_dim > 128
+    # there are not enough registers for it.
     per_sm = 2 if head_dim <= 128 else 1
     for num_stages in (4, 3, 2):
       config = Config(64, num_stages, per_sm * num_sms)
@@ -66,9 +70,9 @@ def default_config(
         return config
     return Config(64, 2, num_sms)
   block_kv = 128 if head_dim <= 64 else 64
-  # About 100 KB in flight on a multiprocessor are best: with twice as much,
-  # reads take 2 % longer (H200). Many items hide their ends better in two
-  # programs; few leave fewer partials in one.
+  # About 100 KB in flight per multiprocessor are best: with twice as much,
+  # reads take 2 % longer (H200). With many items, two programs hide the ends of
+  # items better; with few items, one program writes fewer partials.
   config = Config(block_kv, 2, 2 * num_sms)
   if num_items >= 2 * num_sms and programs_per_sm(config, *shapes) >= 2:
     return config
@@ -81,7 +85,14 @@ def default_config(
 def programs_per_sm(
   config: Config, num_queries: int, head_dim: int, dtype: DTypeLike
 ) -> int:
-  """Returns how many programs a multiprocessor has shared memory for."""
+  """Returns how many programs fit into the shared memory of a multiprocessor.
+
+  Args:
+    config: Tile sizes.
+    num_queries: Queries per item.
+    head_dim: Elements per head.
+    dtype: Dtype of the pages.
+  """
   needed = smem_bytes(config, num_queries, head_dim, dtype)
   return SM_SMEM // (needed + SMEM_ALLOCATION)
 
@@ -89,25 +100,25 @@ def programs_per_sm(
 def smem_bytes(
   config: Config, num_queries: int, head_dim: int, kv_dtype: DTypeLike
 ) -> int:
-  """Returns the bytes of shared memory that one program takes.
+  """Returns the bytes of shared memory that one program uses.
 
   Args:
-    config: The tiles.
-    num_queries: Queries of an item, of 16 bits.
-    head_dim: Width of a head.
-    kv_dtype: Of the pages.
+    config: Tile sizes.
+    num_queries: Queries per item, of 16-bit elements.
+    head_dim: Elements per head.
+    kv_dtype: Dtype of the pages.
   """
   itemsize = jnp.dtype(kv_dtype).itemsize
   queries = padded_queries(num_queries) * head_dim * 2
   ring = config.num_stages * config.block_kv
   buffers = [
-    queries,  # Q as it comes
-    queries,  # Q in tiles
+    queries,  # Q as copied
+    queries,  # Q in tiles for wgmma
     ring * head_dim * itemsize,  # K
     ring * head_dim * itemsize,  # V
     padded_queries(num_queries) * config.block_kv * 2,  # P
     queries,  # O
-    queries,  # O, turned
+    queries,  # O, transposed
     REDUCTION_BYTES,
   ]
   if limits.is_quantised(kv_dtype):
@@ -117,7 +128,11 @@ def smem_bytes(
 
 
 def padded_queries(num_queries: int) -> int:
-  """Returns the columns for queries of an item: wgmma takes them by eight."""
+  """Returns the columns of a tile: wgmma needs a multiple of 8.
+
+  Args:
+    num_queries: Queries per item.
+  """
   return round_up(num_queries, 8)
 
 
@@ -131,16 +146,16 @@ def unsupported(
   kv_dtype: DTypeLike | None = None,
   max_q_len: int = 1,
 ) -> str | None:
-  """Returns why the kernel does not take these shapes, or None if it does.
+  """Returns why the decode kernel does not support these shapes, or None.
 
   Args:
-    head_dim: Width of a head.
-    page_size: Tokens of a page.
-    num_q_heads: Query heads.
-    num_kv_heads: KV heads.
-    dtype: Of the queries.
-    kv_dtype: Of the pages; None if it is the same.
-    max_q_len: Most query tokens of a sequence.
+    head_dim: Elements per head.
+    page_size: Tokens per page.
+    num_q_heads: Number of query heads.
+    num_kv_heads: Number of KV heads.
+    dtype: Dtype of the queries.
+    kv_dtype: Dtype of the pages; None: that of the queries.
+    max_q_len: Query tokens per sequence, at most.
   """
   shape = head_dim, page_size, num_q_heads, num_kv_heads
   if reason := limits.unsupported_shape(*shape, dtype, kv_dtype or dtype):

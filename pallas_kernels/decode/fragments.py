@@ -1,25 +1,25 @@
-"""8-bit numbers from shared memory into registers, as left operands of wgmma.
+"""Decode: converts 8-bit tiles to wgmma operands in registers.
 
-wgmma takes a left operand from registers, in tiles of 64 rows by 16 columns:
-warp w of the warpgroup has rows 16 w to 16 w + 15; of these, lane 4 g + c has
-rows g and g + 8, and of each the columns 2 c, 2 c + 1, 2 c + 8 and 2 c + 9. An
-`ldmatrix` brings 8 rows of 16 bytes of shared memory to a warp, 4 bytes to a
-lane, as if they were 8 by 8 pairs of bytes:
+wgmma takes its left operand from registers in tiles of 64 rows by 16 columns.
+Warp w of the warpgroup holds rows 16 w to 16 w + 15. Of these, lane 4 g + c
+holds rows g and g + 8, columns 2 c, 2 c + 1, 2 c + 8 and 2 c + 9. An `ldmatrix`
+loads an 8 by 8 matrix of 16-bit elements into a warp, two elements per lane.
+Here an element is a pair of bytes, so lane 4 g + c gets:
 
   K                     row g:  bytes 4 c, 4 c + 1, 4 c + 2, 4 c + 3
   V^T, transposed       rows 2 c and 2 c + 1:  bytes 2 g and 2 g + 1 of each
 
-Of such four bytes, the first and the third become a register of float16, the
-second and the fourth another, one for each half of 16 columns of K or of 16
-rows of V^T. So these come in another order, which is the same for both, in
-every 16 of `head_dim`: element 2 g + h is in place 8 h + g. Q is put into this
-order (`to_order`, `load_rows`), and V^T P out of it (`store_rows`).
+Bytes 0 and 2 of these four become one register of two float16, bytes 1 and 3
+another: one register for each half of 16 columns of K, or of 16 rows of V^T.
+This permutes every 16 elements of head_dim, in K and V^T alike: element 2 g + h
+goes to position 8 h + g. Q is permuted in the same way (`to_order`,
+`load_rows`), and the permutation of V^T P is undone (`store_rows`).
 
-Tiles lie row by row, or as TMA swizzles them: in rows of `swizzle` bytes, the
-number of 16 bytes XORed with that of the row. The 8 rows of an `ldmatrix` are
-in different banks then.
+A tile in shared memory is row-major or swizzled by TMA: in rows of `swizzle`
+bytes, the index of a 16-byte vector is XORed with the row. Then the 8 rows of
+an `ldmatrix` lie in different banks.
 
-float16 holds all values of int8 and of float8_e4m3fn exactly.
+float16 represents all values of int8 and float8_e4m3fn exactly.
 """
 
 from typing import Any, NamedTuple
@@ -33,16 +33,16 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
 _SWIZZLES = (128, 64, 32)  # bytes
-_PIECE = 16  # bytes of a row that an `ldmatrix` takes
-ROWS = plgpu.Layout.WGMMA.reduce(1)  # a value for each row
-# Rows in natural order, in registers where WGMMA has those of the other order.
+_VECTOR_BYTES = 16  # bytes per row of an `ldmatrix`
+ROWS = plgpu.Layout.WGMMA.reduce(1)  # layout of one value per row
+# WGMMA's registers relabelled: undoes the permutation of the rows.
 _PAIRS = mgpu.TiledLayout(
   fragmented_array.Tiling(((64, 8), (16, 8), (2, 8), (2,))),
   warp_dims=(-7,),
   lane_dims=(-5, -2),
   vector_dim=-1,
 )
-# The same, one element at a time.
+# `_PAIRS` with registers of one element.
 _ELEMENTS = mgpu.TiledLayout(
   fragmented_array.Tiling(((64, 8), (16, 8), (2, 8), (2,), (1,))),
   warp_dims=(-8,),
@@ -52,17 +52,18 @@ _ELEMENTS = mgpu.TiledLayout(
 
 
 class Load(NamedTuple):
-  """An `ldmatrix` of some matrices."""
+  """One `ldmatrix` instruction of 2 or 4 matrices."""
 
-  row: int  # ahead of where the threads point, a multiple of 8
-  column: int  # the same
-  # For each matrix, where in the operand the registers of its even and of its
-  # odd bytes are: block of 64 rows, of 8 columns, half of 16 rows.
+  row: int  # offset from the row of `k_place` or `v_place`, a multiple of 8
+  column: int  # offset from their column
+  # For each matrix, the registers of its even and of its odd bytes in the
+  # operand: (block of 64 rows, block of 8 columns, half of 16 rows).
   registers: list[tuple[tuple[int, int, int], tuple[int, int, int]]]
 
 
-# 4 numbers in a register, $2, become 2 in each of $0 and $1.
-# Of an int8 whose first bit is flipped, 0x64 makes the float16 1152 + x.
+# PTX that converts 4 bytes, $2, to two float16 in $0 and two in $1.
+# int8 x with its sign bit flipped is x + 128. With 0x64 as the high byte, it is
+# the float16 1024 + 128 + x.
 _FROM_INT8 = """{
   .reg .b32 flipped, even, odd, offset;
   xor.b32 flipped, $2, 0x80808080;
@@ -83,7 +84,7 @@ _FROM_FLOAT8 = """{
 
 
 def transforms(head_dim: int) -> tuple[Any, ...]:
-  """Returns how 8-bit rows lie in shared memory; row by row if by none."""
+  """Returns the layout of 8-bit tiles in shared memory; () means row-major."""
   swizzle = _swizzle(head_dim)
   if swizzle is None:
     return ()
@@ -94,14 +95,21 @@ def transforms(head_dim: int) -> tuple[Any, ...]:
 
 
 def to_order(q):
-  """Returns q with its last axis in the order of the registers."""
+  """Returns q with its last axis, head_dim, permuted to register order."""
   *shape, head_dim = q.shape
   q = q.reshape(*shape, head_dim // 16, 8, 2)
   return q.swapaxes(-1, -2).reshape(*shape, head_dim)
 
 
 def load_rows(ref):
-  """Returns [head_dim, columns], its rows in the order of the registers."""
+  """Loads [head_dim, columns], and permutes its rows to register order.
+
+  Args:
+    ref: 16-bit elements in shared memory.
+
+  Returns:
+    The array in layout WGMMA.
+  """
 
   @plgpu.inline_mgpu(
     arg_types=(plgpu.RefType(),),
@@ -120,24 +128,24 @@ def load_rows(ref):
 
 
 def store_rows(ref, array) -> None:
-  """Stores [head_dim, columns], whose rows are in the order of the registers.
+  """Stores [head_dim, columns] whose rows are in register order.
 
   Args:
-    ref: gets them in natural order.
-    array: of the layout WGMMA.
+    ref: Receives the rows in natural order.
+    array: In layout WGMMA.
   """
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
   def store(_, target, array):
-    utils.warpgroup_barrier()  # others may still read
+    utils.warpgroup_barrier()  # other warps may still read `target`
     _relabel(array, _PAIRS).store_untiled(target, optimized=False)
-    utils.warpgroup_barrier()  # for others to see it
+    utils.warpgroup_barrier()  # makes the rows visible to other warps
 
   store(ref, array)
 
 
 def _relabel(array, layout):
-  """Returns an array of the same registers in another layout."""
+  """Returns the same registers, interpreted in another layout."""
   shape = layout.registers_shape(array.shape)
   return mgpu.FragmentedArray(
     _registers=array.registers.reshape(shape),
@@ -147,14 +155,14 @@ def _relabel(array, layout):
 
 
 def load_k(tile_smem, start: int, size: int, *, interpreted: bool):
-  """Returns columns of a tile of K as a left operand.
+  """Loads columns of a tile of K as the left operand of wgmma.
 
   Args:
-    tile_smem: int8 or float8_e4m3fn [keys, head_dim], as `transforms` says.
-    start: of the columns, in head_dim; a multiple of 32.
-    size: of the columns, a multiple of 16.
-    interpreted: whether an interpreter runs it; head_dim is in natural order
-      then.
+    tile_smem: int8 or float8_e4m3fn [keys, head_dim], laid out by `transforms`.
+    start: First column, a multiple of 32.
+    size: Number of columns, a multiple of 16.
+    interpreted: Whether the interpreter runs the kernel. Then the columns stay
+      in natural order.
 
   Returns:
     float16 [keys, size].
@@ -166,13 +174,13 @@ def load_k(tile_smem, start: int, size: int, *, interpreted: bool):
 
 
 def load_v(tile_smem, start: int, size: int, *, interpreted: bool):
-  """Returns rows of V^T as a left operand.
+  """Loads rows of V^T as the left operand of wgmma.
 
   Args:
-    tile_smem: int8 or float8_e4m3fn [keys, head_dim], as `transforms` says.
-    start: of the rows, in head_dim.
-    size: of the rows.
-    interpreted: see `load_k`.
+    tile_smem: int8 or float8_e4m3fn [keys, head_dim], laid out by `transforms`.
+    start: First row of V^T, an index into head_dim.
+    size: Number of rows, a multiple of 64.
+    interpreted: See `load_k`.
 
   Returns:
     float16 [size, keys].
@@ -185,12 +193,12 @@ def load_v(tile_smem, start: int, size: int, *, interpreted: bool):
 
 
 def zero_rows(tile_smem, keep, *, interpreted: bool) -> None:
-  """Zeroes rows of a tile.
+  """Zeroes rows of an 8-bit tile in shared memory.
 
   Args:
-    tile_smem: see `load_k`.
-    keep: bool [keys], of the layout `ROWS`: which rows to leave as they are.
-    interpreted: see `load_k`.
+    tile_smem: See `load_k`.
+    keep: bool [keys], in layout `ROWS`; rows with False are zeroed.
+    interpreted: See `load_k`.
   """
   if interpreted:
     rows = tile_smem[...]
@@ -205,47 +213,51 @@ def zero_rows(tile_smem, keep, *, interpreted: bool) -> None:
     for nth, kept in enumerate(keep.registers.flat):
       row = 16 * (thread // 32) + thread // 4 % 8 + 8 * nth + 48 * (nth // 2)
       kept = vector.extract(kept, [], [0])
-      is_lost = arith.cmpi(arith.CmpIPredicate.eq, kept, utils.c(0, i32))
-      with utils.when(is_lost):
-        for column in range(0, head_dim, 4 * _PIECE):
+      is_masked = arith.cmpi(arith.CmpIPredicate.eq, kept, utils.c(0, i32))
+      with utils.when(is_masked):
+        for column in range(0, head_dim, 4 * _VECTOR_BYTES):
           # Four threads share a row.
-          piece = (column + _PIECE * (thread % 4)) % head_dim
-          llvm.store(zeros, _pointer(tile, row, piece, head_dim))
+          start = (column + _VECTOR_BYTES * (thread % 4)) % head_dim
+          llvm.store(zeros, _pointer(tile, row, start, head_dim))
 
   zero(tile_smem, keep.astype(jnp.int32))
 
 
 def k_place(thread):
-  """Returns row and column that a thread gives to an `ldmatrix` of K.
+  """Returns the row and column that a thread addresses in an `ldmatrix` of K.
 
   Args:
-    thread: of the warpgroup.
+    thread: Index of the thread in the warpgroup.
   """
   warp, matrix, row = thread // 32, thread // 8 % 4, thread % 8
-  return 16 * warp + 8 * (matrix % 2) + row, _PIECE * (matrix // 2)
+  return 16 * warp + 8 * (matrix % 2) + row, _VECTOR_BYTES * (matrix // 2)
 
 
 def v_place(thread):
-  """Returns row and column that a thread gives to an `ldmatrix` of V."""
-  return thread % 32, _PIECE * (thread // 32)
+  """Returns the row and column that a thread addresses in an `ldmatrix` of V.
+
+  Args:
+    thread: Index of the thread in the warpgroup.
+  """
+  return thread % 32, _VECTOR_BYTES * (thread // 32)
 
 
 def k_loads(keys: int, start: int, size: int) -> list[Load]:
-  """Returns the loads of columns of K; see `load_k`."""
+  """Returns the `ldmatrix` instructions of `load_k`; see there for Args."""
   loads = []
   for row in range(0, keys, 64):
     for column in range(0, size, 32):
       registers = []
-      for piece in range(column // 16, min(column + 32, size) // 16):
+      for k_step in range(column // 16, min(column + 32, size) // 16):
         for half in range(2):
-          even, odd = ((row // 64, 2 * piece + i, half) for i in range(2))
+          even, odd = ((row // 64, 2 * k_step + i, half) for i in range(2))
           registers.append((even, odd))
       loads.append(Load(row, start + column, registers))
   return loads
 
 
 def v_loads(keys: int, start: int, size: int) -> list[Load]:
-  """Returns the loads of rows of V^T; see `load_v`."""
+  """Returns the `ldmatrix` instructions of `load_v`; see there for Args."""
   loads = []
   for block in range(size // 64):
     for key in range(0, keys, 32):
@@ -256,15 +268,21 @@ def v_loads(keys: int, start: int, size: int) -> list[Load]:
 
 
 def address(row, column, head_dim: int):
-  """Returns where a byte of a tile lies: bytes from its beginning."""
+  """Returns the offset of a byte of a tile from the beginning of the tile.
+
+  Args:
+    row: Row in the tile.
+    column: Byte in the row.
+    head_dim: Bytes per row.
+  """
   swizzle = _swizzle(head_dim)
   if swizzle is None:
     return row * head_dim + column
   tile = row // 8 * (head_dim // swizzle) + column // swizzle
   place = (tile * 8 + row % 8) * swizzle + column % swizzle
-  # Bits 4 and on, the piece of the row, by bits 7 and on: the row, if it has
-  # 128 bytes.
-  return place ^ (place // 8 & swizzle - _PIECE)
+  # XOR bits 4 and up, the 16-byte vector, with bits 7 and up, the index of the
+  # 128 bytes: the row, if the swizzle is 128 bytes.
+  return place ^ (place // 8 & swizzle - _VECTOR_BYTES)
 
 
 def _swizzle(head_dim):
@@ -272,19 +290,19 @@ def _swizzle(head_dim):
 
 
 def _widen(tile_smem):
-  """Returns the numbers of a tile where there is no GPU."""
+  """Returns a tile as float16, in the interpreter."""
   return tile_smem[...].astype(jnp.float32).astype(jnp.float16)
 
 
 def _load(tile_smem, shape, first_place, loads, *, is_transposed=False):
-  """Returns an operand of a shape.
+  """Loads a tile as a float16 operand in layout WGMMA.
 
   Args:
-    tile_smem: see `load_k`.
-    shape: of the operand.
+    tile_smem: See `load_k`.
+    shape: Shape of the operand.
     first_place: `k_place` or `v_place`.
-    loads: what to load.
-    is_transposed: whether a lane gets two bytes of two rows.
+    loads: The `ldmatrix` instructions.
+    is_transposed: Whether `ldmatrix` transposes its matrices.
   """
   head_dim = tile_smem.shape[1]
   is_int = tile_smem.dtype == jnp.int8
@@ -301,8 +319,8 @@ def _load(tile_smem, shape, first_place, loads, *, is_transposed=False):
     row, column = first_place(_thread())
     for load in loads:
       pointer = _pointer(tile, row, column + load.column, head_dim)
-      # Rows that are a multiple of 8 ahead lie as far ahead, XORed alike.
-      pointer = _ahead(pointer, load.row * head_dim)
+      # A multiple of 8 rows further on, the swizzle is the same: add an offset.
+      pointer = _advance(pointer, load.row * head_dim)
       words = _ldmatrix(pointer, len(load.registers), is_transposed)
       for word, places in zip(words, load.registers, strict=True):
         for at, register in zip(places, _convert(word, is_int), strict=True):
@@ -315,24 +333,24 @@ def _load(tile_smem, shape, first_place, loads, *, is_transposed=False):
 
 
 def _thread():
-  """Returns the number of a thread, of the warpgroup."""
+  """Returns the index of the thread in its warpgroup."""
   thread = mgpu.FragmentedArray.splat(utils.thread_idx(), (), is_signed=False)
   return thread % 128
 
 
 def _pointer(tile, row, column, head_dim):
-  """Returns a pointer to a byte of a tile."""
+  """Returns a pointer to a byte of a tile; see `address`."""
   at = address(row, column, head_dim).registers.item()
-  return _ahead(utils.memref_ptr(tile), at)
+  return _advance(utils.memref_ptr(tile), at)
 
 
-def _ahead(pointer, num_bytes):
+def _advance(pointer, num_bytes):
   i8 = ir.IntegerType.get_signless(8)
   return utils.getelementptr(pointer, [num_bytes], i8)
 
 
 def _ldmatrix(pointer, num, is_transposed):
-  """Returns a word of each of 2 or 4 matrices of 8 rows of 16 bytes."""
+  """Loads 2 or 4 matrices of 8 rows by 16 bytes; returns a word of each."""
   words: Any = nvvm.ldmatrix(
     pointer,
     layout=nvvm.MMALayout.col if is_transposed else nvvm.MMALayout.row,
@@ -345,7 +363,7 @@ def _ldmatrix(pointer, num, is_transposed):
 
 
 def _convert(word, is_int):
-  """Returns two registers of float16 for one of 8-bit numbers."""
+  """Converts four 8-bit elements to two registers of two float16 each."""
   i32 = ir.IntegerType.get_signless(32)
   pair: Any = llvm.inline_asm(
     llvm.StructType.get_literal([i32, i32]),

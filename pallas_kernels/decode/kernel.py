@@ -1,32 +1,33 @@
-"""Paged decode attention for Hopper: few query tokens a sequence, split-KV.
+"""Paged decode attention for Hopper: few query tokens per sequence, split-KV.
 
-Persistent programs attend equal shares of all KV tiles (`schedule`), item by
-item: an item is the query heads of one KV head of one sequence. A program has
-two warpgroups:
+A work item is the query heads of one KV head of one sequence. Persistent
+programs (CTAs) attend equal ranges of the KV tiles of all items (`schedule`). A
+program has two warpgroups:
 
-  producer  reads page ids from the page table as scalars, and copies Q, and K
-            and V chunk by chunk (TMA), into a ring of `num_stages` tiles
+  producer  reads page ids from the page table as scalars, copies Q, and copies
+            K and V chunk by chunk (TMA) into rings of `num_stages` tiles
   consumer  S = K Q^T, mask, online softmax in base 2, O += V^T P   (wgmma)
 
-Two programs share a multiprocessor, so that one computes while the other
-waits. The queries are the columns of a tile: the query heads of a KV head (for
-each query token, see `short_queries`), padded to a multiple of 8; results of
-the padding are not stored. A tile is `block_kv` consecutive positions, copied
-in chunks that never straddle a page: `chunk = gcd(page_size, block_kv)`.
+Usually two programs run on a multiprocessor, so that one computes while the
+other waits. The queries are the columns of a tile: the query heads of the KV
+head, for each query token (`short_queries`), padded to a multiple of 8. Results
+of the padding are not stored. A KV tile is `block_kv` consecutive positions. It
+is copied in chunks that never straddle a page:
+`chunk = gcd(page_size, block_kv)`.
 
   positions   0        64       128      192      256      320      384
   tiles       | sink   |        | skipped|        | window |  tail  |
   chunks      |p7|p2|p9|p4|                       |p5|p0|p3|p8|p6|--|
                           pages of 16 tokens, anywhere in the pool
 
-Tiles between the sink tokens and the window are not visited (`kv_tiles`). An
-item that lies in several shares leaves partials, which a second, small kernel
-merges (`partials`). Pages of 8-bit numbers come with scales (`tile`).
+Tiles between the sink tokens and the window are not visited (`kv_tiles`). The
+splits of an item write partial softmax states, which a second, small kernel
+merges (`partials`). Pages of 8-bit elements have scales (`tile`).
 
-A key counts if its page is mapped and its position lies below the length and
-in the window. Scores of other keys are set to -inf by a select, and in tiles
-that have any their rows of V are zeroed in shared memory (0 * NaN is NaN): keys
-that no query of the item sees leave no trace in the output, bit for bit.
+A key is visible if its page is mapped and its position lies below the length
+and in the window. A select sets the scores of all other keys to -inf. Rows of V
+that no query sees are zeroed in shared memory (0 * NaN is NaN). Such keys do
+not change a bit of the output, whatever the memory holds.
 """
 
 import functools
@@ -81,24 +82,25 @@ def paged_decode(
   Float[Array, "num_seqs num_q_heads head_dim"],
   Float[Array, "num_seqs num_q_heads"],
 ]:
-  """Attends one query token a sequence, at its last position, over pages.
+  """Attends one query token per sequence, its last, over paged K and V.
 
   Args:
     q: Queries, bfloat16 or float16.
     kv: Pages in the dtype of q, or int8 or float8_e4m3fn with scales.
-    arrays: Options that are arrays; there is no tree mask.
+    arrays: Array options; `tree_mask` is ignored.
     spec: Static options.
     config: Tile sizes; `default_config` if None.
-    interpret: Parameters of the interpreter that stands in for a GPU.
+    interpret: Parameters of the Pallas interpreter; None compiles for a GPU.
 
   Returns:
     The output in the dtype of q, and the natural log-sum-exp of the scores,
-    sinks included, in f32. A sequence that sees nothing gets 0 and -inf.
+    sinks included, in f32; 0 and -inf for a sequence without visible keys.
 
   Raises:
-    NotImplementedError: If the kernel does not take these shapes and dtypes.
-    ValueError: If pages differ, scales are missing, have another shape or do
-      not belong to the dtype, or the config exceeds shared memory.
+    NotImplementedError: If the kernel does not support the shapes or dtypes.
+    ValueError: If K and V differ in shape or dtype, if scales are missing,
+      superfluous or of a wrong shape or dtype, or if the config exceeds shared
+      memory.
   """
   num_seqs, num_q_heads, head_dim = q.shape
   num_kv_heads = kv.num_kv_heads
@@ -138,24 +140,24 @@ def attend(
   Float[Array, "num_seqs num_kv_heads queries head_dim"],
   Float[Array, "num_seqs num_kv_heads queries"],
 ]:
-  """Attends the queries of items, over pages; see `paged_decode`.
+  """Attends queries that are grouped by work item; see `paged_decode`.
 
   Args:
-    q: The queries of an item: `max_q_len` tokens of each query head of its KV
-      head, token by token.
-    q_lens: Query tokens of each sequence, its last ones, at most `max_q_len`;
-      None where all have one, and there is no tree.
+    q: Queries of each item: the query heads of the KV head for the first query
+      token, then for the second, up to `max_q_len` tokens.
+    q_lens: Query tokens of each sequence, at most `max_q_len`; None if each
+      sequence has one and there is no tree mask.
     kv: See `paged_decode`.
     arrays: See `paged_decode`.
     spec: See `paged_decode`.
     config: See `paged_decode`.
     interpret: See `paged_decode`.
-    max_q_len: Most query tokens of a sequence.
-    tree: Which query tokens are seen, instead of those up to each token's own,
-      or None.
+    max_q_len: Query tokens per sequence, at most.
+    tree: The query tokens that each query token sees. None: those up to itself,
+      or all if not `spec.causal`.
 
   Returns:
-    The output, and the natural log-sum-exp; 0 and -inf past `q_lens`.
+    The output and the natural log-sum-exp; 0 and -inf past `q_lens`.
 
   Raises:
     ValueError: See `paged_decode`.
@@ -191,7 +193,7 @@ def _inputs(
   arrays: AttentionArrays,
   tree: tree_bits.Few | None,
 ) -> Inputs:
-  """Returns what the kernel reads: the schedule, and arrays by its layout."""
+  """Returns the kernel's operands: the schedule, and arrays in its layout."""
   kv_lens = kv.kv_lens.astype(jnp.int32)
   sinks = slopes = None
   if q_lens is not None:
@@ -205,7 +207,7 @@ def _inputs(
     of_seqs = tree.of_seqs
     columns = jnp.repeat(tree.of_queries, problem.group, axis=1)
     tree = tree_bits.Few(problem.pad_queries(columns), of_seqs)
-  # A sequence without tokens has a tile too, which writes its output of 0.
+  # A sequence without tokens gets one tile as well, whose split writes 0.
   visited = problem.visit(kv_lens, q_lens, of_seqs).num_visited
   k, v = kv.flat()
   return Inputs(
@@ -229,18 +231,19 @@ def _inputs(
 
 
 def _by_query(problem, logits):
-  """Returns f32[num_kv_heads, num_queries] of a value for each query head.
+  """Returns f32[num_kv_heads, num_queries] from one value per query head.
 
-  It is 0 for the padding.
+  The padding gets 0.
   """
   logits = logits.reshape(problem.num_kv_heads, problem.group)
   return problem.pad_queries(jnp.tile(logits, (1, problem.max_q_len)))
 
 
 def _rows_of_queries(problem, q):
-  """Returns queries as rows; those of an item are `num_queries` from its first.
+  """Returns queries as rows, of which an item reads `num_queries`.
 
-  The rows past its group belong to others, or are padding.
+  Unless XLA pads them here, an item has only `num_rows` rows. The rows that it
+  reads after those belong to the next items, and their results are not stored.
   """
   if problem.loads_tiles_of_q:
     q = problem.as_operand(q)
@@ -254,7 +257,7 @@ def _rows_of_queries(problem, q):
 
 
 def _launch(problem: DecodeProblem, inputs: Inputs) -> tuple[Array, Array]:
-  """Runs the kernel, and merges the items that it split."""
+  """Runs the kernel, then merges the items that were split."""
   config, num_queries = problem.config, problem.num_queries
   fixed_splits = problem.spec.batch_invariant
   items = problem.num_seqs, problem.num_kv_heads
@@ -287,7 +290,7 @@ def _launch(problem: DecodeProblem, inputs: Inputs) -> tuple[Array, Array]:
   (written,) = kernel(inputs)
   if fixed_splits and problem.max_splits == 1:
     return written.out, written.lse
-  # Few items are split into many parts, many items into few.
+  # Few items are cut into many splits each, many items into few.
   are_few = 8 * math.prod(items) < config.num_programs
   return partials.merge_partials(
     inputs.plan,
@@ -304,10 +307,13 @@ def _launch(problem: DecodeProblem, inputs: Inputs) -> tuple[Array, Array]:
 def _body(
   problem: DecodeProblem, inputs: Inputs, outputs: Outputs, smem: Scratch
 ) -> None:
-  """Runs a program: two warpgroups over its share of the tiles."""
+  """The program: a producer and a consumer warpgroup loop over its splits."""
+  # 1. Wait for the previous kernel, which may still write the operands.
   if problem.interpret is None:
     pdl.overlap_with_previous_kernel()
 
+  # 2. Both warpgroups run this loop, each with its own body. They synchronise
+  # through the barriers in `smem` alone.
   def for_each_split(carry, step):
     return schedule.for_each_split(
       inputs.plan,
@@ -317,10 +323,12 @@ def _body(
       fixed_splits=problem.spec.batch_invariant,
     )
 
+  # 3. Warpgroup 0 computes.
   @pl.when(lax.axis_index("warpgroup") == 0)
   def _consumer():
     compute.run(problem, inputs, outputs, smem, for_each_split)
 
+  # 4. Warpgroup 1 copies. (Under the race detector, each warp is a thread.)
   @pl.when(lax.axis_index("warpgroup") > 0)
   def _producer():
     load.run(problem, inputs, smem, for_each_split)

@@ -1,19 +1,19 @@
-"""Writes outputs of whole items and partial softmax states of split ones.
+"""Decode: writes outputs of whole items and partial states of split items.
 
-A program that attended a whole item writes its output. Otherwise it leaves a
-partial softmax (acc, m, l): as the first of its items, or as the last. A second
-kernel merges them. It has a program for each program of the schedule: if an
-item began before the program's share and ends in it, the program folds the
-partials of all programs that attended the item, in order, and writes the output
-in place.
+A program that attended a whole item writes its output. Otherwise it writes a
+partial softmax state (acc, m, l), as the first or the last of its items. A
+second kernel merges the partials. It has one program per program of the
+schedule: if an item begins before the program's range and ends in it, the
+program folds the partials of all programs that attended the item, in order, and
+writes the output in place.
 
   programs  |   4   |   5   |   6   |   7   |
   items         a  |          b       | c |     6 merges b: last of 4, first
   partials    F|  L|F       |F     |L         of 5 and first of 6
 
-In fixed splits, an item has a place for each of its splits, and the merging
-kernel has a program for each item. The splits are folded in the same order, in
-the same groups, whatever else is in the batch.
+With fixed splits, partials are stored by item and split, and the merging kernel
+has one program per item. It folds the splits in the same order and in the same
+groups, whatever else is in the batch.
 """
 
 import functools
@@ -36,9 +36,9 @@ from pallas_kernels.decode.softmax import QUERIES
 
 
 class Partials(NamedTuple):
-  """A softmax for the first and for the last item of each program.
+  """Partial softmax states of the first and the last item of each program.
 
-  In fixed splits: for the splits of each item.
+  With fixed splits, the leading axes are [items, splits] instead.
   """
 
   acc: ArrayOrRef  # f32[2, num_programs, head_dim, num_queries]
@@ -49,12 +49,12 @@ class Partials(NamedTuple):
   def types(
     places: tuple[int, int], head_dim: int, num_queries: int
   ) -> "Partials":
-    """Returns the types of the partials.
+    """Declares the partials as outputs of the kernel.
 
     Args:
-      places: 2 and the programs, or the items and the splits of one.
-      head_dim: Width of a head.
-      num_queries: Queries of an item.
+      places: The leading axes: (2, num_programs), or (items, splits per item).
+      head_dim: Elements per head.
+      num_queries: Queries per item, padded.
     """
     rows = *places, num_queries
     return Partials(
@@ -65,7 +65,7 @@ class Partials(NamedTuple):
 
 
 class OutputScratch(NamedTuple):
-  """Shared memory through which an output is transposed."""
+  """Shared memory to transpose the output of an item."""
 
   by_column: Ref  # [head_dim, num_queries]
   by_row: Ref  # [num_queries, head_dim]
@@ -74,7 +74,7 @@ class OutputScratch(NamedTuple):
   def types(
     head_dim: int, num_queries: int, dtype: DTypeLike
   ) -> "OutputScratch":
-    """Returns the types of the scratch memory."""
+    """Declares the shared memory."""
     return OutputScratch(
       by_column=refs.smem((head_dim, num_queries), dtype),
       by_row=refs.smem((num_queries, head_dim), dtype),
@@ -82,20 +82,20 @@ class OutputScratch(NamedTuple):
 
 
 def load_queries(ref):
-  """Loads a value for each query."""
+  """Loads one value per query into registers, in layout `QUERIES`."""
   return plgpu.load(ref, layout=QUERIES, optimized=False)
 
 
 def store(ref, value) -> None:
-  """Stores a value whose layout is not that of the memory."""
-  if hasattr(plgpu, "store"):  # JAX 0.12 asks for leave to do it slowly
+  """Stores registers whose layout does not match that of the memory."""
+  if hasattr(plgpu, "store"):  # JAX 0.12 requires optimized=False for that
     plgpu.store(ref, value, optimized=False)
   else:
     ref[...] = value
 
 
 def _by_blocks(acc, ref, head_dim: int):
-  """Returns the blocks of acc, each with its rows of a reference."""
+  """Pairs each block of acc with its rows of a reference."""
   places = softmax.row_blocks(head_dim)
   return [
     (rows, ref.at[pl.ds(start, size)])
@@ -106,12 +106,12 @@ def _by_blocks(acc, ref, head_dim: int):
 def write_partial(
   state: Softmax, partials: Partials, at, store_rows=store
 ) -> None:
-  """Writes what a program leaves of an item.
+  """Writes the partial softmax state of a split.
 
   Args:
-    state: The softmax over its keys.
+    state: The softmax state over the keys of the split.
     partials: All partials.
-    at: `FIRST` or `LAST`, and the program; or the item, and its split.
+    at: (`FIRST` or `LAST`, program); with fixed splits (item, split).
     store_rows: Stores rows of acc.
   """
   acc_gmem = partials.acc.at[at]
@@ -129,19 +129,21 @@ def write_output(
   smem: OutputScratch,
   store_rows=store,
 ) -> None:
-  """Writes the output of an item, transposed: a row for each query.
+  """Writes the output of an item, transposed to one row per query.
 
   Args:
-    state: The softmax over all keys of the item.
+    state: The softmax state over all keys of the item.
     sinks: See `base2.finish`.
     out_gmem: [num_rows, head_dim], in the dtype of the output.
     lse_gmem: f32[num_queries].
-    smem: Scratch memory.
+    smem: Shared memory for the transposition.
     store_rows: See `write_partial`.
   """
+  # 1. Normalise. The log-sum-exp goes to global memory directly.
   out, lse = softmax.finish(state, sinks)
   store(lse_gmem, lse)
-  # The copy of the item before may still be reading.
+  # 2. Transpose in shared memory. The copy of the previous output may still
+  # read it.
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
   num_rows, head_dim = out_gmem.shape
   for rows, at in _by_blocks(out, smem.by_column, head_dim):
@@ -150,12 +152,13 @@ def write_output(
   smem.by_row[...] = plgpu.load(
     smem.by_column.T, layout=layout, optimized=False
   )
+  # 3. Start the copy, without the padding rows. Nothing waits for it yet.
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(smem.by_row.at[pl.ds(0, num_rows)], out_gmem)
 
 
 class _Inputs(NamedTuple):
-  """What the merging kernel reads and writes."""
+  """Operands of the merging kernel; it updates `out` and `lse` in place."""
 
   plan: schedule.Plan
   partials: Partials
@@ -175,21 +178,21 @@ def merge_partials(
   unroll: int,
   interpret: plgpu.InterpretGPUParams | None,
 ):
-  """Merges the partials of items that were split into their outputs.
+  """Merges the partials of split items, and writes their outputs.
 
   Args:
     plan: The schedule.
-    partials: What the programs left.
+    partials: Partials that the programs wrote.
     sinks: f32[num_kv_heads, num_queries], logits in base 2, or None.
-    out: [num_seqs, num_kv_heads, num_rows, head_dim], whose missing items are
-      filled in.
-    lse: f32[num_seqs, num_kv_heads, num_queries], the same.
+    out: [num_seqs, num_kv_heads, num_rows, head_dim], without the outputs of
+      split items; updated in place.
+    lse: f32[num_seqs, num_kv_heads, num_queries], likewise.
     fixed_splits: See `schedule.split_evenly`.
     unroll: Partials to load at once.
-    interpret: Parameters of the interpreter, or None.
+    interpret: Parameters of the interpreter; None on a GPU.
 
   Returns:
-    The output and the log-sum-exp.
+    The complete output and log-sum-exp.
   """
   *places, head_dim, num_queries = partials.acc.shape
   kernel = plgpu.kernel(
@@ -212,43 +215,43 @@ def merge_partials(
   return out_ref[...], lse_ref[...]
 
 
-class _Split(NamedTuple):
-  """An item whose partials a program merges."""
+class _SplitItem(NamedTuple):
+  """The split item that a program merges, if it exists."""
 
   exists: jax.Array
   seq: jax.Array
   head: jax.Array
-  count: jax.Array
-  place: Callable[[jax.Array], tuple]  # of a partial: its indices
+  count: jax.Array  # number of partials
+  place: Callable[[jax.Array], tuple]  # index of the i-th partial in `Partials`
 
 
-def _item_that_ends_here(plan: schedule.Plan) -> _Split:
-  """Returns the item in which the program's share begins, if it ends there."""
+def _item_that_ends_here(plan: schedule.Plan) -> _SplitItem:
+  """Returns the item that begins before the program's range and ends in it."""
   firsts_gmem = plan.firsts
   program, num_programs = lax.axis_index("program"), firsts_gmem.shape[0] - 1
   begin, end = firsts_gmem[program, 0], firsts_gmem[program + 1, 0]
   seq, head, tile, tiles = (firsts_gmem[program, i] for i in range(1, 5))
-  line = schedule.Line(firsts_gmem[num_programs, 0], num_programs)
+  ranges = schedule.TileRanges(firsts_gmem[num_programs, 0], num_programs)
   item = begin - tile
-  first = line.program_of(item)
-  kind_of_first = jnp.where(line.start(first) < item, LAST, FIRST)
+  first = ranges.program_of(item)
+  kind_of_first = jnp.where(ranges.start(first) < item, LAST, FIRST)
 
   def place(i):
     return jnp.where(i == 0, kind_of_first, FIRST), first + i
 
   exists = (begin < end) & (tile > 0) & (item + tiles <= end)
-  return _Split(exists, seq, head, program - first + 1, place)
+  return _SplitItem(exists, seq, head, program - first + 1, place)
 
 
-def _own_item(plan: schedule.Plan, num_kv_heads: int) -> _Split:
-  """Returns the program's item of fixed splits, if it has several."""
+def _own_item(plan: schedule.Plan, num_kv_heads: int) -> _SplitItem:
+  """Returns the program's item, with fixed splits, if it has several splits."""
   item = lax.axis_index("program")
   seq = lax.div(item, jnp.int32(num_kv_heads))
   tiles = plan.starts[seq + 1] - plan.starts[seq]
   size = schedule.split_size(tiles)
   count = lax.div(tiles + size - 1, size)
   head = lax.rem(item, jnp.int32(num_kv_heads))
-  return _Split(count > 1, seq, head, count, lambda i: (item, i))
+  return _SplitItem(count > 1, seq, head, count, lambda i: (item, i))
 
 
 def _body(
@@ -258,9 +261,11 @@ def _body(
   inputs: _Inputs,
   smem: OutputScratch,
 ):
-  """Merges the partials of the program's item."""
+  """The program: merges the partials of one item, if it was split."""
+  # 1. Wait for the attention kernel, which writes the partials.
   if not interpreted:
     pdl.overlap_with_previous_kernel()
+  # 2. Find the item. Most programs have none and end here.
   split = (
     _own_item(inputs.plan, inputs.lse.shape[1])
     if fixed_splits
@@ -273,16 +278,16 @@ def _body(
       at = split.place(jnp.minimum(i, split.count - 1))
       return _load(inputs.partials, at, i < split.count)
 
-    # 1. Fold the partials, `unroll` of them at once.
+    # 3. Fold the partials, `unroll` of them per step: their loads overlap.
     def step(i, state):
       more = (load(i * unroll + j) for j in range(unroll))
       return softmax.merge([state, *more])
 
     num_steps = lax.div(split.count + unroll - 1, jnp.int32(unroll))
-    nothing = softmax.empty(*inputs.partials.acc.shape[2:])
-    state = lax.fori_loop(0, num_steps, step, nothing)
+    empty = softmax.empty(*inputs.partials.acc.shape[2:])
+    state = lax.fori_loop(0, num_steps, step, empty)
 
-    # 2. Write the output in place.
+    # 4. Write the output in place.
     sinks = None
     if inputs.sinks is not None:
       sinks = load_queries(inputs.sinks.at[split.head])
@@ -292,7 +297,7 @@ def _body(
 
 
 def _load(partials: Partials, at, exists) -> Softmax:
-  """Loads a partial; one that does not exist counts for nothing."""
+  """Loads a partial; m is -inf, thus its weight 0, if it does not exist."""
   acc_gmem = partials.acc.at[at]
   blocks = softmax.row_blocks(acc_gmem.shape[0])
   acc = tuple(
@@ -304,6 +309,6 @@ def _load(partials: Partials, at, exists) -> Softmax:
     for start, size in blocks
   )
   m = load_queries(partials.m.at[at])
-  nothing = jnp.where(exists, 0.0, -jnp.inf).astype(jnp.float32)
-  m += lax.broadcast_in_dim(nothing, m.shape, [])
+  offset = jnp.where(exists, 0.0, -jnp.inf).astype(jnp.float32)
+  m += lax.broadcast_in_dim(offset, m.shape, [])
   return Softmax(acc, m, load_queries(partials.l.at[at]))

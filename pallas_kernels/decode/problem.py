@@ -1,4 +1,4 @@
-"""What the decode kernel is given: static facts, arrays, shared memory."""
+"""Decode: static sizes, inputs, outputs, shared memory and barriers."""
 
 import dataclasses
 import functools
@@ -17,27 +17,27 @@ from pallas_kernels.decode import fragments
 from pallas_kernels.decode.config import Config, padded_queries, smem_bytes
 from pallas_kernels.decode.partials import OutputScratch, Partials
 
-_SWIZZLES = (128, 64, 32)  # bytes: widths of a tile in shared memory
+_SWIZZLES = (128, 64, 32)  # bytes: widths of a wgmma tile in shared memory
 
 
 class Inputs(NamedTuple):
-  """Arrays that the kernel reads."""
+  """Arrays in global memory that the kernel reads."""
 
   plan: schedule.Plan
   page_indices: ArrayOrRef  # i32[num_seqs, pages_per_seq]
   kv_lens: ArrayOrRef  # i32[num_seqs]
-  layer: ArrayOrRef | None  # i32[1]; None: the only layer
-  q: ArrayOrRef  # see `kernel._rows_of_queries`
+  layer: ArrayOrRef | None  # i32[1]; None: the pool has one layer
+  q: ArrayOrRef  # [rows, head_dim], see `kernel._rows_of_queries`
   k: KVArrays
   v: KVArrays
   q_lens: ArrayOrRef | None  # i32[num_seqs]; None: one query token each
-  tree: tree_bits.Few | None  # of the columns of tiles, and of sequences
+  tree: tree_bits.Few | None  # i32[num_seqs, num_queries] and i32[num_seqs]
   sinks: ArrayOrRef | None  # f32[num_kv_heads, num_queries], in base 2
   alibi_slopes: ArrayOrRef | None  # f32[num_kv_heads, num_queries], in base 2
 
 
 class Outputs(NamedTuple):
-  """Arrays that the kernel writes."""
+  """Arrays in global memory that the kernel writes."""
 
   out: Ref  # [num_seqs, num_kv_heads, num_rows, head_dim]
   lse: Ref  # f32[num_seqs, num_kv_heads, num_queries]
@@ -47,31 +47,35 @@ class Outputs(NamedTuple):
 class Ring(NamedTuple):
   """A ring of `num_stages` tiles of K or of V in shared memory."""
 
-  consumed: Ref  # barriers: the tile was read
-  loaded: Ref  # barriers: the copies of a tile have arrived
+  consumed: Ref  # barriers, one arrival: the consumer has read the tile
+  loaded: Ref  # barriers, one arrival per copy: the tile is in shared memory
   scales: Ref | None  # f32[num_stages, block_kv]
   tiles: Ref  # [num_stages, block_kv, head_dim]
 
 
 class Scratch(NamedTuple):
-  """Shared memory and barriers of a program, in the order of their places."""
+  """Shared memory and barriers of a program, in order of address."""
 
   k: Ring
-  loaded_q: Ref  # [num_queries, head_dim], as it comes
+  loaded_q: Ref  # [num_queries, head_dim], row-major, as copied
   output: OutputScratch
   p: Ref  # [num_queries, block_kv], in tiles for wgmma
-  q_consumed: Ref
-  q_loaded: Ref
+  q_consumed: Ref  # barrier: the consumer has read Q
+  q_loaded: Ref  # barrier: Q is in shared memory
   q: Ref  # [num_queries, head_dim], in tiles for wgmma
   v: Ring
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeProblem(PagedProblem[Config]):
-  """The static facts of a launch of the decode kernel."""
+  """The static sizes and options of a launch of the decode kernel.
 
-  max_q_len: int  # query tokens of a sequence
-  has_tree: bool  # whether a mask tells what is seen of the query tokens
+  Raises:
+    ValueError: If the config exceeds shared memory.
+  """
+
+  max_q_len: int  # query tokens per sequence, at most
+  has_tree: bool  # whether there is a tree mask
 
   def __post_init__(self):
     needed = smem_bytes(
@@ -84,11 +88,11 @@ class DecodeProblem(PagedProblem[Config]):
 
   @property
   def operand_dtype(self) -> DTypeLike:
-    """What wgmma multiplies; float16 holds all 8-bit numbers."""
+    """Dtype of wgmma operands; float16 represents 8-bit elements exactly."""
     return jnp.float16 if self.is_quantised else self.dtype
 
   def as_operand(self, q):
-    """Returns queries in the dtype of the operands."""
+    """Returns queries in `operand_dtype`, clamped to its range."""
     if not self.is_quantised or q.dtype == self.operand_dtype:
       return q
     most = float(jnp.finfo(self.operand_dtype).max)
@@ -97,14 +101,14 @@ class DecodeProblem(PagedProblem[Config]):
 
   @property
   def is_interleaved(self) -> bool:
-    """Whether head_dim is in the order of `fragments`, in Q."""
+    """Whether the head_dim axis of Q is in the order of `fragments`."""
     return self.is_quantised and self.interpret is None
 
   @property
   def operand_transforms(
     self,
   ) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
-    """Returns tiles for wgmma, of 16-bit rows of `head_dim`."""
+    """The layout of 16-bit wgmma operands: swizzled tiles of 8 rows."""
     swizzle = next(x for x in _SWIZZLES if self.head_dim * 2 % x == 0)
     return (
       plgpu.TilingTransform((8, swizzle // 2)),
@@ -113,42 +117,42 @@ class DecodeProblem(PagedProblem[Config]):
 
   @property
   def max_splits(self) -> int:
-    """Most splits of an item, if splits are fixed."""
+    """Splits per item, at most, with fixed splits."""
     capacity = self.pages_per_seq * self.page_size
     tiles = cdiv(capacity, self.config.block_kv)
     return min(schedule.MAX_SPLITS, cdiv(tiles, schedule.LEAST_SPLIT))
 
   @property
   def num_rows(self) -> int:
-    """Rows of Q of an item."""
+    """Queries per item, without padding."""
     return self.group * self.max_q_len
 
   @property
   def has_q_lens(self) -> bool:
-    """Whether sequences differ in their number of query tokens."""
+    """Whether sequences may differ in their number of query tokens."""
     return self.max_q_len > 1 or self.has_tree
 
   @property
   def num_queries(self) -> int:
-    """`num_rows`, padded: the columns of a tile."""
+    """Queries per item, padded: the columns of a tile."""
     return padded_queries(self.num_rows)
 
   @property
   def loads_tiles_of_q(self) -> bool:
-    """Whether Q comes in tiles already, padded by XLA.
+    """Whether TMA copies Q directly into tiles for wgmma; XLA pads Q then.
 
-    Otherwise its rows come as they are, and registers put them in tiles; these
-    take rows of Q^T by 64.
+    Otherwise TMA copies Q row-major, and the consumer moves it into tiles
+    through registers, whose layout takes rows of Q^T by 64.
     """
     return self.head_dim % 64 != 0
 
   def visit(self, kv_len, q_len=None, tree=None):
-    """Returns the KV tiles that sequences visit.
+    """Returns the KV tiles that the queries of sequences visit.
 
     Args:
-      kv_len: Tokens stored.
-      q_len: Query tokens, or None if every sequence has one.
-      tree: Words of `tree_bits.Few`, if there is a mask.
+      kv_len: Stored tokens.
+      q_len: Query tokens; None if every sequence has one.
+      tree: `of_seqs` of `tree_bits.Few`; None without a tree mask.
     """
     num_earlier = jnp.zeros_like(kv_len)
     if q_len is not None:
@@ -161,14 +165,18 @@ class DecodeProblem(PagedProblem[Config]):
     )
 
   def pad_queries(self, x):
-    """Pads an axis of the queries of an item, the second."""
+    """Pads the second axis of x from `num_rows` to `num_queries` with zeros."""
     padding = [(0, 0)] * x.ndim
     padding[1] = 0, self.num_queries - self.num_rows
     return jnp.pad(x, padding)
 
 
 def scratch(problem: DecodeProblem) -> Scratch:
-  """Returns the types of the shared memory and the barriers of a program."""
+  """Declares the shared memory and the barriers of a program.
+
+  Args:
+    problem: The static sizes.
+  """
   config, head_dim = problem.config, problem.head_dim
   stages = config.num_stages, config.block_kv
   barriers = functools.partial(refs.barrier, num_barriers=config.num_stages)

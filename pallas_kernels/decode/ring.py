@@ -1,9 +1,10 @@
-"""The rings of KV tiles in shared memory, between a copy and a product.
+"""Decode: rings of KV tiles in shared memory, one for K and one for V.
 
-The warps of the producer warpgroup fill them, each its share; the consumer
-warpgroup takes a tile, as an operand of wgmma, or through registers if it is of
-8-bit numbers. The scales of its tokens come in rings of their own. The caller
-applies the scales to the scores, of which there are fewer than elements.
+The producer warps fill a stage chunk by chunk (`load`). The consumer warpgroup
+waits for it, uses the tile as a wgmma operand (or loads it into registers if it
+holds 8-bit elements), and releases the stage. Quantised tiles have their scales
+in the same stage. The caller applies the scales to the scores, of which there
+are fewer than elements.
 
   pages    |p7|p2|p9|p4|  one copy each         (and one for their scales)
   ring     |  tile 4   |  tile 5   |  tile 3   |         num_stages tiles
@@ -16,7 +17,7 @@ from jax import lax
 
 from pallas_kernels.common.kv_tiles import page_row
 from pallas_kernels.common.paged_kv import KVArrays
-from pallas_kernels.common.warps import Share
+from pallas_kernels.common.warps import Copies
 from pallas_kernels.decode import fragments
 from pallas_kernels.decode.problem import DecodeProblem, Ring, Scratch
 
@@ -24,18 +25,18 @@ from pallas_kernels.decode.problem import DecodeProblem, Ring, Scratch
 def load(
   problem: DecodeProblem, source: KVArrays, ring: Ring, at, pages
 ) -> None:
-  """Copies chunks of a tile into a ring.
+  """Copies chunks of a tile into a ring, in one producer warp.
 
   Args:
-    problem: The static facts.
+    problem: The static sizes.
     source: K or V in global memory.
     ring: Its ring.
-    at: KV head; layer, or None; number of the tile in the program; its first
+    at: KV head; layer or None; index of the tile in the program; its first
       position.
-    pages: The page of each chunk to copy, by chunk.
+    pages: The page id of each chunk to copy, by chunk number.
   """
   if not pages:
-    return  # and do not wait, see `warps.for_each_warp`
+    return  # without a wait, see `warps.for_each_warp`
   head, layer, nth, base = at
   stage = _stage(problem, nth)
 
@@ -49,38 +50,47 @@ def load(
 
 
 def _copy_chunk(problem, source, ring, page_head, stage, base, j):
-  """Copies the jth chunk of a tile, and its scales."""
+  """Copies the j-th chunk of a tile, and its scales."""
   chunk, rows = problem.chunk, ()
-  # The page as a whole is a simpler copy than all of its rows.
+  # Indexing a whole page gives a simpler copy than slicing all of its rows.
   if chunk < problem.page_size:
     row = lax.rem(base + j * chunk, jnp.int32(problem.page_size))
     rows = (pl.ds(row, chunk),)
   at, place = (*page_head, *rows), (stage, pl.ds(j * chunk, chunk))
   target = ring.tiles.at[*place, pl.ds(0, problem.head_dim)]
-  is_row_by_row = problem.is_quantised and not fragments.transforms(
+  is_row_major = problem.is_quantised and not fragments.transforms(
     problem.head_dim
   )
-  copy = _copy_row_by_row if is_row_by_row else plgpu.copy_gmem_to_smem
+  copy = _bulk_copy if is_row_major else plgpu.copy_gmem_to_smem
   copy(source.pages.at[at], target, ring.loaded.at[stage])
   if source.scales is not None and ring.scales is not None:
     scales = ring.scales.at[place]
-    _copy_row_by_row(source.scales.at[at], scales, ring.loaded.at[stage])
+    _bulk_copy(source.scales.at[at], scales, ring.loaded.at[stage])
 
 
-def _copy_row_by_row(source, target, barrier):
-  """Copies rows that TMA's tiles cannot hold."""
+def _bulk_copy(source, target, barrier):
+  """Copies contiguous rows by cp.async.bulk, which needs no tensor map."""
   mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
   plgpu.copy_gmem_to_smem(source, target, barrier, oob_mode=mode)
 
 
 def drain(
-  problem: DecodeProblem, smem: Scratch, num_tiles, share: Share
+  problem: DecodeProblem, smem: Scratch, num_tiles, copies: Copies
 ) -> None:
-  """Waits until all tiles were read, in the rings to which a warp copies.
+  """Waits until the consumer has read the last tiles of the program.
 
-  No barrier may be left with a completion that nobody waited for.
+  When a program ends, no barrier may have a completed phase that no thread has
+  waited for. A warp waits only on the rings to which it copies.
+
+  Args:
+    problem: The static sizes.
+    smem: Shared memory and barriers.
+    num_tiles: Tiles that the program has attended.
+    copies: The copies of the calling warp.
   """
-  rings = [x for x, chunks in ((smem.k, share.k), (smem.v, share.v)) if chunks]
+  rings = [
+    x for x, chunks in ((smem.k, copies.k), (smem.v, copies.v)) if chunks
+  ]
 
   @pl.loop(jnp.maximum(num_tiles - problem.config.num_stages, 0), num_tiles)
   def _(nth):
@@ -89,17 +99,17 @@ def drain(
 
 
 def wait(problem: DecodeProblem, ring: Ring, nth) -> None:
-  """Waits for the program's nth tile."""
+  """Waits in the consumer until the program's nth tile is loaded."""
   plgpu.barrier_wait(ring.loaded.at[_stage(problem, nth)])
 
 
 def tile(problem: DecodeProblem, ring: Ring, nth):
-  """Returns the program's nth tile."""
+  """Returns a reference to the program's nth tile."""
   return ring.tiles.at[_stage(problem, nth)]
 
 
 def scales(problem: DecodeProblem, ring: Ring, nth):
-  """Returns the scales of the rows of a tile of 8-bit numbers."""
+  """Returns f32[block_kv], the scales of the program's nth tile."""
   assert ring.scales is not None  # the pages are quantised
   return plgpu.load(
     ring.scales.at[_stage(problem, nth)],
@@ -108,8 +118,8 @@ def scales(problem: DecodeProblem, ring: Ring, nth):
   )
 
 
-def give_back(problem: DecodeProblem, ring: Ring, nth) -> None:
-  """Lets the next tile take the place of one in the ring."""
+def release(problem: DecodeProblem, ring: Ring, nth) -> None:
+  """Releases the stage of the program's nth tile to the producer."""
   plgpu.barrier_arrive(ring.consumed.at[_stage(problem, nth)])
 
 

@@ -1,9 +1,9 @@
-"""A few query tokens a sequence, by the decode kernel.
+"""Decode: a few query tokens per sequence.
 
-Speculative decoding verifies some draft tokens of each sequence at once. Their
-queries are more columns of the kernel's tiles, so that K and V are still read
-only once: column `t * group + g` is query head g of token t of the sequence.
-What a token of a tree sees of the others is a word of bits (`tree_bits`).
+Speculative decoding verifies several draft tokens of each sequence at once.
+Their queries become more columns of the decode kernel's tiles, so that K and V
+are still read only once: column `t * group + g` is query head g of query token
+t. A tree mask is packed into one word of bits per query token (`tree_bits`).
 """
 
 import functools
@@ -38,29 +38,29 @@ def attend(
   Float[Array, "num_tokens num_q_heads head_dim"],
   Float[Array, "num_tokens num_q_heads"],
 ]:
-  """Attends the last tokens of each sequence over pages.
+  """Attends the last tokens of each sequence over paged K and V.
 
   Args:
-    q: Queries of all sequences, one sequence after the other.
-    kv: See `paged_decode`.
+    q: Queries on the flat token axis, one sequence after the other.
+    kv: See `kernel.paged_decode`.
     cu_q_lens: Offsets of the sequences on the token axis.
-    num_active: Sequences from this one on have no queries.
-    arrays: See `paged_decode`. Of the tree mask, the first `max_q_len` columns
-      count; there are no slopes with it.
-    max_q_len: Most query tokens of a sequence; the rest is not attended.
-    spec: See `paged_decode`. Without `causal`, a query sees all tokens of its
-      sequence, and there is no window; with a mask and a window, see
-      `tree_bits`.
-    config: See `paged_decode`.
-    interpret: See `paged_decode`.
+    num_active: Sequences from this index on have no queries.
+    arrays: Array options. Columns of `tree_mask` from `max_q_len` on are
+      ignored. `alibi_slopes` must be None with a tree mask.
+    max_q_len: Query tokens per sequence, at most; further tokens are not
+      attended.
+    spec: Static options. Without `causal`, a query sees all tokens of its
+      sequence. For a tree mask with a window, see `tree_bits`.
+    config: See `kernel.paged_decode`.
+    interpret: See `kernel.paged_decode`.
 
   Returns:
-    The output and the natural log-sum-exp; 0 and -inf for tokens of no
-    sequence.
+    The output in the dtype of q and the natural log-sum-exp in f32; 0 and -inf
+    for tokens that belong to no sequence or are not attended.
 
   Raises:
-    NotImplementedError: If the kernel does not take these shapes.
-    ValueError: See `paged_decode`.
+    NotImplementedError: If the kernel does not support the shapes or dtypes.
+    ValueError: See `kernel.paged_decode`.
   """
   num_tokens, num_q_heads, head_dim = q.shape
   num_seqs, num_kv_heads = kv.num_seqs, kv.num_kv_heads
@@ -77,7 +77,7 @@ def attend(
   if 0 in (num_tokens, num_seqs):
     return jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
 
-  # 1. From the token axis to items: the query tokens of each sequence.
+  # 1. Group the query tokens by sequence.
   q_lens, kv_lens = _lens(kv.kv_lens, cu_q_lens, num_active, max_q_len, spec)
   nth = jnp.arange(max_q_len, dtype=jnp.int32)
   token = jnp.clip(cu_q_lens[:-1, None] + nth[None], 0, num_tokens - 1)
@@ -88,7 +88,7 @@ def attend(
     mask = arrays.tree_mask[token]
     tree = tree_bits.pack_few(mask, q_lens, spec.sliding_window)
 
-  # 2. Attend.
+  # 2. Attend: one item per sequence and KV head, one column per token and head.
   items = num_seqs, num_kv_heads, max_q_len * group
   out, lse = kernel.attend(
     by_seq.swapaxes(1, 2).reshape(*items, head_dim),
@@ -102,7 +102,7 @@ def attend(
     tree=tree,
   )
 
-  # 3. Back to the token axis: the sequence of each token, and its place there.
+  # 3. Ungroup: for each token, find its sequence and its index there.
   position = jnp.arange(num_tokens, dtype=jnp.int32)
   passed = cu_q_lens[None, 1:] <= position[:, None]
   seq = jnp.minimum(jnp.sum(passed, axis=1, dtype=jnp.int32), num_seqs - 1)
@@ -120,10 +120,11 @@ def attend(
 
 
 def _lens(kv_lens, cu_q_lens, num_active, max_q_len, spec):
-  """Returns the query tokens and the tokens stored of each sequence."""
+  """Returns the numbers of query tokens and of stored tokens per sequence."""
   seq = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
   all_q_lens = jnp.where(seq < num_active, cu_q_lens[1:] - cu_q_lens[:-1], 0)
   q_lens = jnp.clip(all_q_lens, 0, max_q_len)
-  if spec.causal:  # the first query tokens stay, at their positions
+  # Keep the first `max_q_len` query tokens, each at its position.
+  if spec.causal:
     kv_lens -= all_q_lens - q_lens
   return q_lens, jnp.where(q_lens > 0, kv_lens, 0)

@@ -1,18 +1,18 @@
-"""Decode: the streaming softmax in registers. Keys are rows, queries columns.
+"""Decode: the online softmax in registers. Keys are rows, queries are columns.
 
-Scores of a tile are S = K Q^T: a row for each key, a column for each query.
-Decode has few queries, and wgmma wants 64 rows but is content with 8 columns.
-The state of each column is that of `base2`; its acc is a column of V^T P. A
-tile is folded in by
+The scores of a tile are S = K Q^T: one row per key, one column per query.
+Decode has few queries, and wgmma needs 64 rows but only 8 columns. The state of
+each column is that of `base2`; its acc is a column of V^T P. A tile is folded
+in by
 
   m' = max(m, max s)    l' = 2^(m - m') l + sum 2^(s - m')
   acc' = 2^(m - m') acc + V^T 2^(s - m')
 
-Where values have scales, m is the greatest of s + log2 scale, and so are the
-exponents of P; l still sums 2^(s - m).
+With value scales, m is the maximum of s + log2 scale, and P is
+2^(s + log2 scale - m); l still sums 2^(s - m).
 
-Sums over keys cross the warps, so l is kept apart for each row of the tiles,
-and summed once, at the end.
+A sum over keys crosses the warps. Therefore l has one partial sum per row of
+the tile, and the rows are summed once, after the last tile.
 """
 
 import functools
@@ -28,13 +28,13 @@ from jaxtyping import Float
 from pallas_kernels.common import base2, wgmma
 from pallas_kernels.common.base2 import Softmax, or_zero
 
-QUERIES = plgpu.Layout.WGMMA.reduce(0)  # a value for each query
+QUERIES = plgpu.Layout.WGMMA.reduce(0)  # layout of one value per query
 
 type Blocks = tuple[Float[Array, "rows num_queries"], ...]  # see `row_blocks`
 
 
 class RunningSoftmax(NamedTuple):
-  """The softmax over the keys folded in so far."""
+  """The softmax state over the keys folded in so far; l is not yet reduced."""
 
   acc: Blocks
   m: Float[Array, " num_queries"]
@@ -42,9 +42,9 @@ class RunningSoftmax(NamedTuple):
 
 
 def row_blocks(head_dim: int) -> tuple[tuple[int, int], ...]:
-  """Returns the start and size of the blocks of rows of acc.
+  """Returns (start, size) of each block of rows of acc.
 
-  wgmma takes rows by 64: of other widths, two blocks overlap.
+  wgmma needs multiples of 64 rows. For other head_dim, two blocks overlap.
   """
   if head_dim % 64 == 0:
     return ((0, head_dim),)
@@ -52,30 +52,30 @@ def row_blocks(head_dim: int) -> tuple[tuple[int, int], ...]:
 
 
 def column(value: float, num_queries: int):
-  """Returns one value for all queries."""
+  """Returns f32[num_queries] filled with one value, in layout `QUERIES`."""
   return plgpu.layout_cast(
     jnp.full((num_queries,), value, jnp.float32), QUERIES
   )
 
 
 def across(values, shape: tuple[int, ...]):
-  """Returns values of queries, repeated down a tile."""
+  """Broadcasts one value per query (column) to a tile."""
   return lax.broadcast_in_dim(values, shape, [1])
 
 
 def down(values, shape: tuple[int, ...]):
-  """Returns values of keys, repeated across a tile."""
+  """Broadcasts one value per key (row) to a tile."""
   return lax.broadcast_in_dim(values, shape, [0])
 
 
 def zero_blocks(head_dim: int, num_queries: int) -> Blocks:
-  """Returns acc of no keys."""
+  """Returns an acc of zeros."""
   blocks = row_blocks(head_dim)
   return tuple(wgmma.full_tile(0.0, (size, num_queries)) for _, size in blocks)
 
 
 def scale_blocks(acc: Blocks, factors) -> Blocks:
-  """Returns acc times a factor for each query."""
+  """Returns acc times one factor per query."""
   return tuple(rows * across(factors, rows.shape) for rows in acc)
 
 
@@ -85,7 +85,7 @@ def add_blocks(a: Blocks, b: Blocks) -> Blocks:
 
 
 def init(head_dim: int, block_kv: int, num_queries: int) -> RunningSoftmax:
-  """Returns the softmax over no keys."""
+  """Returns the running softmax state over no keys."""
   return RunningSoftmax(
     zero_blocks(head_dim, num_queries),
     column(-jnp.inf, num_queries),
@@ -94,7 +94,7 @@ def init(head_dim: int, block_kv: int, num_queries: int) -> RunningSoftmax:
 
 
 def empty(head_dim: int, num_queries: int) -> Softmax:
-  """Returns the softmax over no keys, summed."""
+  """Returns the reduced softmax state over no keys."""
   return Softmax(
     zero_blocks(head_dim, num_queries),
     column(-jnp.inf, num_queries),
@@ -105,13 +105,17 @@ def empty(head_dim: int, num_queries: int) -> Softmax:
 def fold(
   state: RunningSoftmax, s, weighted=None
 ) -> tuple[RunningSoftmax, Array]:
-  """Returns the state but for the product V^T P, and P, of scores s.
+  """Folds scores into the state; the caller adds the product V^T P to acc.
 
   Args:
-    state: The softmax over the keys before.
-    s: Scores in base 2, -inf where they do not count.
-    weighted: The same, plus log2 of what multiplies the values of the keys; P
-      is 2^(weighted - m) then, and m its greatest: P is at most 1.
+    state: The softmax state over the previous keys.
+    s: Scores in base 2, -inf where masked.
+    weighted: `s` plus log2 of the value scales, -inf where masked; None without
+      scales. P is 2^(weighted - m), and m is the maximum of `weighted`, so that
+      P is at most 1.
+
+  Returns:
+    The state with acc rescaled, and P.
   """
   if weighted is None:
     weighted = s
@@ -128,12 +132,12 @@ def fold(
 
 
 def sum_rows(state: RunningSoftmax) -> Softmax:
-  """Returns the state with the sums over all keys."""
+  """Returns the state with l summed over the rows."""
   return Softmax(state.acc, state.m, state.l.sum(axis=0))
 
 
 def merge(states: list[Softmax]) -> Softmax:
-  """Returns the softmax over the keys of all states, folded in order."""
+  """Returns the state over the keys of all states; see `base2.merge`."""
   return base2.merge(states, scale_blocks, add_blocks, far_apart=True)
 
 
@@ -149,15 +153,17 @@ def matmul_meanwhile[T](
   *,
   interpreted: bool,
 ) -> tuple[Array, T]:
-  """Returns the sum of a @ b by wgmma, in f32, and what `do` returns meanwhile.
+  """Returns the sum of products a @ b in f32, and the result of `do`.
+
+  wgmma is asynchronous: each function below runs while wgmma computes the
+  previous product.
 
   Args:
-    shape: Of the result.
+    shape: Shape of the sum.
     operands: Functions that return a, the left operand, in registers, and b,
-      the right one, in shared memory; each is called while wgmma is at the
-      product before.
-    do: What to do while wgmma is at the last.
-    interpreted: Whether an interpreter runs it, which has no such wgmma.
+      the right operand, in shared memory.
+    do: Function that runs during the last product.
+    interpreted: Whether the interpreter runs the kernel; it has no such wgmma.
   """
   if interpreted:
     products = [wgmma.plain_product(*make()) for make in operands]

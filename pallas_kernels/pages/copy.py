@@ -1,13 +1,13 @@
-"""Copies pages of a pool onto others, in place.
+"""Copies pages of the pool onto other pages, in place.
 
-Program (copy, part) moves its part of one page through shared memory, tile by
-tile: enough programs are on a multiprocessor to keep its copy engine busy. A
-program whose copy does not exist ends at once, so that many places for copies
-cost little. (With 256 places for pages of 1 MiB, a loop of XLA took 26 us to
-copy nothing, and 22 us more for each copy, on an H200.)
+Program (copy, part) copies one part of one page through shared memory, tile by
+tile. Each multiprocessor runs enough programs to keep its copy engine busy.
+Entries of the copy list may be empty: a program without a copy ends at once, so
+a long list costs little. (With 256 entries and pages of 1 MiB, an XLA loop took
+26 us without a copy and 22 us more per copy, on an H200.)
 
-A page is contiguous, and is copied as rows as wide as TMA takes, whatever its
-shape: the small pages of scales are copied with those of the data.
+A page is contiguous. It is copied as rows as wide as TMA allows, whatever its
+shape, so that one kernel copies K, V and the small pages of scales.
 """
 
 import functools
@@ -28,8 +28,8 @@ from pallas_kernels.pages.limits import (
   widest_row,
 )
 
-_TILE_BYTES = 32_768
-_NUM_PARTS = 8  # of a page
+_TILE_BYTES = 32_768  # shared memory per tile, at most
+_NUM_PARTS = 8  # programs per page, at most
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
@@ -40,17 +40,21 @@ def copy_pages(
   *,
   interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Real[Array, "num_pages ..."], ...]:
-  """Returns the pools with pages copied; in place if they are donated.
+  """Copies page src[i] to page dst[i] in each pool.
 
   Args:
-    pools: Arrays of equally many pages, of any shapes and dtypes that are not
-      unsupported; all of them get the copies.
-    src: Pages to copy; clipped to the pool.
-    dst: Where to; no copy is made where it is not in [0, num_pages).
-    interpret: Parameters of the interpreter that stands in for a GPU.
+    pools: Arrays with the same number of pages; see `limits.unsupported_copy`.
+      In place if the caller donates them.
+    src: Source pages; clipped to the pool.
+    dst: Destination pages; entries outside [0, num_pages) copy nothing. The
+      others must differ, and must not be sources of copies.
+    interpret: Parameters of the Pallas interpreter; None compiles for a GPU.
+
+  Returns:
+    The pools with pages copied.
 
   Raises:
-    NotImplementedError: If the kernel does not take the pages of an array.
+    NotImplementedError: If the kernel does not support the pages of a pool.
   """
   if dst.shape[0] == 0:
     return pools
@@ -58,7 +62,7 @@ def copy_pages(
   num_parts = min(cdiv(page_bytes, _TILE_BYTES), _NUM_PARTS)
   tiles = [_tile(pool.shape[1:], pool.dtype, num_parts) for pool in pools]
   kinds = [(tile, pool.dtype) for tile, pool in zip(tiles, pools, strict=True)]
-  buffers = list(dict.fromkeys(kinds))  # alike pools share one
+  buffers = list(dict.fromkeys(kinds))  # one per tile shape and dtype
   kernel = plgpu.kernel(
     functools.partial(
       _body, num_parts, [buffers.index(kind) for kind in kinds]
@@ -89,7 +93,7 @@ def copy_pages(
 def _tile(
   page_shape: tuple[int, ...], dtype: DTypeLike, num_parts: int
 ) -> tuple[int, int]:
-  """Returns rows and columns that are moved at once, the same in each tile."""
+  """Returns the rows and columns of a tile; tiles divide the page evenly."""
   num_elements = math.prod(page_shape)
   columns = widest_row(num_elements, dtype)
   if columns is None:
@@ -102,13 +106,16 @@ def _tile(
 
 
 def _body(num_parts, buffers, src_gmem, dst_gmem, *pools, tiles_smem, loaded):
-  """Moves a part of a page, in every pool."""
+  """The program: copies a part of a page, in each pool."""
+  # 1. Read the copy that the program belongs to.
   copy, part = lax.axis_index("copy"), lax.axis_index("part")
   src, dst = src_gmem[copy], dst_gmem[copy]
   num_pages = pools[0].shape[0]
   src = jnp.clip(src, 0, num_pages - 1)
 
-  def move(pool_gmem, tile_smem):
+  # 2. Copy the tiles of the part one by one. One buffer is enough: while this
+  # program waits, others on the multiprocessor copy.
+  def copy_part(pool_gmem, tile_smem):
     num_tiles = pool_gmem.shape[1]
     first = lax.div(part * num_tiles, jnp.int32(num_parts))
     end = lax.div((part + 1) * num_tiles, jnp.int32(num_parts))
@@ -118,10 +125,12 @@ def _body(num_parts, buffers, src_gmem, dst_gmem, *pools, tiles_smem, loaded):
       plgpu.copy_gmem_to_smem(pool_gmem.at[src, i], tile_smem, loaded)
       plgpu.barrier_wait(loaded)
       plgpu.copy_smem_to_gmem(tile_smem, pool_gmem.at[dst, i])
+      # The next load overwrites the tile: wait until this store has read it.
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+  # 3. Without a copy, end at once.
   @pl.when((dst >= 0) & (dst < num_pages))
   def _():
     for pool_gmem, buffer in zip(pools, buffers, strict=True):
-      move(pool_gmem, tiles_smem[buffer])
+      copy_part(pool_gmem, tiles_smem[buffer])
     plgpu.wait_smem_to_gmem(0)

@@ -1,22 +1,23 @@
-"""Which pools the page kernels take. Imports no Pallas."""
+"""Pools and pages that the page kernels support. Imports no Pallas."""
 
 import math
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-MAX_TMA_ROWS = 256  # of a copy by TMA; and columns
-WORD = 4  # bytes of a register
+MAX_TMA_ROWS = 256  # rows per TMA copy, at most; and columns
+WORD = 4  # bytes per register
 
 
 def unsupported_write(
   shape: tuple[int, ...], dtype: DTypeLike, num_tokens: int
 ) -> str | None:
-  """Returns why the write kernel does not write to such a pool, or None.
+  """Returns why the write kernel does not support a pool, or None.
 
   Args:
-    shape: Of K: [num_pages, num_layers, num_kv_heads, page_size, head_dim].
-    dtype: Of K.
+    shape: Shape of K or V: [num_pages, num_layers, num_kv_heads, page_size,
+      head_dim].
+    dtype: Dtype of K and V.
     num_tokens: Tokens to write.
   """
   row_bytes = shape[-1] * jnp.dtype(dtype).itemsize
@@ -32,14 +33,26 @@ def unsupported_write(
 def unsupported_copy(
   page_shape: tuple[int, ...], dtype: DTypeLike
 ) -> str | None:
-  """Returns why the copy kernel does not take pages of this shape, or None."""
+  """Returns why the copy kernel does not support pages, or None.
+
+  Args:
+    page_shape: Shape of the pool without its first axis, the pages.
+    dtype: Dtype of the pool.
+  """
   if widest_row(math.prod(page_shape), dtype) is None:
     return f"pages of {page_shape} {jnp.dtype(dtype)} are not whole 16 bytes."
   return None
 
 
 def widest_row(num_elements: int, dtype: DTypeLike) -> int | None:
-  """Returns the widest row into which TMA can cut so many elements, if any."""
+  """Returns the widest row into which TMA can cut an array; None if it cannot.
+
+  Rows are whole multiples of 16 bytes.
+
+  Args:
+    num_elements: Elements of the array, which is contiguous.
+    dtype: Its dtype.
+  """
   itemsize = jnp.dtype(dtype).itemsize
   fitting = (
     n

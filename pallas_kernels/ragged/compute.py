@@ -1,9 +1,9 @@
-"""Ragged: the consumer warpgroups, which compute, 64 rows each.
+"""Ragged: the consumer warpgroups, which attend 64 query rows each.
 
-A warpgroup starts Q K^T of a tile and P V of the one before together. The
-softmax of the tile runs as soon as its scores are there, while P V and the
-products of other warpgroups go on. A warpgroup without queries of an item only
-waits for its tiles and gives them back.
+A warpgroup starts Q K^T of a KV tile and P V of the previous tile together. It
+computes the softmax of the tile as soon as the scores are ready, while P V and
+the products of other warpgroups run. A warpgroup without queries in an item
+only waits for the tiles and releases them.
 """
 
 import functools
@@ -19,43 +19,48 @@ from pallas_kernels.common.base2 import Softmax
 from pallas_kernels.common.kv_tiles import mapped_bits
 from pallas_kernels.ragged import output, softmax
 from pallas_kernels.ragged.config import ROWS
-from pallas_kernels.ragged.load import Walk, page_ids
+from pallas_kernels.ragged.load import ForEachItem, page_ids
 from pallas_kernels.ragged.softmax import RunningSoftmax
 
-_COLUMNS = 64  # of V that are rewritten at once, to spare registers
+_COLUMNS = 64  # columns of V that are zeroed per step, to save registers
 
 
-def run(walk: Walk) -> None:
-  """Attends all items of a program.
+def run(for_each_item: ForEachItem) -> None:
+  """Runs a consumer warpgroup: attends its rows of all items.
 
   Args:
-    walk: Calls a function with each `Work`.
+    for_each_item: Calls a function with each `Work`.
   """
-  walk(_attend_item)
+  for_each_item(_attend_item)
+  # Shared memory must outlive the copies of the last output.
   plgpu.wait_smem_to_gmem(0)
 
 
 def _attend_item(work):
-  """Attends the tiles of an item, and writes its output or its partial."""
+  """Attends the KV tiles of an item, and writes its output or its partial."""
   problem, tile = work.problem, work.item.tile
-  nothing = softmax.init(ROWS, problem.head_dim)
+  empty = softmax.init(ROWS, problem.head_dim)
   first_row = lax.axis_index("warpgroup") * ROWS
   has_queries = first_row >> _log2(problem.group) < tile.num_tokens
 
-  def pass_on():
-    _pass_tiles(work)
-    return nothing
+  def skip():
+    _skip_tiles(work)
+    return empty
 
   state = lax.cond(
     has_queries & (work.item.num_tiles > 0),
-    lambda: _attend_tiles(work, nothing),
-    pass_on,
+    lambda: _attend_tiles(work, empty),
+    skip,
   )
   output.write(work, state)
 
 
-def _pass_tiles(work):
-  """Gives Q and all tiles of an item back, if it has any, unused."""
+def _skip_tiles(work):
+  """Releases Q and all KV tiles of an item, if it has any, unused.
+
+  The barriers count arrivals of all consumers, so each wait and arrival here
+  matches one of `_attend_tiles`.
+  """
   smem, num_tiles = work.smem, work.item.num_tiles
 
   @pl.when(num_tiles > 0)
@@ -73,12 +78,12 @@ def _pass_tiles(work):
 
 
 def _attend_tiles(work, state):
-  """Folds the tiles of an item, which are one or more, into the softmax."""
+  """Folds the KV tiles of an item, at least one, into the softmax."""
   problem, smem, last = work.problem, work.smem, work.item.num_tiles - 1
   wg, q_stage = lax.axis_index("warpgroup"), work.q_stage
   by_token, by_row = (x.at[q_stage, wg] for x in smem.q)
 
-  def give_back_keys(i):
+  def release_k(i):
     plgpu.barrier_arrive(smem.k.consumed.at[work.stage(i)])
     consumed = smem.q_consumed.at[q_stage]
     pl.when(i == last)(lambda: plgpu.barrier_arrive(consumed))
@@ -86,37 +91,41 @@ def _attend_tiles(work, state):
   slopes = None
   if work.inputs.alibi_slopes is not None:
     slopes = output.load_rows(work.inputs.alibi_slopes, work.item.head)
-  weigh_scores = functools.partial(_weigh_scores, work, slopes)
+  fold_scores = functools.partial(_fold_scores, work, slopes)
 
-  # 1. Q K^T of the first tile, and its softmax.
+  # 1. Q K^T of the first tile, and its softmax. K is released right after the
+  # product, Q after the product of the last tile.
   plgpu.barrier_wait(smem.q_loaded.at[q_stage])
   problem.reinterpret(by_token, by_row)
   plgpu.barrier_wait(smem.k.loaded.at[work.stage(0)])
   qk = wgmma.matmul(_operands(work, by_row, 0))
-  give_back_keys(jnp.int32(0))
+  release_k(jnp.int32(0))
   l = wgmma.full_tile(0.0, (ROWS, 8))
-  m, l, _, p = weigh_scores(0, state.m, l, qk)
+  m, l, _, p = fold_scores(0, state.m, l, qk)
   p = p.astype(problem.dtype)
 
-  # 2. P V of each tile but the last, during Q K^T and softmax of the next.
+  # 2. P V of each tile but the last, during Q K^T and softmax of the next tile.
   def fold(i, carry):
     state, p = carry
+    # a. V of this tile and K of the next are the operands of the two products.
     _wait_for_v(work, i)
     plgpu.barrier_wait(smem.k.loaded.at[work.stage(i + 1)])
 
-    def weigh(qk):
-      give_back_keys(i + 1)
-      return weigh_scores(i + 1, state.m, state.l, qk)
+    def fold_next(qk):
+      release_k(i + 1)
+      return fold_scores(i + 1, state.m, state.l, qk)
 
+    # b. Both products, and the softmax of the next tile while P V runs.
     acc, (m, l, alpha, next_p) = softmax.matmul_and_accumulate(
       _operands(work, by_row, i + 1),
       state.acc,
       _left_operand(work, p),
       smem.v.tiles.at[work.stage(i)],
-      weigh,
+      fold_next,
       interpreted=problem.interpret is not None,
     )
     plgpu.barrier_arrive(smem.v.consumed.at[work.stage(i)])
+    # c. Only now is acc complete: rescale it to the maximum of the next tile.
     acc, p = lax.optimization_barrier((acc, next_p))
     acc = softmax.rescale(acc, alpha, interpreted=problem.interpret is not None)
     return RunningSoftmax(acc, m, l), p.astype(problem.dtype)
@@ -137,7 +146,7 @@ def _attend_tiles(work, state):
 
 
 def _operands(work, q_smem, i):
-  """Returns the operands of Q K^T for the i-th tile, by columns of tiles."""
+  """Returns the operands of Q K^T of the i-th tile, by columns of tiles."""
   k_smem, width = work.smem.k.tiles.at[work.stage(i)], work.problem.columns
   return [
     (q_smem.at[j], k_smem.at[:, pl.ds(j * width, width)].T)
@@ -145,8 +154,20 @@ def _operands(work, q_smem, i):
   ]
 
 
-def _weigh_scores(work, slopes, i, m, l, qk):
-  """Returns m, l, the factor of acc, and P, when the i-th tile is folded in."""
+def _fold_scores(work, slopes, i, m, l, qk):
+  """Folds the scores of the i-th tile into m and l.
+
+  Args:
+    work: The item.
+    slopes: ALiBi slopes of the rows, or None.
+    i: Index of the tile in the item.
+    m: See `softmax.fold_scores`.
+    l: See `softmax.fold_scores`.
+    qk: f32, products Q K^T.
+
+  Returns:
+    m, l, the factor to rescale acc, and P.
+  """
   problem, base = work.problem, work.base(i)
   has_alibi = slopes is not None
   s = problem.scores(qk, has_alibi)
@@ -159,13 +180,13 @@ def _weigh_scores(work, slopes, i, m, l, qk):
     lambda s: _mask_scores(work, base, s),
     s,
   )
-  # All of the softmax belongs to this half of the step.
+  # The barrier keeps the whole softmax before the wait for P V.
   factor = problem.factor(has_alibi)
-  return lax.optimization_barrier(softmax.weigh(m, l, s, factor))
+  return lax.optimization_barrier(softmax.fold_scores(m, l, s, factor))
 
 
 def _left_operand(work, p):
-  """Returns P as wgmma takes it: as it is, or in shared memory."""
+  """Returns P as a wgmma operand, in registers or in shared memory."""
   if not work.problem.p_in_smem:
     return p
   p_smem = work.smem.p.at[lax.axis_index("warpgroup")]
@@ -181,7 +202,7 @@ def _iota(shape, axis):
 
 
 def _mask_scores(work, base, s):
-  """Returns the scores, -inf where the key of a column is not seen."""
+  """Returns the scores, with -inf where the query does not see the key."""
   column = _iota(s.shape, 1)
   from_last, sees_new = 0, None
   if work.inputs.tree is not None:
@@ -194,19 +215,19 @@ def _mask_scores(work, base, s):
 
 
 def _tokens_from_last(work, rows):
-  """Returns how far queries are from the last of the item."""
+  """Returns the distance of each row from the item's last token, in tokens."""
   first_row = lax.axis_index("warpgroup") * ROWS
   token = (rows + first_row) >> _log2(work.problem.group)
   return work.item.tile.num_earlier - token
 
 
 def _add_distances(work, slopes, base, s):
-  """Adds slopes times positions of keys minus those of the queries."""
+  """Adds the ALiBi bias: slopes times (key position - query position)."""
   rows = plgpu.broadcasted_iota(
     jnp.int32, s.shape[:1], 0, layout=softmax.QUERIES
   )
   first = _tokens_from_last(work, rows) + (base - (work.item.tile.kv_len - 1))
-  # Distances that were worked out before there are scores would spill.
+  # Registers would spill if distances were computed before the scores.
   s, first = lax.optimization_barrier((s, first))
   distances = _iota(s.shape, 1) + softmax.across(first, s.shape)
   slopes = softmax.across(slopes, s.shape)
@@ -214,7 +235,13 @@ def _add_distances(work, slopes, base, s):
 
 
 def _tree_of_rows(work, base, column):
-  """Returns what `kv_tiles.Tiles.sees` asks for, from a mask."""
+  """Returns `from_last` and `sees_new` of `VisitedTiles.sees`, per element.
+
+  Args:
+    work: The item.
+    base: First position of the KV tile.
+    column: i32[ROWS, block_kv], column numbers.
+  """
   problem, tree = work.problem, work.inputs.tree.of_rows
   row = work.item.tile.token * problem.group
   rows = pl.ds(row + lax.axis_index("warpgroup") * ROWS, ROWS)
@@ -230,7 +257,10 @@ def _tree_of_rows(work, base, column):
 
 
 def _tree_of_seq(work, base, rows):
-  """Returns which new tokens some query sees; any value for other tokens."""
+  """Returns whether at least one query sees the new token at each row of V.
+
+  The result is arbitrary for rows that hold no new token.
+  """
   words_gmem, seq = work.inputs.tree.of_seqs, work.item.tile.seq
   load = lambda i: words_gmem[seq, i]
   words = tree_bits.aligned(
@@ -243,7 +273,13 @@ def _tree_of_seq(work, base, rows):
 
 
 def _are_mapped(work, base, positions):
-  """Returns which positions of the tile at base have a mapped page."""
+  """Returns a mask of positions in mapped pages.
+
+  Args:
+    work: The item.
+    base: First position of the KV tile.
+    positions: i32, positions in the tile.
+  """
   bits = mapped_bits(page_ids(work, base), work.problem.num_pages)
   bits = lax.broadcast_in_dim(bits, positions.shape, [])
   return ((bits >> (positions >> _log2(work.problem.chunk))) & 1) != 0
@@ -254,7 +290,8 @@ def _log2(power: int) -> int:
 
 
 def _wait_for_v(work, i):
-  """Waits for V of the i-th tile, and zeroes rows that no query sees."""
+  """Waits for V of the i-th tile, and zeroes the rows that no query sees."""
+  # 1. Does some query see each row of V? All consumers get the same answer.
   problem, tiles, base = work.problem, work.tiles, work.base(i)
   spec, stage, wg = problem.spec, work.stage(i), lax.axis_index("warpgroup")
   end = base + problem.config.block_kv
@@ -266,11 +303,12 @@ def _wait_for_v(work, i):
     is_clean &= (base >= first) | (end <= spec.num_sink_tokens)
   plgpu.barrier_wait(work.smem.v.loaded.at[stage])
 
+  # 2. If not, the first consumer zeroes the other rows; all consumers wait.
   @pl.when(jnp.logical_not(is_clean))
   def _():
     pl.when(wg == 0)(lambda: _zero_unseen_rows(work, stage, base))
     if problem.config.num_compute_wgs > 1:
-      # One for each stage, as the first warpgroup may be a tile ahead.
+      # One barrier per stage: the first warpgroup may be a tile ahead.
       cleaned = work.smem.v_cleaned.at[stage]
       pl.when(wg == 0)(lambda: plgpu.barrier_arrive(cleaned))
       pl.when(wg > 0)(lambda: plgpu.barrier_wait(cleaned))

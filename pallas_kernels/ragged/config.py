@@ -1,4 +1,4 @@
-"""Ragged: which shapes the kernel takes, and how it is tiled.
+"""Ragged: supported shapes, tile sizes, registers, bytes of shared memory.
 
 Imports no Pallas.
 """
@@ -11,23 +11,27 @@ from pallas_kernels.common import gpu, limits
 from pallas_kernels.common.limits import SMEM_ALLOCATION, SMEM_LIMIT
 from pallas_kernels.common.rounding import next_power_of_two, round_up
 
-ROWS = 64  # of a compute warpgroup: what wgmma takes
-_ITEMSIZE = 2  # of bfloat16 and float16
-_FEW = 0.75  # items for each program, below which splitting pays
-_MAX_GROUP = 128  # query heads of a KV head: rows of a tile
+ROWS = 64  # query rows per consumer warpgroup: M of wgmma
+_ITEMSIZE = 2  # bytes of bfloat16 and float16
+_SPLIT_BELOW = 0.75  # items per program; below that, splitting items is faster
+_MAX_GROUP = 128  # query heads per KV head, at most: rows of a query tile
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Tile sizes of the kernel, and how many programs share the items."""
+  """Tile sizes and the number of programs.
 
-  block_kv: int  # positions in a tile
-  num_stages: int  # tiles in flight
-  num_compute_wgs: int = 2  # warpgroups, of 64 rows each
-  num_programs: int = gpu.Gpu.num_sms  # that share all items
-  num_q_stages: int = 1  # tiles of queries in flight
-  # Whether items may be split to give all programs the same number of tiles,
-  # at the price of partials.
+  Raises:
+    ValueError: If a field is out of range.
+  """
+
+  block_kv: int  # positions per KV tile
+  num_stages: int  # stages of the rings of K and V: KV tiles in flight
+  num_compute_wgs: int = 2  # consumer warpgroups, of 64 query rows each
+  num_programs: int = gpu.Gpu.num_sms  # persistent programs (CTAs)
+  num_q_stages: int = 1  # stages of the ring of Q
+  # Whether items are split so that all programs attend the same number of KV
+  # tiles, at the price of partials.
   splits: bool = False
   p_in_smem: bool = False  # whether P goes through shared memory
 
@@ -45,7 +49,7 @@ class Config:
 
   @property
   def block_q(self) -> int:
-    """Rows of a tile of queries."""
+    """Rows per query tile."""
     return ROWS * self.num_compute_wgs
 
 
@@ -58,34 +62,40 @@ def default_config(
   is_quantised: bool = False,
   device: gpu.Gpu | None = None,
 ) -> Config:
-  """Returns a good Config for these shapes; it does not depend on lengths.
+  """Returns a Config from shapes alone, not from lengths.
 
   Args:
-    num_tokens: Query tokens.
-    num_kv_heads: KV heads.
-    group: Query heads of a KV head, padded.
-    head_dim: Width of a head.
-    is_quantised: Whether pages hold 8-bit numbers.
-    device: The GPU; that at hand if None.
+    num_tokens: Number of query tokens.
+    num_kv_heads: Number of KV heads.
+    group: Query heads per KV head, padded.
+    head_dim: Elements per head.
+    is_quantised: Whether pages hold 8-bit elements.
+    device: The GPU to size for; the default device if None.
   """
   num_sms = (device or gpu.at_hand()).num_sms
   block_kv = 128 if head_dim <= 128 else 64
   config = Config(block_kv, 2, num_programs=num_sms)
-  ahead = dataclasses.replace(config, num_q_stages=2)
-  if smem_bytes(ahead, head_dim, is_quantised) <= SMEM_LIMIT:
-    config = ahead
+  double_buffered = dataclasses.replace(config, num_q_stages=2)
+  if smem_bytes(double_buffered, head_dim, is_quantised) <= SMEM_LIMIT:
+    config = double_buffered
   num_items = num_tokens * group * num_kv_heads / config.block_q
-  return dataclasses.replace(config, splits=num_items < _FEW * num_sms)
+  return dataclasses.replace(config, splits=num_items < _SPLIT_BELOW * num_sms)
 
 
 def registers(
   config: Config, head_dim: int, is_quantised: bool = False
 ) -> tuple[int, int]:
-  """Returns the registers of a thread that computes, and of one for memory.
+  """Returns the registers per thread of a consumer and of the producer.
 
-  A program starts with 65,536 over its threads for each, a multiple of 8: 168
-  for three warpgroups, 128 for four. Asking for more than the program holds
-  deadlocks. The counts are those at which the compiler does not spill.
+  A program starts with 65,536 registers divided by its threads, rounded down to
+  a multiple of 8: 168 per thread with three warpgroups, 128 with four. Asking
+  for more than the program holds deadlocks. The compiler does not spill with
+  these counts.
+
+  Args:
+    config: Tile sizes.
+    head_dim: Elements per head.
+    is_quantised: Whether pages hold 8-bit elements.
   """
   if config.num_compute_wgs == 3:
     return 160, 32
@@ -97,7 +107,13 @@ def registers(
 def smem_bytes(
   config: Config, head_dim: int, is_quantised: bool = False
 ) -> int:
-  """Returns the bytes of shared memory that a program takes."""
+  """Returns the bytes of shared memory that a program uses.
+
+  Args:
+    config: Tile sizes.
+    head_dim: Elements per head.
+    is_quantised: Whether pages hold 8-bit elements.
+  """
   ring = config.num_stages * config.block_kv * _ITEMSIZE
   columns = output_columns(head_dim, is_quantised)
   num_staged, staged_rows = staging(config, head_dim, is_quantised)
@@ -108,7 +124,7 @@ def smem_bytes(
     ring * head_dim,  # K
     ring * head_dim,  # V
     config.block_q * config.block_kv * _ITEMSIZE * config.p_in_smem,  # P
-    staged * head_dim,  # 8-bit numbers
+    staged * head_dim,  # 8-bit elements
     staged * 4,  # their scales
   ]
   num_barriers = 2 * config.num_q_stages + 4 * config.num_stages + num_staged
@@ -121,31 +137,37 @@ def smem_bytes(
 def staging(
   config: Config, head_dim: int, is_quantised: bool = True
 ) -> tuple[int, int]:
-  """Returns how many pieces of tiles are on their way to be widened.
+  """Returns the number of staged slices of 8-bit tiles, and the rows of each.
 
-  And how many rows each has. Four are a tile of K and one of V.
+  Four slices are a tile of K and a tile of V.
   """
   num_staged = (4 if head_dim <= 192 else 2) if is_quantised else 0
   return num_staged, config.block_kv // 2
 
 
 def output_columns(head_dim: int, is_quantised: bool = False) -> int:
-  """Returns the columns of the output that are on their way at once."""
+  """Returns the columns of the output that shared memory holds at once."""
   if head_dim <= 192:
     return head_dim
   return head_dim // (4 if is_quantised else 2)
 
 
 def swizzle_bytes(head_dim: int) -> int:
-  """Returns the width of a tile of shared memory, in bytes."""
+  """Returns the width of a wgmma tile in shared memory, in bytes."""
   return next(x for x in (128, 64, 32) if head_dim * _ITEMSIZE % x == 0)
 
 
 def padded_group(num_q_heads: int, num_kv_heads: int, head_dim: int) -> int:
-  """Returns the rows of a token: its query heads of a KV head, padded.
+  """Returns the rows per token of a query tile: the padded group.
 
-  To a power of two, and so that they begin where a copy (TMA) may: at multiples
-  of 128 bytes in a column of tiles.
+  The group is the number of query heads per KV head. The padding makes it a
+  power of two, and aligns the rows of each token to 128 bytes in a column of
+  tiles, as TMA requires.
+
+  Args:
+    num_q_heads: Number of query heads.
+    num_kv_heads: Number of KV heads.
+    head_dim: Elements per head.
   """
   group = next_power_of_two(num_q_heads // num_kv_heads)
   return max(group, 128 // swizzle_bytes(head_dim))
@@ -160,15 +182,15 @@ def unsupported(
   *,
   kv_dtype: DTypeLike | None = None,
 ) -> str | None:
-  """Returns why the kernel does not take these shapes, or None if it does.
+  """Returns why the ragged kernel does not support these shapes, or None.
 
   Args:
-    head_dim: Width of a head.
-    page_size: Tokens of a page.
-    num_q_heads: Query heads.
-    num_kv_heads: KV heads.
-    dtype: Of the queries.
-    kv_dtype: Of the pages; None if it is the same.
+    head_dim: Elements per head.
+    page_size: Tokens per page.
+    num_q_heads: Number of query heads.
+    num_kv_heads: Number of KV heads.
+    dtype: Dtype of the queries.
+    kv_dtype: Dtype of the pages; None: that of the queries.
   """
   shape = head_dim, page_size, num_q_heads, num_kv_heads
   if reason := limits.unsupported_shape(*shape, dtype, kv_dtype or dtype):

@@ -1,30 +1,30 @@
-"""Paged attention of many query tokens a sequence, for Hopper.
+"""Paged attention of many query tokens per sequence, for Hopper.
 
-Prefill, chunks on top of a context, decode, and mixtures: queries of all
-sequences lie one after the other on a token axis, and are the last tokens of
-their sequences. Persistent programs attend items (`query_tiles`): a tile of
-query tokens of one sequence, for one KV head. The rows of a tile are the query
-heads of the KV head, token by token, so that K and V are read once for all of
-them. A program has a producer warpgroup and several consumers:
+It serves prefill, chunked prefill, decode, and mixtures. The queries of all
+sequences lie on one flat token axis; they are the last tokens of their
+sequences. A work item is a tile of query tokens of one sequence, for one KV
+head (`query_tiles`). The rows of a query tile are the query heads of the KV
+head, token by token, so that K and V are read once for all of them. Persistent
+programs (CTAs) attend the items. A program has one producer warpgroup and up to
+three consumer warpgroups:
 
-  producer  reads page ids from the page table as scalars, and copies Q, into a
-            ring of `num_q_stages`, and K and V chunk by chunk (TMA), into rings
-            of `num_stages` tiles (`load`); 8-bit numbers take a detour
-            (`load_quantised`)
+  producer  reads page ids from the page table as scalars, copies Q into a ring
+            of `num_q_stages`, and copies K and V chunk by chunk (TMA) into
+            rings of `num_stages` tiles (`load`); it dequantises 8-bit pages on
+            the way (`load_quantised`)
   consumer  64 rows each: S = Q K^T, mask, online softmax in base 2, O += P V
-            (wgmma); P V of a tile runs during the softmax of the next
+            (wgmma); P V of a tile overlaps with the softmax of the next tile
 
   products of a warpgroup   QK |      | QK, PV | QK, PV | QK, PV | PV
   its softmax                  | soft |   soft |   soft |   soft |
 
-A tile of K is `block_kv` consecutive positions, copied in chunks that never
-straddle a page: `chunk = gcd(page_size, block_kv)`. The visited tiles are those
-of decode (`kv_tiles`); most of them are seen whole by every row, and need no
-mask. With a tree mask, these are the tiles before the first query token
-(`tree_bits`).
+A KV tile is `block_kv` consecutive positions. It is copied in chunks that never
+straddle a page: `chunk = gcd(page_size, block_kv)`. The kernel visits the same
+tiles as decode (`kv_tiles`). Most of them are visible to every row and need no
+mask; with a tree mask, those are the tiles before the first query token.
 
-A key counts if its page is mapped and the query sees its position. Scores of
-other keys are set to -inf by a select, and rows of V that no query of the item
+A key is visible if its page is mapped and the query sees its position. A select
+sets the scores of all other keys to -inf. Rows of V that no query of the item
 sees are zeroed in shared memory (0 * NaN is NaN).
 """
 
@@ -82,34 +82,33 @@ def attend(
   Float[Array, "num_tokens num_q_heads head_dim"],
   Float[Array, "num_tokens num_q_heads"],
 ]:
-  """Attends the last tokens of each sequence over pages.
+  """Attends the last tokens of each sequence over paged K and V.
 
   Args:
-    q: Queries of all sequences, one sequence after the other, bfloat16 or
+    q: Queries on the flat token axis, one sequence after the other, bfloat16 or
       float16.
-    kv: Pages in the dtype of q, or int8 or float8_e4m3fn with scales. Products
-      of numbers and scales are rounded to the dtype of q, and clamped to its
-      range.
+    kv: Pages in the dtype of q, or int8 or float8_e4m3fn with scales, which are
+      dequantised to the dtype of q (rounded, and clamped to its range).
     cu_q_lens: Offsets of the sequences on the token axis.
-    num_active: Sequences from this one on have no queries.
-    arrays: Options that are arrays. Slopes need `causal`, and no tree mask.
-      With a tree mask and a window, see `tree_bits`.
+    num_active: Sequences from this index on have no queries.
+    arrays: Array options. `alibi_slopes` need `causal` and no tree mask. For a
+      tree mask with a window, see `tree_bits`.
     spec: Static options. Without `causal`, a query sees all tokens of its
-      sequence, and there is no window.
+      sequence.
     config: Tile sizes; `default_config` if None.
-    interpret: Parameters of the interpreter that stands in for a GPU.
+    interpret: Parameters of the Pallas interpreter; None compiles for a GPU.
 
   Returns:
     The output in the dtype of q, and the natural log-sum-exp of the scores,
-    sinks included, in f32; 0 and -inf for tokens that see nothing or are of no
-    sequence.
+    sinks included, in f32; 0 and -inf for tokens without visible keys and for
+    tokens that belong to no sequence.
 
   Raises:
-    NotImplementedError: If the kernel does not take these shapes.
-    ValueError: If pages differ, scales are missing, have another shape or do
-      not belong to the dtype, the config exceeds shared memory or has fewer
-      rows than a KV head has queries, or slopes are given without `causal` or
-      with a tree mask.
+    NotImplementedError: If the kernel does not support the shapes or dtypes.
+    ValueError: If K and V differ in shape or dtype; if scales are missing,
+      superfluous or of a wrong shape or dtype; if the config exceeds shared
+      memory, or its `block_q` is no multiple of the padded group of query heads
+      per KV head; or if slopes are given without `causal` or with a tree mask.
   """
   check_pages(kv)
   if arrays.alibi_slopes is not None and (
@@ -129,7 +128,7 @@ def attend(
   inputs, places = _inputs(problem, q, kv, cu_q_lens, num_active, arrays)
   out, lse = _launch(problem, inputs)
 
-  # Back to query heads: without the padding of groups, and LSE by token.
+  # Remove the padding of the groups, and gather the LSE by token.
   group = num_q_heads // num_kv_heads
   head = jnp.arange(num_q_heads, dtype=jnp.int32)[None]
   row = places.nth[:, None] * problem.group + lax.rem(head, group)
@@ -138,7 +137,7 @@ def attend(
 
 
 def _problem(q, kv, spec, config, interpret) -> RaggedProblem:
-  """Returns the static facts of a launch, with a config if there is none."""
+  """Returns the static sizes of a launch, with a default config if None."""
   num_tokens, num_q_heads, head_dim = q.shape
   group = ragged_config.padded_group(num_q_heads, kv.num_kv_heads, head_dim)
   if config is None:
@@ -171,7 +170,7 @@ def _inputs(
   num_active: Array,
   arrays: AttentionArrays,
 ) -> tuple[Inputs, Places]:
-  """Returns what the kernel reads, and where tokens are in the tile list."""
+  """Returns the kernel's operands, and the place of each token in the tiles."""
   config, spec = problem.config, problem.spec
   kv_lens = kv.kv_lens.astype(jnp.int32)
   page_indices = kv.page_indices.astype(jnp.int32)
@@ -197,7 +196,7 @@ def _inputs(
   )
   plan = None
   if config.splits:
-    # A tile that visits nothing has a share too, to write its output of 0.
+    # A query tile that visits no KV tile is scheduled too: it writes 0.
     costs = jnp.maximum(tiles.costs, 1)
     plan = schedule.split_evenly(
       costs, problem.num_kv_heads, config.num_programs
@@ -223,16 +222,16 @@ def _inputs(
 
 
 def _by_row(problem, logits):
-  """Returns f32[num_kv_heads, block_q] of a value for each query head.
+  """Returns f32[num_kv_heads, block_q] from one value per query head.
 
-  It is 0 for the padding.
+  The padding gets 0.
   """
   rows = _pad_group(problem, logits.reshape(problem.num_kv_heads, -1), 1)
   return jnp.tile(rows, (1, problem.sizes.tile_tokens))
 
 
 def _pad_group(problem, x, axis):
-  """Pads the axis of the query heads of a KV head, if it is not yet."""
+  """Pads an axis of query heads per KV head to `problem.group`."""
   missing = problem.group - x.shape[axis]
   padding = [(0, missing if i == axis else 0) for i in range(x.ndim)]
   return jnp.pad(x, padding) if missing else x
@@ -253,9 +252,9 @@ def _has_holes(problem, num_earlier, kv_lens, page_indices):
 
 
 def _launch(problem: RaggedProblem, inputs: Inputs) -> tuple[Array, Array]:
-  """Runs the kernel, and merges the items that it split."""
+  """Runs the kernel, then merges the items that were split."""
   config = problem.config
-  # Tiles of 8-bit numbers are widened by all warps together.
+  # All warps of the producer dequantise 8-bit tiles together.
   num_loaders = (
     1 if problem.is_quantised else warps.num_threads(problem.interpret)
   )
@@ -282,37 +281,47 @@ def _launch(problem: RaggedProblem, inputs: Inputs) -> tuple[Array, Array]:
 def _body(
   problem: RaggedProblem, inputs: Inputs, outputs: Outputs, smem: Scratch
 ) -> None:
-  """Runs a program: its warpgroups over its items."""
+  """The program: its warpgroups loop over its items, or splits of items."""
+  # 1. All warpgroups run this loop, each with its own body. They synchronise
+  # through the barriers in `smem` alone.
   num_wgs = problem.config.num_compute_wgs
   num_registers = ragged_config.registers(
     problem.config, problem.head_dim, problem.is_quantised
   )
   wg = lax.axis_index("warpgroup")
-  walk = functools.partial(_for_each_item, problem, inputs, outputs, smem)
+  for_each_item = functools.partial(
+    _for_each_item, problem, inputs, outputs, smem
+  )
 
+  # 2. Consumers take registers from the producer, which needs few.
   @pl.when(wg < num_wgs)
   def _consumer():
     if num_wgs > 1:
       plgpu.set_max_registers(num_registers[0], action="increase")
-    compute.run(walk)
+    compute.run(for_each_item)
 
+  # 3. The last warpgroup copies. (Under the race detector, each of its warps is
+  # a thread, unless pages are quantised.)
   @pl.when(wg >= num_wgs)
   def _producer():
     if num_wgs > 1:
       plgpu.set_max_registers(num_registers[1], action="decrease")
     loader = load_quantised if problem.is_quantised else load
-    loader.run(problem, smem, walk)
+    loader.run(problem, smem, for_each_item)
 
 
 def _for_each_item(problem, inputs, outputs, smem, step) -> Count:
-  """Attends a program's items, or splits of them, and counts them.
+  """Calls `step(work)` for each item of the program, or split of an item.
 
   Args:
-    problem: The static facts.
+    problem: The static sizes.
     inputs: Arrays that are read.
     outputs: Arrays that are written.
     smem: Shared memory and barriers.
-    step: Called with each `Work`.
+    step: Called with the `Work` of each.
+
+  Returns:
+    How many items and KV tiles there were.
   """
   num_kv_heads = problem.num_kv_heads
   layer = None if inputs.layer is None else inputs.layer[0]
@@ -321,13 +330,13 @@ def _for_each_item(problem, inputs, outputs, smem, step) -> Count:
   def visited(tile):
     return problem.visited_tiles(tile.kv_len, tile.num_earlier, tile.num_new)
 
-  def take(nth, tile, head, before):
+  def visit(nth, tile, head, done):
     tiles = visited(tile)
     item = Item(nth, head, tile, 0, tiles.num_visited, None, None)
-    step(Work(*given, item, tiles, before))
-    return before.add(item)
+    step(Work(*given, item, tiles, done))
+    return done.add(item)
 
-  def take_split(split, before):
+  def visit_split(split, done):
     tile = query_tiles.load(inputs.tiles, split.seq)
     tile = query_tiles.add_holes(tile, inputs.holes)
     tiles = visited(tile)
@@ -340,20 +349,18 @@ def _for_each_item(problem, inputs, outputs, smem, step) -> Count:
       is_whole=split.is_whole,
       kind=jnp.where(split.nth == 0, FIRST, LAST),
     )
-    step(Work(*given, item, tiles, before))
-    return before.add(item)
+    step(Work(*given, item, tiles, done))
+    return done.add(item)
 
-  nothing = Count(jnp.int32(0), jnp.int32(0))
+  zero = Count(jnp.int32(0), jnp.int32(0))
   if inputs.plan is not None:
-    return schedule.for_each_split(
-      inputs.plan, num_kv_heads, nothing, take_split
-    )
+    return schedule.for_each_split(inputs.plan, num_kv_heads, zero, visit_split)
   return query_tiles.for_each_item(
     inputs.num_items,
     inputs.tiles,
     inputs.holes,
     num_kv_heads,
     problem.config.num_programs,
-    nothing,
-    take,
+    zero,
+    visit,
   )

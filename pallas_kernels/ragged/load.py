@@ -1,4 +1,4 @@
-"""Ragged: the producer warpgroup, which copies Q, K and V."""
+"""Ragged: the producer warpgroup, which copies Q, K and V of each item."""
 
 import functools
 import itertools
@@ -13,7 +13,7 @@ from jax import lax
 from pallas_kernels.common import kv_tiles, warps
 from pallas_kernels.common.kv_tiles import page_row
 from pallas_kernels.common.paged_kv import KVArrays
-from pallas_kernels.common.warps import Share
+from pallas_kernels.common.warps import Copies
 from pallas_kernels.ragged.problem import (
   Count,
   RaggedProblem,
@@ -22,41 +22,60 @@ from pallas_kernels.ragged.problem import (
   Work,
 )
 
-type Walk = Callable[[Callable[[Work], None]], Count]
+type ForEachItem = Callable[[Callable[[Work], None]], Count]
 
 
-def run(problem: RaggedProblem, smem: Scratch, walk: Walk) -> None:
-  """Loads all items of a program.
+def run(
+  problem: RaggedProblem, smem: Scratch, for_each_item: ForEachItem
+) -> None:
+  """Runs the producer warpgroup: copies Q, K and V of all items.
 
   Args:
-    problem: The static facts.
+    problem: The static sizes.
     smem: Shared memory and barriers.
-    walk: Calls a function with each `Work`, and returns their `Count`.
+    for_each_item: Calls a function with each `Work`, and returns the `Count`.
   """
   for_each_warp = functools.partial(
     warps.for_each_warp,
-    whole(problem),
+    all_copies(problem),
     first_thread=problem.config.num_compute_wgs,
     interpret=problem.interpret,
   )
-  count = walk(lambda work: for_each_warp(functools.partial(_load_item, work)))
+  count = for_each_item(
+    lambda work: for_each_warp(functools.partial(_load_item, work))
+  )
   for_each_warp(functools.partial(drain, problem, smem, count))
 
 
-def whole(problem: RaggedProblem) -> Share:
-  """Returns everything that the warpgroup copies of an item."""
+def all_copies(problem: RaggedProblem) -> Copies:
+  """Returns all copies of the warpgroup.
+
+  A part of Q is (consumer warpgroup, column of tiles).
+
+  Args:
+    problem: The static sizes.
+  """
   chunks = list(range(problem.num_chunks))
   num_columns = problem.head_dim // problem.columns
   wgs = range(problem.config.num_compute_wgs)
-  return Share(chunks, chunks, list(itertools.product(wgs, range(num_columns))))
+  return Copies(
+    chunks, chunks, list(itertools.product(wgs, range(num_columns)))
+  )
 
 
 def drain(
-  problem: RaggedProblem, smem: Scratch, count: Count, share: Share
+  problem: RaggedProblem, smem: Scratch, count: Count, copies: Copies
 ) -> None:
-  """Waits until all tiles of a program, and their queries, were read.
+  """Waits until the consumers have read the last Q, K and V of the program.
 
-  No barrier may be left with a completion that nobody waited for.
+  When a program ends, no barrier may have a completed phase that no thread has
+  waited for. A warp waits only on the rings to which it copies.
+
+  Args:
+    problem: The static sizes.
+    smem: Shared memory and barriers.
+    count: Items and KV tiles that the program has attended.
+    copies: The copies of the calling warp, or of the warpgroup.
   """
 
   def drain_ring(consumed, num_stages, num):
@@ -65,18 +84,24 @@ def drain(
       plgpu.barrier_wait(consumed.at[lax.rem(i, jnp.int32(num_stages))])
 
   config = problem.config
-  if share.q:
+  if copies.q:
     drain_ring(smem.q_consumed, config.num_q_stages, count.num_items)
-  if share.k:
+  if copies.k:
     drain_ring(smem.k.consumed, config.num_stages, count.num_tiles)
-  if share.v:
+  if copies.v:
     drain_ring(smem.v.consumed, config.num_stages, count.num_tiles)
 
 
 def page_ids(
   work: Work, base, chunks: Iterable[int] | None = None
 ) -> list[jax.Array]:
-  """Returns the page of chunks of the tile at a position, of all if None."""
+  """Reads the page ids of chunks of a KV tile; see `kv_tiles.page_ids`.
+
+  Args:
+    work: The item.
+    base: First position of the tile.
+    chunks: Chunk numbers; None: all.
+  """
   problem = work.problem
   if chunks is None:
     chunks = range(problem.num_chunks)
@@ -86,39 +111,41 @@ def page_ids(
 
 
 def rows_of_page(work: Work, page, first, num_rows: int) -> tuple:
-  """Returns the index of rows of a page, of the item's layer and KV head.
+  """Returns the index of consecutive rows in the flat pool.
 
   Args:
-    work: The item.
-    page: The page.
-    first: A position; the first row is that of this position.
-    num_rows: How many rows.
+    work: The item, which gives layer and KV head.
+    page: Page id.
+    first: Position of the first row.
+    num_rows: Number of rows; they do not straddle the page.
   """
   problem = work.problem
   row = page_row(page, work.layer, problem.num_pages, problem.num_layers)
-  # The page as a whole is a simpler copy than all of its rows.
+  # Indexing a whole page gives a simpler copy than slicing all of its rows.
   if num_rows == problem.page_size:
     return row, work.item.head
   offset = lax.rem(first, jnp.int32(problem.page_size))
   return row, work.item.head, pl.ds(offset, num_rows)
 
 
-def _load_item(work, share):
-  """Copies Q, and the tiles of K and V into their rings, or a part of them."""
-  chunks = share.chunks
-  # With room for one Q, K comes first: there may be room for it before.
+def _load_item(work, copies):
+  """Issues the copies of one warp: Q, and the K and V tiles of an item."""
+  chunks = copies.chunks
+  # With one stage, Q waits for the previous item to end; K may not have to.
   is_q_first = work.problem.config.num_q_stages > 1
 
-  # The page ids of the next tile are loaded while this one waits.
   def load(i, ids):
+    # 1. Load the next page ids first: their latency overlaps with the waits.
     next_ids = page_ids(work, work.base(i + 1), chunks)
-    k_pages, v_pages = share.pages(ids)
-    load_q = functools.partial(load_queries, work, share.q)
+    k_pages, v_pages = copies.pages(ids)
+    load_q = functools.partial(load_queries, work, copies.q)
+    # 2. Q with the first tile, and K: the consumers need both for Q K^T.
     if is_q_first:
       pl.when(i == 0)(load_q)
     _load_tile(work, work.inputs.k, work.smem.k, i, k_pages)
     if not is_q_first:
       pl.when(i == 0)(load_q)
+    # 3. V last: the consumers need it only after the softmax.
     _load_tile(work, work.inputs.v, work.smem.v, i, v_pages)
     return next_ids
 
@@ -127,15 +154,17 @@ def _load_item(work, share):
 
 
 def load_queries(work: Work, places: list[tuple[int, int]]) -> None:
-  """Copies parts of Q: columns of tiles of warpgroups that compute.
+  """Copies parts of Q; TMA fills rows past the last token with zeros.
 
-  Past the last token, there are zeros.
+  Args:
+    work: The item.
+    places: Parts of Q: (consumer warpgroup, column of tiles).
   """
   if not places:
-    return  # and do not wait, see `warps.for_each_warp`
+    return  # without a wait, see `warps.for_each_warp`
   problem, smem, item, stage = work.problem, work.smem, work.item, work.q_stage
 
-  @pl.when(work.before.num_items >= problem.config.num_q_stages)
+  @pl.when(work.done.num_items >= problem.config.num_q_stages)
   def _():
     plgpu.barrier_wait(smem.q_consumed.at[stage])
 
@@ -156,11 +185,11 @@ def _load_tile(work, source: KVArrays, ring: Ring, i, pages):
     work: The item.
     source: K or V in global memory.
     ring: Its ring.
-    i: Number of the tile in the item.
-    pages: The page of each chunk to copy, by chunk.
+    i: Index of the tile in the item.
+    pages: The page id of each chunk to copy, by chunk number.
   """
   if not pages:
-    return  # and do not wait
+    return  # without a wait, see `warps.for_each_warp`
   stage, base, chunk = work.stage(i), work.base(i), work.problem.chunk
 
   @pl.when(work.ring_is_full(i))

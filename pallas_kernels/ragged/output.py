@@ -1,11 +1,11 @@
-"""Ragged: writes outputs of whole items and partial softmax states of others.
+"""Ragged: writes outputs of whole items and partial states of split items.
 
-A program that attended a whole item writes its output to the token axis. Of a
-split it leaves a partial softmax, as in decode: as the first of its items, or
-as the last. A second kernel merges them, with a program for each program of the
-schedule: if an item began before the program's share and ends in it, it folds
-the partials of all programs that attended the item, and writes the output in
-place.
+A program that attended a whole item writes its output to the token axis. For a
+split it writes a partial softmax state, as the first or the last of its items.
+A second kernel merges the partials. It has one program per program of the
+schedule: if an item begins before the program's range and ends in it, the
+program folds the partials of all programs that attended the item, and writes
+the output in place.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jax import lax
 
 from pallas_kernels.common import refs
 from pallas_kernels.common.base2 import Softmax
-from pallas_kernels.common.schedule import FIRST, LAST, Line
+from pallas_kernels.common.schedule import FIRST, LAST, TileRanges
 from pallas_kernels.common.types import ArrayOrRef, Ref
 from pallas_kernels.ragged import query_tiles, softmax
 from pallas_kernels.ragged.config import ROWS
@@ -35,7 +35,11 @@ from pallas_kernels.ragged.query_tiles import QueryTile
 
 
 def types(problem: RaggedProblem) -> Outputs:
-  """Returns the types of output, LSE and, if items are split, partials."""
+  """Declares the output, the LSE and, if items are split, the partials.
+
+  Args:
+    problem: The static sizes.
+  """
   config, head_dim = problem.config, problem.head_dim
   num_tiles, num_kv_heads = problem.sizes.num_tiles, problem.num_kv_heads
   by_token = problem.num_tokens, num_kv_heads, problem.group, head_dim
@@ -53,10 +57,10 @@ def types(problem: RaggedProblem) -> Outputs:
 
 
 class _Target(NamedTuple):
-  """Where the output of an item goes."""
+  """The destination of the output of an item."""
 
-  nth: jax.Array  # place of its tile in the list
-  head: jax.Array
+  nth: jax.Array  # index of the query tile in the list
+  head: jax.Array  # KV head
   tile: QueryTile
   out: Ref
   lse: Ref
@@ -64,7 +68,12 @@ class _Target(NamedTuple):
 
 
 def write(work: Work, state: Softmax) -> None:
-  """Writes the output of a warpgroup's rows of an item, or their partial."""
+  """Writes the output of a warpgroup's rows of an item, or their partial.
+
+  Args:
+    work: The item.
+    state: The softmax state of the rows, over the KV tiles of the item.
+  """
   item, outputs = work.item, work.outputs
   target = _Target(
     item.nth, item.head, item.tile, outputs.out, outputs.lse, work.smem.out
@@ -89,7 +98,12 @@ def _own_rows():
 
 
 def load_rows(ref, head):
-  """Loads what f32[num_kv_heads, block_q] has for the rows of a warpgroup."""
+  """Loads one value per row of the calling warpgroup.
+
+  Args:
+    ref: f32[num_kv_heads, block_q] in global memory.
+    head: KV head.
+  """
   return _load(ref.at[head, _own_rows()], softmax.QUERIES)
 
 
@@ -98,15 +112,17 @@ def _load(ref, layout):
 
 
 def _write_output(problem, target, state, sinks):
-  """Writes the rows of a warpgroup."""
+  """Writes the output and the LSE of a warpgroup's rows."""
+  # 1. Normalise. The LSE goes to global memory directly.
   if sinks is not None:
     sinks = load_rows(sinks, target.head)
   out, lse = softmax.finish(state, sinks)
   target.lse.at[target.nth, target.head, _own_rows()][...] = lse
+  # 2. Copy the output through shared memory, as many columns as it holds.
   by_token, by_row = (x.at[lax.axis_index("warpgroup")] for x in target.smem)
   num_columns = by_row.shape[0] * problem.columns
   for start in range(0, problem.head_dim, num_columns):
-    # The copy of the columns before may still be reading.
+    # The copy of the previous columns may still read shared memory.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for i in range(by_row.shape[0]):
       column = start + i * problem.columns
@@ -118,7 +134,7 @@ def _write_output(problem, target, state, sinks):
 
 
 def _copy_columns(problem, target, by_token, start):
-  """Copies the output of a warpgroup to its tokens, and to no others."""
+  """Copies a warpgroup's output to its tokens, and to no token after them."""
   first, heads = problem.rows_of(lax.axis_index("warpgroup"))
   num_tokens = jnp.clip(target.tile.num_tokens - first, 0, problem.wg_tokens)
   is_full = num_tokens == problem.wg_tokens
@@ -140,7 +156,7 @@ def _copy_columns(problem, target, by_token, start):
 
 
 class _Inputs(NamedTuple):
-  """What the merging kernel reads and writes."""
+  """Operands of the merging kernel; it updates `out` and `lse` in place."""
 
   firsts: ArrayOrRef
   tiles: ArrayOrRef
@@ -157,18 +173,18 @@ def merge_partials(
   sinks: jax.Array | None,
   written: Outputs,
 ) -> tuple[jax.Array, jax.Array]:
-  """Merges the partials of items that were split into their outputs.
+  """Merges the partials of split items, and writes their outputs.
 
   Args:
-    problem: The static facts.
+    problem: The static sizes.
     firsts: See `schedule.Plan`.
     tiles: See `query_tiles.TileList`.
-    sinks: Those of each row, f32[num_kv_heads, block_q], or None.
-    written: What the programs left. Missing tokens of the output and of the
-      log-sum-exp are filled in.
+    sinks: f32[num_kv_heads, block_q], logits in base 2, or None.
+    written: Outputs of the first kernel: the partials, and `out` and `lse`
+      without split items, which are updated in place.
 
   Returns:
-    The output and the log-sum-exp.
+    The complete output and log-sum-exp.
   """
   kernel = plgpu.kernel(
     functools.partial(_merge, problem),
@@ -189,18 +205,21 @@ def merge_partials(
 
 
 def _merge(problem: RaggedProblem, inputs: _Inputs, smem: Ref) -> None:
-  """Merges the item in which the program's share begins, if it ends there."""
+  """The program: merges the item that ends in its range, if split."""
+  # 1. Find the item in which the program's range begins.
   firsts = inputs.firsts
   program, num_programs = lax.axis_index("program"), problem.config.num_programs
   begin, end = firsts[program, 0], firsts[program + 1, 0]
   nth, head, place, cost = (firsts[program, i] for i in range(1, 5))
-  line = Line(firsts[num_programs, 0], num_programs)
+  ranges = TileRanges(firsts[num_programs, 0], num_programs)
 
+  # 2. Most programs end here. The others fold the partials in order: the last
+  # one of the program in which the item begins, then the first of each program.
   @pl.when((begin < end) & (place > 0) & (begin - place + cost <= end))
   def _():
     tile = query_tiles.load(inputs.tiles, nth)
-    first = line.program_of(begin - place)
-    is_last = line.start(first) < begin - place
+    first = ranges.program_of(begin - place)
+    is_last = ranges.start(first) < begin - place
 
     def fold(p, state):
       kind = jnp.where((p == first) & is_last, LAST, FIRST)
@@ -208,13 +227,15 @@ def _merge(problem: RaggedProblem, inputs: _Inputs, smem: Ref) -> None:
 
     state = softmax.init(ROWS, problem.head_dim)
     state = lax.fori_loop(first, program + 1, fold, state)
+
+    # 3. Write the output in place.
     target = _Target(nth, head, tile, inputs.out, inputs.lse, smem)
     _write_output(problem, target, state, inputs.sinks)
     plgpu.wait_smem_to_gmem(0)
 
 
 def _load_partial(partials: Partials, at) -> Softmax:
-  """Loads the rows of a warpgroup of a partial."""
+  """Loads the calling warpgroup's rows of a partial."""
   at = *at, _own_rows()
   return Softmax(
     _load(partials.acc.at[at], plgpu.Layout.WGMMA),

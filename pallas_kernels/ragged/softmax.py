@@ -1,12 +1,12 @@
-"""Ragged: the streaming softmax in registers. Queries are rows, keys columns.
+"""Ragged: the online softmax in registers. Queries are rows, keys are columns.
 
-The transpose of decode's: many queries fill the 64 rows of wgmma, so that P
-stays in registers as the left operand of P V. The state of each row is that of
-`base2`.
+This is the transpose of the decode softmax: many queries fill the 64 rows of
+wgmma, and P stays in registers as the left operand of P V. The state of each
+row is that of `base2`.
 
-m is about the greatest score: a tile may have scores that exceed it by `_SLACK`
-before it grows. Sums are then up to 2^_SLACK larger, which floats hold, and acc
-is seldom multiplied.
+m may lag behind the maximum score: it is raised only if a score exceeds it by
+more than `_SLACK`. Therefore acc is seldom rescaled, and sums are at most
+2^_SLACK times larger, which is within the range of floats.
 """
 
 import functools
@@ -35,11 +35,11 @@ _STORE_IF_NEGATIVE = """{
 
 _SLACK = 8.0  # in base 2: P is at most 256, which float16 holds
 
-QUERIES = plgpu.Layout.WGMMA.reduce(1)
+QUERIES = plgpu.Layout.WGMMA.reduce(1)  # layout of one value per query
 
 
 class RunningSoftmax(NamedTuple):
-  """The softmax over the keys folded in so far."""
+  """The softmax state over the keys folded in so far; l is not yet reduced."""
 
   acc: Float[Array, "rows head_dim"]
   m: Float[Array, " rows"]
@@ -47,7 +47,12 @@ class RunningSoftmax(NamedTuple):
 
 
 def init(rows: int, head_dim: int) -> Softmax:
-  """Returns the softmax over no keys."""
+  """Returns the softmax state over no keys.
+
+  Args:
+    rows: Number of queries.
+    head_dim: Elements per head.
+  """
   vector = lambda value: plgpu.layout_cast(
     jnp.full((rows,), value, jnp.float32), QUERIES
   )
@@ -56,21 +61,24 @@ def init(rows: int, head_dim: int) -> Softmax:
 
 
 def across(values, shape: tuple[int, ...]):
-  """Returns values of queries, repeated along a tile."""
+  """Broadcasts one value per query (row) to a tile."""
   return lax.broadcast_in_dim(values, shape, [0])
 
 
-def weigh(m, l, s, factor: float):
-  """Returns m, l, the factor of acc, and P, when a tile is folded in.
+def fold_scores(m, l, s, factor: float):
+  """Folds the scores of a tile into m and l.
 
-  Threads share a row, so l is kept apart for each of their columns, modulo 8,
-  and summed once, at the end.
+  Four threads hold a row. Therefore l has 8 partial sums per row, by column
+  modulo 8, which are summed once, after the last tile.
 
   Args:
-    m: The greatest score so far.
-    l: f32[rows, 8], the sum so far.
-    s: Scores of a tile, which times `factor` are in base 2.
-    factor: Not negative.
+    m: The maximum score so far, or up to `_SLACK` less.
+    l: f32[rows, 8], the partial sums so far.
+    s: Scores of a tile, -inf where masked; times `factor` they are in base 2.
+    factor: Positive.
+
+  Returns:
+    m, l, the factor to rescale acc, and P.
   """
   top = s.max(axis=1) * factor
   old_m, m = m, jnp.where(top > m + _SLACK, top, m)
@@ -84,8 +92,8 @@ def weigh(m, l, s, factor: float):
 
 
 def rescale(acc, alpha, *, interpreted: bool):
-  """Returns acc times a factor for each row, which is 1 for most of them."""
-  # Warps may diverge here: nothing in the branches synchronises them.
+  """Returns acc times one factor per row, which is 1 for most rows."""
+  # Each warp takes its own branch: no branch synchronises the warps.
   return lax.cond(
     jnp.any(alpha != 1.0) if interpreted else _differs_from_one(alpha),
     lambda acc: acc * across(alpha, acc.shape),
@@ -95,7 +103,7 @@ def rescale(acc, alpha, *, interpreted: bool):
 
 
 def _differs_from_one(alpha):
-  """Returns whether some row of the warp has another factor than 1."""
+  """Returns whether any row of the calling warp has a factor other than 1."""
 
   @plgpu.inline_mgpu(
     arg_types=(QUERIES,),
@@ -120,7 +128,7 @@ def _first(register):
 
 
 def merge(a: Softmax, b: Softmax) -> Softmax:
-  """Returns the softmax over the keys of both."""
+  """Returns the softmax state over the keys of both; see `base2.merge`."""
   return base2.merge([a, b], _scale_rows, jnp.add, far_apart=False)
 
 
@@ -138,12 +146,13 @@ def matmul_and_accumulate(operands, acc, p, v, meanwhile, *, interpreted: bool):
   """Returns acc + p @ v, and `meanwhile(wgmma.matmul(operands))`.
 
   Args:
-    operands: See `wgmma.matmul`; their product comes first.
+    operands: See `wgmma.matmul`; their product is issued first.
     acc: f32.
-    p: In registers or in shared memory.
-    v: In shared memory.
-    meanwhile: Called with the product while p @ v is multiplied.
-    interpreted: Whether an interpreter runs it.
+    p: Left operand, in registers or in shared memory.
+    v: Right operand, in shared memory.
+    meanwhile: Called with the product of `operands`, while wgmma computes
+      p @ v.
+    interpreted: Whether the interpreter runs the kernel.
   """
   if interpreted:  # the interpreter cannot start from a given accumulator
     acc = wgmma.accumulate(acc, p, v, interpreted=interpreted)
@@ -158,7 +167,7 @@ def matmul_and_accumulate(operands, acc, p, v, meanwhile, *, interpreted: bool):
       plgpu.wgmma(acc_ref, p, v)
       product = plgpu.wgmma_accumulator_load(product_ref, wait_n=1)
       result = meanwhile(product)
-      _keep_before(result[1])
+      _pin_before_wait(result[1])
       return acc_ref[...], result
 
     return pl.run_scoped(multiply_more, plgpu.ACC(acc.shape, jnp.float32))
@@ -166,12 +175,11 @@ def matmul_and_accumulate(operands, acc, p, v, meanwhile, *, interpreted: bool):
   return pl.run_scoped(multiply, wgmma.accumulator_of(operands))
 
 
-def _keep_before(l):
-  """Keeps the compiler from moving the computation of l behind the wait.
+def _pin_before_wait(l):
+  """Keeps the compiler from sinking the softmax below the wait for wgmma.
 
-  It moves whatever it can behind the wait for wgmma, and with it all of the
-  softmax. A store, to an address that nobody reads, cannot be moved; it never
-  happens, since l is not negative.
+  A store cannot be moved across the wait, so neither can the computation of l,
+  which it depends on. Its predicate is never true, because l is not negative.
   """
 
   @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,))

@@ -1,14 +1,15 @@
-"""8-bit numbers into 16-bit operands of wgmma, through registers.
+"""Ragged: dequantises 8-bit tiles to 16-bit wgmma operands in shared memory.
 
-The layouts of Mosaic would move four bytes at a time, and keep many addresses
-in registers. Here a thread takes 16 bytes, which become two pieces of 16, and
-writes them where wgmma looks for them in a swizzled tile:
+Mosaic's layouts would move four bytes at a time and keep many addresses in
+registers. Here each thread loads a vector of 16 bytes, converts it to two
+vectors of 16 bytes, and stores those in a swizzled tile for wgmma:
 
-  rows      16 bytes of a row: t0  t1  t2  t3 ...      as copied, row by row
-  operand   tiles of 8 rows of `swizzle` bytes; in a tile, the place of a piece
-            in its row is XORed with the number of the row
+  source    row-major, 16 bytes per thread: t0  t1  t2  t3 ...
+  operand   tiles of 8 rows of `swizzle` bytes; in a tile, the index of a vector
+            in its row is XORed with the row
 
-float32 holds a number times the scale of its row; it is rounded once.
+The product of an element and its row's scale is computed in float32 and rounded
+once.
 """
 
 import itertools
@@ -23,12 +24,13 @@ from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-_THREADS = 128  # of a warpgroup
-_PIECE = 16  # bytes that a thread moves at once
+_THREADS = 128  # threads per warpgroup
+_VECTOR_BYTES = 16  # bytes per load or store of a thread
 
-# 4 numbers in a register, $2, times $3, become 2 in each of $0 and $1, rounded
-# to KIND. 0x4B makes the float32 2^23 + 128 + x of an int8 whose first bit is
-# flipped.
+# PTX that multiplies 4 elements, the bytes of $2, by $3, and rounds them to two
+# elements of KIND in $0 and two in $1.
+# int8 x with its sign bit flipped is x + 128. With 0x4B as the high byte, it is
+# the float32 2^23 + 128 + x.
 _SCALED_INT8 = """{
   .reg .b32 flipped;
   .reg .f32 x<4>;
@@ -64,26 +66,26 @@ _SCALED = """
 }"""
 
 
-def scaled(
+def dequantise(
   tile_smem,
   scales_smem,
   operand_smem,
   transforms,
   *,
   first_row: int,
-  ahead: int,
+  num_in_flight: int,
   interpreted: bool,
 ):
-  """Writes the numbers of rows, times their scales, to an operand.
+  """Writes rows of 8-bit elements, times their scales, to an operand.
 
   Args:
-    tile_smem: int8 or float8_e4m3fn [rows, columns], row by row.
-    scales_smem: float32 [rows]; at most `largest_scale` counts.
-    operand_smem: bfloat16 or float16 [some rows, columns].
-    transforms: of the operand: tiles of 8 rows, swizzled.
-    first_row: the row of the operand that is the first to be written.
-    ahead: pieces that are on their way to a thread.
-    interpreted: whether an interpreter runs it.
+    tile_smem: int8 or float8_e4m3fn [rows, columns], row-major.
+    scales_smem: float32 [rows], clamped to at most `largest_scale`.
+    operand_smem: bfloat16 or float16, at least first_row + rows rows.
+    transforms: Layout of the operand: swizzled tiles of 8 rows.
+    first_row: First row of the operand to write, a multiple of 8.
+    num_in_flight: Loads that a thread issues before it converts.
+    interpreted: Whether the interpreter runs the kernel.
   """
   shape, swizzle = tile_smem.shape, transforms[1].swizzle
   dtype, is_int = operand_smem.dtype, tile_smem.dtype == jnp.int8
@@ -104,80 +106,97 @@ def scaled(
       plgpu.RefType(tuple(transforms)),
     )
   )
-  def widen(_, tile, scales, operand):
+  def write(_, tile, scales, operand):
     load_scale = lambda row, first: _load_scale(scales, row, first, limit)
-    rows = dict(first_row=first_row, ahead=ahead)
-    _move(tile, operand, shape, swizzle, convert, load_scale, **rows)
+    rows = dict(first_row=first_row, num_in_flight=num_in_flight)
+    _dequantise_rows(tile, operand, shape, swizzle, convert, load_scale, **rows)
 
-  widen(tile_smem, scales_smem, operand_smem)
+  write(tile_smem, scales_smem, operand_smem)
 
 
 def largest_scale(dtype: DTypeLike, kv_dtype: DTypeLike) -> float:
-  """Returns the scale that takes the greatest 8-bit number to that of dtype."""
+  """Returns the scale that maps the maximum of kv_dtype to that of dtype.
+
+  Args:
+    dtype: bfloat16 or float16.
+    kv_dtype: int8 or float8_e4m3fn.
+  """
   greatest = 128.0 if jnp.dtype(kv_dtype) == jnp.int8 else 448.0
   return float(jnp.finfo(dtype).max) / greatest
 
 
-def _move(
-  tile, operand, shape, swizzle, convert, load_scale, *, first_row, ahead
+def _dequantise_rows(
+  tile,
+  operand,
+  shape,
+  swizzle,
+  convert,
+  load_scale,
+  *,
+  first_row,
+  num_in_flight,
 ):
-  """Moves all rows of a tile, `ahead` pieces of a thread at a time."""
+  """Dequantises all rows, `num_in_flight` vectors per thread at a time."""
   rows, columns = shape
   first, source, targets = _first_places(rows, columns, swizzle)
-  source = _at(utils.memref_ptr(tile), source)
-  targets = [_at(utils.memref_ptr(operand), place) for place in targets]
+  source = _advance(utils.memref_ptr(tile), source)
+  targets = [_advance(utils.memref_ptr(operand), place) for place in targets]
   starts = range(0, rows, _rows_at_once(rows, columns))
-  for group in itertools.batched(starts, ahead):
-    # Rows that are a multiple of 8 ahead lie as far ahead, XORed alike.
-    numbers = [_load(_at(source, _i32(row * columns))) for row in group]
+  for group in itertools.batched(starts, num_in_flight):
+    # A multiple of 8 rows further on, the swizzle is the same: add an offset.
+    numbers = [_load(_advance(source, _i32(row * columns))) for row in group]
     factors = [load_scale(row, first) for row in group]
     for row, x, factor in zip(group, numbers, factors, strict=True):
       offset = _i32((first_row + row) * columns * 2)
-      places = [_at(target, offset) for target in targets]
+      places = [_advance(target, offset) for target in targets]
       _store(x, places, convert, factor)
 
 
 def _rows_at_once(rows, columns):
-  """Returns how many rows a warpgroup moves at once: a power of two, from 8."""
-  most = 1 << ((_THREADS // (columns // _PIECE)).bit_length() - 1)
+  """Returns the rows that a warpgroup moves at once: a power of two, >= 8."""
+  most = 1 << ((_THREADS // (columns // _VECTOR_BYTES)).bit_length() - 1)
   return min(most, rows)
 
 
 def _first_places(rows, columns, swizzle):
-  """Returns a thread's first row, and where it reads and writes a piece of it.
+  """Returns a thread's first row, its source offset and two target offsets.
 
-  Threads past the last piece do what others do.
+  Threads past the last vector repeat the work of others.
   """
-  per_row = columns // _PIECE
-  piece = arith.remui(
+  per_row = columns // _VECTOR_BYTES
+  vector = arith.remui(
     utils.thread_idx(), _i32(_rows_at_once(rows, columns) * per_row)
   )
   row, column = (
-    arith.divui(piece, _i32(per_row)),
-    arith.remui(piece, _i32(per_row)),
+    arith.divui(vector, _i32(per_row)),
+    arith.remui(vector, _i32(per_row)),
   )
-  byte = arith.muli(column, _i32(2 * _PIECE))
+  byte = arith.muli(column, _i32(2 * _VECTOR_BYTES))
   tile = arith.divui(byte, _i32(swizzle))
-  # Neighbours write even places of a tile, those in the next tile odd ones:
-  # that of another row. No two of eight threads meet in a bank.
+  # A thread writes two adjacent vectors, one per store: without a swizzle, each
+  # store would hit every second vector of a row. In every second tile, threads
+  # take row ^ 1, whose swizzle swaps even and odd vectors. Then eight threads
+  # write to different banks.
   row = arith.xori(row, arith.andi(tile, _i32(1)))
   source = arith.addi(
-    arith.muli(row, _i32(columns)), arith.muli(column, _i32(_PIECE))
+    arith.muli(row, _i32(columns)), arith.muli(column, _i32(_VECTOR_BYTES))
   )
   start = _start_of_row(row, tile, 2 * columns, swizzle)
   targets = []
   for i in range(2):
-    place = arith.addi(byte, _i32(i * _PIECE))
+    place = arith.addi(byte, _i32(i * _VECTOR_BYTES))
     place = arith.addi(start, arith.remui(place, _i32(swizzle)))
-    # Bits 4 and on, the place in the row, by bits 7 and on: the row, if it has
-    # 128 bytes.
-    row_bits = arith.andi(arith.shrui(place, _i32(3)), _i32(swizzle - _PIECE))
+    # XOR bits 4 and up, the vector in the row, with bits 7 and up: the row, if
+    # the swizzle is 128 bytes.
+    row_bits = arith.andi(
+      arith.shrui(place, _i32(3)), _i32(swizzle - _VECTOR_BYTES)
+    )
     targets.append(arith.xori(place, row_bits))
   return row, source, targets
 
 
 def _start_of_row(row, tile, row_bytes, swizzle):
-  """Returns where a row of a tile begins: tiles lie row after row."""
+  """Returns the offset of a row of a tile; tiles lie in row-major order."""
   tiles = arith.muli(arith.divui(row, _i32(8)), _i32(row_bytes // swizzle))
   rows = arith.muli(arith.addi(tiles, tile), _i32(8))
   rows = arith.addi(rows, arith.remui(row, _i32(8)))
@@ -189,32 +208,32 @@ def _words():
 
 
 def _load(source):
-  """Returns 16 numbers."""
-  return llvm.load(_words(), source, alignment=_PIECE)
+  """Loads 16 elements, as four words."""
+  return llvm.load(_words(), source, alignment=_VECTOR_BYTES)
 
 
 def _load_scale(scales, row, first, limit):
-  """Returns the scale of a row from the first on, at most the limit, or NaN."""
-  place = _at(utils.memref_ptr(scales), arith.muli(first, _i32(4)))
+  """Loads the scale of row `first + row`, at most the limit; NaN stays NaN."""
+  place = _advance(utils.memref_ptr(scales), arith.muli(first, _i32(4)))
   scale: Any = llvm.load(
-    ir.F32Type.get(), _at(place, _i32(4 * row)), alignment=4
+    ir.F32Type.get(), _advance(place, _i32(4 * row)), alignment=4
   )
   return arith.minimumf(scale, mgpu.c(limit, ir.F32Type.get()))
 
 
 def _store(numbers, targets, convert, factor):
-  """Writes 16 numbers to two places."""
+  """Converts 16 elements, and stores them as two vectors."""
   elements = (llvm.extractelement(numbers, _i32(i)) for i in range(4))
   wide = [half for x in elements for half in _convert(convert, x, factor)]
   for i, target in enumerate(targets):
     vector = llvm.mlir_undef(_words())
     for j in range(4):
       vector = llvm.insertelement(vector, wide[4 * i + j], _i32(j))
-    llvm.store(vector, target, alignment=_PIECE)
+    llvm.store(vector, target, alignment=_VECTOR_BYTES)
 
 
 def _convert(convert, word, factor):
-  """Returns two registers of 16-bit numbers for one of 8-bit numbers."""
+  """Converts four 8-bit elements to two registers of two 16-bit elements."""
   i32 = ir.IntegerType.get_signless(32)
   pair: Any = llvm.inline_asm(
     llvm.StructType.get_literal([i32, i32]),
@@ -225,7 +244,7 @@ def _convert(convert, word, factor):
   return [llvm.extractvalue(i32, pair, [i]) for i in range(2)]
 
 
-def _at(pointer, offset):
+def _advance(pointer, offset):
   return utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import schedule
-from pallas_kernels.common.schedule import Line
+from pallas_kernels.common.schedule import TileRanges
 
 
 def _line_up(num_tiles, num_kv_heads):
@@ -27,7 +27,7 @@ def test_shares_cover_every_tile_once_and_evenly(num_programs):
   @jax.jit
   def deal(num_tiles):
     traces.append(num_tiles)
-    line = Line(num_tiles, num_programs)
+    line = TileRanges(num_tiles, num_programs)
     programs = jnp.arange(num_programs + 1, dtype=jnp.int32)
     tiles = jnp.arange(most, dtype=jnp.int32)
     return line.start(programs), line.program_of(tiles)

@@ -13,16 +13,16 @@ from pallas_kernels.common import gpu, warps
 def test_each_chunk_is_copied_by_one_warp(num_chunks, num_columns):
   chunks = list(range(num_chunks))
   places = list(itertools.product(range(3), range(num_columns)))
-  share = warps.Share(chunks, chunks, places)
-  parts = [warps.part_of(share, warp) for warp in range(gpu.WARPS)]
-  for name in share._fields:
+  copies = warps.Copies(chunks, chunks, places)
+  parts = [warps.part_of(copies, warp) for warp in range(gpu.WARPS)]
+  for name in copies._fields:
     copied = itertools.chain(*(getattr(part, name) for part in parts))
-    assert sorted(copied) == getattr(share, name)
+    assert sorted(copied) == getattr(copies, name)
   sizes = [sum(map(len, part)) for part in parts]
   assert max(sizes) - min(sizes) <= 1
 
 
 def test_pages_are_those_of_the_chunks_of_keys_and_of_values():
-  share = warps.Share(k=[2], v=[1, 2], q=[])
-  assert share.chunks == [1, 2]
-  assert share.pages([70, 80]) == ({2: 80}, {1: 70, 2: 80})
+  copies = warps.Copies(k=[2], v=[1, 2], q=[])
+  assert copies.chunks == [1, 2]
+  assert copies.pages([70, 80]) == ({2: 80}, {1: 70, 2: 80})

@@ -13,16 +13,16 @@ from pallas_kernels.pages import limits
 from pallas_kernels.pages import write as page_write
 
 NUM_PAGES, NUM_LAYERS = 5, 2
-# num_kv_heads, page_size, head_dim, dtype: rows of 4 to 64 pieces, of 16 bytes
-# but in the last two.
+# num_kv_heads, page_size, head_dim, dtype. Rows are 4 to 64 vectors of 16
+# bytes, in the last two kinds vectors of 8 and of 4 bytes.
 KINDS = {
   "bfloat16": (2, 16, 128, "bfloat16"),
   "float16": (3, 8, 80, "float16"),
   "float32": (1, 24, 256, "float32"),
   "int8": (2, 8, 64, "int8"),
   "float8": (3, 16, 192, "float8_e4m3fn"),
-  "pieces of 8": (1, 8, 72, "int8"),
-  "pieces of 4": (2, 8, 66, "bfloat16"),
+  "vectors of 8": (1, 8, 72, "int8"),
+  "vectors of 4": (2, 8, 66, "bfloat16"),
 }
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
@@ -117,7 +117,7 @@ def test_any_number_of_tokens_in_any_layer(num_tokens, layer):
 @pytest.mark.parametrize("pieces", [1, 2, 3, 4])
 def test_threads_may_have_several_pieces(pieces):
   for name in ("float16", "float8"):
-    _assert_written(KINDS[name], 40, pieces=pieces)
+    _assert_written(KINDS[name], 40, vectors_per_thread=pieces)
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "int8"])

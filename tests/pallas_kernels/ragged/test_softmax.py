@@ -57,7 +57,7 @@ def _weigh(before, scores):
   ones = jnp.isfinite(m).astype(jnp.float32)
   l = jnp.zeros((len(before), 8), jnp.float32).at[:, 0].set(ones)
   s = jnp.asarray(scores, jnp.float32)
-  m, l, alpha, p = ragged_softmax.weigh(m, l, s, 1.0)
+  m, l, alpha, p = ragged_softmax.fold_scores(m, l, s, 1.0)
   return (np.asarray(x) for x in (m, l.sum(1), alpha, p))
 
 
