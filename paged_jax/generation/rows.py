@@ -73,8 +73,8 @@ class Plan:
   """
 
   q_lens: Leaf  # i32[num_entries], tokens of each entry, 0 for none
-  # i32[num_entries], rows in order of service; entries whose row is out of range
-  # are empty. None: all rows in their order.
+  # i32[num_entries], rows in order of service; an entry of a row out of range
+  # is empty. None: all rows in their order.
   slots: Leaf | None = None
   # i32[num_tokens], -1 for the last token of the entry's row. None: all -1.
   tokens: Leaf | None = None
