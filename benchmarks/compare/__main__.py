@@ -3,12 +3,16 @@
 `python -m benchmarks.compare FOLDER` needs a Hopper GPU, and another checkout
 of this project in a folder. Each case times loops over the op of either
 checkout, alternately and five times, in one process, and compares the outputs
-bit for bit.
+bit for bit. Before that, both run for half a second: the clocks of a GPU that
+has been idle are higher.
 
-Results: benchmarks/results/h200/compare.json. `--small` compares tiny batches
-in plain JAX on any machine.
+Results: benchmarks/results/h200/compare.json. `--only` keeps the figures of the
+other cases, if they are of the same device and versions. `--small` compares
+tiny batches in plain JAX on any machine.
 """
 
+import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +30,7 @@ from benchmarks.harness.table import line
 
 NUM_TURNS = 5
 LOOP_US = 60_000.0  # of a loop, about
+WARM_UP_SECONDS = 0.5
 PACKAGES = ["jax", "jaxlib"]
 COLUMNS = {
   "before_us": "{:10.2f}",
@@ -43,23 +48,29 @@ def main() -> None:
     PACKAGES,
     values={"folder": "the other checkout", "--only": "part of case names"},
   )
-  record = results.keep("compare", _records(args), args, where)
+  record = results.keep("compare", _records(args, where), args, where)
   other = [
     name for name, side in record["cases"].items() if not side.get("same_bits")
   ]
   command.finish(failures(record) + [f"other bits: {name}" for name in other])
 
 
-def _records(args) -> Iterator[dict]:
+def _records(args: argparse.Namespace, where: dict) -> Iterator[dict]:
   """Yields all figures so far, after each case."""
   before, after = Checkout(args.folder), Checkout()
-  figures: dict[str, dict] = {}
+  figures = _kept(where) if args.only and not args.small else {}
   for name, make in cases.all_cases(small=args.small).items():
     if args.only and args.only not in name:
       continue
     figures[name] = attempt(_compare, make, before, after, args.small)
     print(line(name, figures[name], COLUMNS, width=36), flush=True)
     yield {"turns": NUM_TURNS, "cases": figures}
+
+
+def _kept(where: dict) -> dict[str, dict]:
+  """Returns the figures of an earlier run on the same device and versions."""
+  record = json.loads((results.RESULTS / "h200" / "compare.json").read_text())
+  return record["cases"] if record["environment"] == where else {}
 
 
 def _compare(
@@ -79,6 +90,10 @@ def _compare(
   for side in sides:
     del side.output
   del outputs
+  begin = time.perf_counter()
+  while not small and time.perf_counter() - begin < WARM_UP_SECONDS:
+    for side in sides:
+      side.time()
   us: tuple[list[float], list[float]] = [], []
   for turn in range(NUM_TURNS):
     for i in (0, 1) if turn % 2 == 0 else (1, 0):

@@ -13,10 +13,16 @@ host. Stream and loop alternate, and their tokens are compared.
 
   python -m benchmarks.step
 
-Results: benchmarks/results/h200/step.json
+  python -m benchmarks.step --shape 135M
+
+With XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT=1 in the environment, JAX uses its
+other client for GPUs, which launches kernels from a thread of its own.
+
+Results: benchmarks/results/h200/step.json and step_tfrt.json
 """
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -33,6 +39,7 @@ from paged_jax import PagedCache, sampling
 from paged_jax.generation import (
   CacheConfig,
   SamplingParams,
+  driver,
   join,
   loop,
   programs,
@@ -67,6 +74,10 @@ class Sizes:
   prefill_chunk: int
   turns: int
 
+  def only(self, shape: str) -> "Sizes":
+    """Returns these sizes with one of the models."""
+    return dataclasses.replace(self, shapes={shape: self.shapes[shape]})
+
 
 FULL = Sizes(
   shapes={"135M": models.SMOLLM_135M, "8B": models.LLAMA_8B},
@@ -99,9 +110,15 @@ SMALL = Sizes(
 
 def main() -> None:
   """Times everything, prints the figures and writes them."""
-  args, where = command.start_on_gpu("step", __doc__, PACKAGES)
+  args, where = command.start_on_gpu(
+    "step", __doc__, PACKAGES, values={"--shape": "the only model to time"}
+  )
   sizes = SMALL if args.small else FULL
-  record = results.keep("step", records(sizes), args, where)
+  if args.shape:
+    sizes = sizes.only(args.shape)
+  tfrt = os.environ.get("XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT") == "1"
+  name = "step_tfrt" if tfrt else "step"
+  record = results.keep(name, records(sizes), args, where)
   print(lines(record["steps"], COLUMNS, width=16))
   command.finish(failures(record))
 
@@ -222,7 +239,7 @@ class _Loop:
       packed = self._runner.decode()
       ms.append((time.perf_counter() - begin) * 1e3)
       in_flight.append(packed)
-      if len(in_flight) == 2:
+      if len(in_flight) == driver.IN_FLIGHT:
         np.asarray(in_flight.pop(0))
     return statistics.median(ms)
 

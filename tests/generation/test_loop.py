@@ -170,9 +170,7 @@ def _compiled_decode(run):
 def _compiled_step(run):
   """The program of one decode step, and the pool that it carries."""
   structure, leaves = programs.flatten(run.model)
-  packed = jnp.zeros((3, run.rows.num_seqs), jnp.int32)
-  state = programs.State(run.rows, packed)
-  lowered = programs.decode_step.lower(structure, leaves, state)
+  lowered = programs.decode_step.lower(structure, leaves, run.rows)
   return lowered.compile(), run.rows.cache.groups[0].pool.k
 
 
@@ -204,6 +202,10 @@ def test_a_dispatched_step_keeps_one_pool():
   run = _Loop([30, 9, 1], [3, 20, 7], num_pages=4096)
   compiled, pool = _compiled_step(run)
   _assert_keeps_one_pool(compiled, pool)
+  # The rows reuse the memory of their inputs, and the rest is on the host.
+  rows, packed = compiled.output_shardings
+  assert compiled.as_text().count("may-alias") == len(jax.tree.leaves(rows))
+  assert packed.memory_kind == "pinned_host"
 
 
 @pytest.mark.gpu
