@@ -13,16 +13,10 @@ host. Stream and loop alternate, and their tokens are compared.
 
   python -m benchmarks.step
 
-  python -m benchmarks.step --shape 135M
-
-With XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT=1 in the environment, JAX uses its
-other client for GPUs, which launches kernels from a thread of its own.
-
-Results: benchmarks/results/h200/step.json and step_tfrt.json
+Results: benchmarks/results/h200/step.json
 """
 
 import dataclasses
-import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -116,9 +110,7 @@ def main() -> None:
   sizes = SMALL if args.small else FULL
   if args.shape:
     sizes = sizes.only(args.shape)
-  tfrt = os.environ.get("XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT") == "1"
-  name = "step_tfrt" if tfrt else "step"
-  record = results.keep(name, records(sizes), args, where)
+  record = results.keep("step", records(sizes), args, where)
   print(lines(record["steps"], COLUMNS, width=16))
   command.finish(failures(record))
 
