@@ -98,7 +98,7 @@ def _run(code):
   return done.stdout
 
 
-@pytest.mark.slow(quick=2)
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   "code",
   [

@@ -73,7 +73,7 @@ def test_sampling_uses_the_pages_counted(page_size):
   bench_waste.checked("sampling", _lens(6), _lens(6, 3), 2, page_size)
 
 
-@pytest.mark.slow(quick=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("page_size", SIZES)
 def test_beams_use_the_pages_counted(page_size):
   bench_waste.checked("beams", [5, 8, 16], _parents(3, 20), page_size)

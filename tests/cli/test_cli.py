@@ -124,6 +124,7 @@ def test_json_times_the_whole_batch(objects):
   assert timing["tokens_per_s"] == pytest.approx(rate, rel=0.05)
 
 
+@pytest.mark.slow
 def test_logprobs_are_there_for_each_token_if_asked_for(objects):
   (found,) = objects(*PROMPT, "--logprobs")
   assert list(found) == [*KEYS[:-1], "logprobs", "timing"]

@@ -85,6 +85,7 @@ def test_logprobs_are_the_oracles():
     )
 
 
+@pytest.mark.slow
 def test_stop_tokens_end_their_own_sequence_and_are_kept():
   tokens = tiny_llama.greedy(9, NUM_NEW)[0]
   stop = tokens[5]
@@ -179,6 +180,7 @@ def test_stream_yields_what_generate_returns_step_by_step():
   assert {c.finish_reason for item in items[:-1] for c in item} == {None}
 
 
+@pytest.mark.slow
 def test_stream_says_nothing_of_rows_that_have_ended():
   params = [SamplingParams(max_new_tokens=n) for n in (2, 5)]
   items = list(

@@ -110,6 +110,7 @@ def _kernels(implementation):
   return tuple({n for n in names if n in text} for text in texts)
 
 
+@pytest.mark.slow
 def test_the_implementation_of_the_cache_is_that_of_every_op(monkeypatch):
   monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
   with jax.numpy_dtype_promotion("standard"):  # Flax promotes in its norms
@@ -140,6 +141,7 @@ def test_swapping_two_live_pages_changes_the_tokens():
   assert wrong.tokens[1, :NUM_NEW].tolist() != tiny_llama.greedy(17, NUM_NEW)[0]
 
 
+@pytest.mark.slow
 def test_every_page_is_free_when_all_have_ended():
   table = _table(_Loop([30, 9, 1], [3, 20, 7]).decoded())
   assert int(table.num_free) == table.num_pages

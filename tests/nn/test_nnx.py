@@ -118,6 +118,7 @@ def test_a_ragged_batch_gives_each_sequence_its_own_attention(layer):
     np.testing.assert_allclose(out, _expected(module, x), rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_decoding_token_by_token_is_prefilling_at_once():
   module, sequences = _module(), [_tokens(11), _tokens(17, 1)]
   expected = [_expected(module, x) for x in sequences]
@@ -161,7 +162,7 @@ def test_options_reach_the_op(options, expected):
   assert np.abs(_expected(module, x) - got).max() > 1e-3
 
 
-@pytest.mark.slow(quick=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 def test_only_k_and_v_are_rounded_to_a_quantised_cache(dtype):
   def stored(rows):
@@ -197,6 +198,7 @@ def test_a_refused_row_writes_nothing_and_attends_to_nothing():
   np.testing.assert_allclose(outs[0], expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_decode_step_leaves_other_rows_alone():
   module = _module()
   _, cache = _prefill(module, _cache(), [_tokens(8), _tokens(8, 1)])

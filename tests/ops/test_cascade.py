@@ -115,6 +115,7 @@ def test_what_a_row_that_does_not_share_asks_leaves_no_trace(
   assert np.isnan(dirty[0][3]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.FEW_RUNS)
 def test_each_group_has_a_prefix_of_its_own(implementation, dtype):
   kv_lens = [80, 99, 0, 200, 160, 161, 30, 90, 33]

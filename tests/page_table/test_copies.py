@@ -120,6 +120,7 @@ def test_an_order_that_is_none_never_hands_out_a_page_twice(order):
   assert_valid(table)
 
 
+@pytest.mark.slow
 def test_a_bound_on_new_tokens_refuses_more_and_changes_nothing_else():
   table = family(3)
   num_new = i32(1, 1, 0, 5)

@@ -274,7 +274,7 @@ class Pages(PagesAndModel, RuleBasedStateMachine):
 
 
 @pytest.mark.slow(quick=1)
-@pytest.mark.parametrize("num_programs", [30, PROGRAMS])
+@pytest.mark.parametrize("num_programs", [12, PROGRAMS])
 def test_random_programs_agree_with_the_model(num_programs):
   run_state_machine_as_test(
     Pages,

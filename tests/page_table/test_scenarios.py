@@ -134,6 +134,7 @@ def test_fork_n_copies_only_the_last_page():
   assert_valid(table)
 
 
+@pytest.mark.slow
 def test_divergent_writes_never_show_in_siblings():
   table, _, _ = append(page_table.init(16, 8, 3, 4), 28, 0, 0)
   pool = kv_pool.init(16, 2, 1, 8, 8, jnp.float32)

@@ -20,7 +20,7 @@ def _check_quantised(problem, kv_dtype, **options):
   decode_runs.check(problem, scales=scales, **options)
 
 
-@pytest.mark.slow(quick=2)
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("kv_dtype", limits.QUANTISED_DTYPES)
 @pytest.mark.parametrize(
   ("head_dim", "page_size", "dtype"),

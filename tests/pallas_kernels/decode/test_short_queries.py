@@ -46,7 +46,6 @@ def _check(problem, *, sinks=None, max_q_len=4, **options):
   cases.assert_matches(out, lse, *expected, problem.k_pages.dtype)
 
 
-@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   ("heads", "max_q_len"), [((2, 2), 4), ((6, 2), 5), ((8, 1), 8)]
 )

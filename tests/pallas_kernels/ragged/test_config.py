@@ -132,7 +132,6 @@ def test_shared_memory_is_priced_as_it_is_asked_for(
       _lower(head_dim=head_dim, kv_dtype=kv_dtype, config=config)
 
 
-@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   "options",
   [

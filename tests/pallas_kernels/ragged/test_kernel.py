@@ -22,7 +22,6 @@ def test_matches_oracle(config):
   ragged_runs.check(ragged_runs.make(), config=config)
 
 
-@pytest.mark.quick
 def test_no_token_follows_the_last_tile():
   ragged_runs.check(
     ragged_runs.make(kv_lens=[20, 7], q_lens=[20, 7], spare_tokens=0)
@@ -84,7 +83,6 @@ def test_matches_oracle_for_shapes(head_dim, heads, page_size, dtype, config):
   ragged_runs.check(problem, config=config)
 
 
-@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   ("options", "sinks"),
   [
@@ -156,7 +154,6 @@ def _random_mask(problem, max_new):
 
 # Fewer columns than query tokens, one word of bits and several; tiles that
 # have a part of the context, and that have none.
-@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   ("max_new", "config", "options"),
   [

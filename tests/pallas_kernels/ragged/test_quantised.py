@@ -128,7 +128,6 @@ def test_quantised_keys_left_of_the_window_leave_no_trace(kv_dtype):
   cases.assert_same_bits(clean, ragged_runs.run(problem, scales, **options))
 
 
-@pytest.mark.slow(quick=1)
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @both
 @pytest.mark.parametrize("name", ["k_scales", "v_scales"])

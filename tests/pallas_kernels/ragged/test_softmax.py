@@ -39,7 +39,7 @@ def _growing(growth, dtype):
 
 # By less than what the maximum may be behind, so that it grows every other
 # tile; by more; and so that P would leave float16 if it did not grow.
-@pytest.mark.slow(quick=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL, SPLIT])
 @pytest.mark.parametrize("growth", [0.6 * SLACK, 1.1 * SLACK, 20])
 def test_scores_that_grow_match_oracle(growth, config):
