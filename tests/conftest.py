@@ -5,6 +5,7 @@ import os
 if os.environ.get("JAX_PLATFORMS") == "cpu":
   flags = "--xla_backend_optimization_level=0"
   flags += " --xla_llvm_disable_expensive_passes=true"
+  flags += " --xla_cpu_parallel_codegen_split_count=1"
   os.environ.setdefault("XLA_FLAGS", flags)
 
 import jax

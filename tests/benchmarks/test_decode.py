@@ -90,6 +90,7 @@ def test_faults_are_found():
       attention.relative_error(out, wrong)
 
 
+@pytest.mark.slow
 def test_the_last_step_is_of_the_first_table():
   attend = attention.decode(SIZES)
   batch = batches.make(SIZES, LENS)

@@ -48,6 +48,7 @@ def test_the_kernel_takes_what_plain_jax_takes(name):
   assert out.shape == batch.q.shape
 
 
+@pytest.mark.slow
 def test_what_fails_is_named_and_the_others_are_timed(monkeypatch, capsys):
   small = SMALL_CASES["small, int8"]
   wrong = dataclasses.replace(small, kv_dtype="int4")

@@ -63,11 +63,13 @@ def test_beams_share_the_pages_of_a_common_past():
   }
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("page_size", SIZES)
 def test_batching_uses_the_pages_counted(page_size):
   bench_waste.checked("batching", _lens(12), _lens(12), 4, page_size)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("page_size", SIZES)
 def test_sampling_uses_the_pages_counted(page_size):
   bench_waste.checked("sampling", _lens(6), _lens(6, 3), 2, page_size)

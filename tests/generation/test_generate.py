@@ -103,6 +103,7 @@ def test_stop_tokens_end_their_own_sequence_and_are_kept():
   assert list(result[1].token_ids) == tiny_llama.greedy(17, NUM_NEW)[0]
 
 
+@pytest.mark.slow
 def test_each_sequence_has_its_own_number_of_new_tokens():
   numbers = [1, 2, 20, 9, 1, 13]
   params = [SamplingParams(max_new_tokens=n) for n in numbers]

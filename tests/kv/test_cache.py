@@ -104,7 +104,7 @@ def _seen(seed):
   return _Program(seed).run()
 
 
-@pytest.mark.slow(quick=4)
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_programs_serve_rows_in_all_groups_or_in_none(seed):
   _seen(seed)

@@ -135,7 +135,7 @@ def test_decoding_token_by_token_is_prefilling_at_once():
       )
 
 
-@pytest.mark.slow(quick=2)
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   ("options", "expected"),
   [
@@ -180,6 +180,7 @@ def test_only_k_and_v_are_rounded_to_a_quantised_cache(dtype):
   assert np.abs(_expected(module, x) - got).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_cache_is_returned_and_not_mutated():
   module, cache = _module(), _cache()
   before = np.array(_pool(cache).k)

@@ -95,7 +95,7 @@ def test_decode_matches_oracle_for_page_sizes(implementation, dtype, page_size):
   _check_decode(problem, implementation)
 
 
-@pytest.mark.slow(quick=8)
+@pytest.mark.slow(quick=4)
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS)
 @pytest.mark.parametrize("arrays", ARRAYS.values(), ids=ARRAYS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -106,6 +106,7 @@ def test_decode_matches_oracle_for_options(
   _check_decode(problem, implementation, **arrays, **options)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS)
 def test_decode_skips_holes_wherever_they_are(implementation, dtype):
   problem = cases.make(kv_lens=[300, 300, 300, 40, 16], dtype=dtype)
@@ -119,7 +120,7 @@ def test_decode_skips_holes_wherever_they_are(implementation, dtype):
   _check_decode(problem, implementation, sliding_window=150, **arrays)
 
 
-@pytest.mark.slow(quick=3)
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -136,7 +137,7 @@ def test_ragged_matches_oracle_for_shapes(dtype, head_dim, heads):
   _check_ragged(problem)
 
 
-@pytest.mark.slow(quick=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("page_size", [8, 16, 64, 256])
 def test_ragged_matches_oracle_for_page_sizes(page_size):
   kv_lens = [page_size - 1, page_size, page_size + 1, 3 * page_size, 5]
@@ -144,7 +145,7 @@ def test_ragged_matches_oracle_for_page_sizes(page_size):
   _check_ragged(cases.make(kv_lens=kv_lens, q_lens=q_lens, page_size=page_size))
 
 
-@pytest.mark.slow(quick=4)
+@pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("arrays", ARRAYS.values(), ids=ARRAYS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_ragged_matches_oracle_for_options(arrays, options):
@@ -189,6 +190,7 @@ def test_slopes_of_any_size_and_distance_leave_no_nan(implementation, dtype):
     assert np.isfinite(np.asarray(x[1:], np.float32)).all()
 
 
+@pytest.mark.slow
 def test_ragged_matches_oracle_with_many_blocks():
   problem = cases.make(
     kv_lens=[700, 1, 260, 129, 64, 64, 3, 900],

@@ -13,7 +13,7 @@ import paged_jax
 from paged_jax.ops import cascade
 
 
-@pytest.mark.slow(quick=1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.RUNS)
 @pytest.mark.parametrize("num_shared", [0, 1, 5, 20])
 def test_matches_the_oracle_for_shared_lengths(
@@ -40,7 +40,7 @@ def test_matches_the_oracle_for_shapes(implementation, dtype, head_dim, heads):
   prefixes.check(problem, 5, implementation=implementation)
 
 
-@pytest.mark.slow(quick=3)
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.FEW_RUNS)
 @pytest.mark.parametrize(
   "sinks", [None, prefixes.SINKS], ids=["no_sinks", "sinks"]
@@ -60,6 +60,7 @@ def test_matches_the_oracle_for_options(implementation, dtype, sinks, options):
   )
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.FEW_RUNS)
 @pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize(
@@ -76,6 +77,7 @@ def test_quantised_pages_match_the_oracle(
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.FEW_RUNS)
 def test_rows_that_cannot_share_attend_all_on_their_own(implementation, dtype):
   # Inactive, shorter by a page and by a token, of the same pages but the last,
@@ -96,6 +98,7 @@ def test_rows_that_cannot_share_attend_all_on_their_own(implementation, dtype):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.FEW_RUNS)
 def test_what_a_row_that_does_not_share_asks_leaves_no_trace(
   implementation, dtype
@@ -158,6 +161,7 @@ def test_unread_memory_leaves_no_trace(implementation, dtype, poison):
   cases.assert_same_bits(run(0.0), run(poison))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.FEW_RUNS)
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_two_runs_are_bitwise_equal(implementation, dtype, batch_invariant):

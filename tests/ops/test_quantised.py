@@ -168,6 +168,7 @@ def test_two_runs_are_bitwise_equal(kv_dtype):
   cases.assert_same_bits(_decode(*quantised), _decode(*quantised))
 
 
+@pytest.mark.slow
 @both
 def test_no_wide_pool_is_ever_made(kv_dtype):
   def temporary_bytes(num_pages):
@@ -205,6 +206,7 @@ def _error_by_length(kv_dtype, seed, page_size=16, base=80):
   return norm(np.asarray(out, np.float64) - expected) / norm(expected)
 
 
+@pytest.mark.slow
 @both
 def test_the_error_is_the_same_for_every_length_modulo_the_page_size(kv_dtype):
   errors = [_error_by_length(kv_dtype, seed) for seed in range(6)]

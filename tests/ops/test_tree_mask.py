@@ -117,6 +117,7 @@ def test_a_tree_mask_matches_oracle(implementation, dtype, options, max_q_len):
 
 
 # The window of every token begins in the tile after that of the first new one.
+@pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS[::2])
 @pytest.mark.parametrize(("q_len", "max_q_len"), [(8, 8), (110, None)])
 def test_a_window_does_not_bound_new_tokens(
@@ -129,6 +130,7 @@ def test_a_window_does_not_bound_new_tokens(
 
 
 # Fewer columns than query tokens, a word of bits or two of them, and more.
+@pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS[::2])
 @pytest.mark.parametrize("max_new", [1, 31, 33, 100])
 def test_a_mask_of_any_width_matches_oracle(implementation, dtype, max_new):
@@ -140,6 +142,7 @@ def test_a_mask_of_any_width_matches_oracle(implementation, dtype, max_new):
   _check(problem, implementation, tree_mask=mask, max_q_len=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS[::2])
 @pytest.mark.parametrize("max_q_len", [8, None])
 def test_holes_inactive_and_refused_sequences_are_fine(
@@ -188,6 +191,7 @@ def test_a_chain_is_causal(implementation, dtype, max_q_len, window):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS[::2])
 @pytest.mark.parametrize("max_q_len", [8, None])
 def test_columns_past_the_query_tokens_are_ignored(

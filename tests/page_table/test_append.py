@@ -74,6 +74,7 @@ def test_append_serves_all_rows_with_distinct_pages():
   _check_conservation(table)
 
 
+@pytest.mark.slow
 def test_page_zero_is_an_ordinary_page():
   table = page_table.init(1, 8, 1, 1)
   table, ok = _append(table, 8)

@@ -142,7 +142,7 @@ def _storm(num_free, num_tokens):
   return table
 
 
-@pytest.mark.slow(quick=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("num_free", [63, 64, 65])
 def test_a_storm_of_64_forks_diverges_with_63_copies(num_free):
   before = _storm(num_free, 12)
@@ -157,6 +157,7 @@ def test_a_storm_of_64_forks_diverges_with_63_copies(num_free):
   assert_valid(table)
 
 
+@pytest.mark.slow
 def test_a_storm_on_62_pages_refuses_two_rows():
   before = _storm(62, 12)
   table, ok, copies = append(before, *[1] * 64)
@@ -170,6 +171,7 @@ def test_a_storm_on_62_pages_refuses_two_rows():
   assert_valid(table)
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(("num_free", "served"), [(63, 63), (64, 64), (65, 64)])
 def test_a_storm_at_a_page_boundary_takes_a_page_each(num_free, served):
   before = _storm(num_free, 16)

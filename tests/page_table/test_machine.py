@@ -273,13 +273,12 @@ class Pages(PagesAndModel, RuleBasedStateMachine):
     self._agree()
 
 
-@pytest.mark.slow(quick=1)
-@pytest.mark.parametrize("num_programs", [12, PROGRAMS])
-def test_random_programs_agree_with_the_model(num_programs):
+@pytest.mark.slow
+def test_random_programs_agree_with_the_model():
   run_state_machine_as_test(
     Pages,
     settings=settings(
-      max_examples=num_programs,
+      max_examples=PROGRAMS,
       stateful_step_count=14,
       deadline=None,
       suppress_health_check=list(HealthCheck),

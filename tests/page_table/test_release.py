@@ -103,7 +103,7 @@ def test_a_window_of_16_leaves_one_page_every_eight_tokens():
     assert_valid(table)
 
 
-@pytest.mark.slow(quick=1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("window", "sinks"), [(1, 0), (9, 0), (16, 4), (20, 9)]
 )

@@ -79,6 +79,7 @@ def test_compacting_what_is_compact_moves_nothing():
     assert_same(getattr(result.table, field), getattr(table, field))
 
 
+@pytest.mark.slow
 def test_a_pool_shrinks_when_it_fits_and_only_then():
   table, pool = _scattered(), _pool(12)
   contents = _contents(table, pool, 1)
@@ -150,6 +151,7 @@ def test_stats_of_an_empty_table_are_finite():
   assert stats.tenant_pages.tolist() == [0]
 
 
+@pytest.mark.slow
 def test_a_page_that_rows_fill_differently_wastes_least():
   table, _, _ = append(page_table.init(4, 8, 2, 2), 7, 0)
   table, _ = change("fork", table, 0, 1)

@@ -44,6 +44,7 @@ def _two_prompts():
   return table, prefix
 
 
+@pytest.mark.slow
 def test_sharing_while_live():
   table, prefix = _two_prompts()
   assert pages(table, 1)[:3] == prefix
@@ -176,6 +177,7 @@ def test_window_release_of_window_16_with_pages_of_8(computed, freed):
   assert_valid(table)
 
 
+@pytest.mark.slow
 def test_window_hit_needs_the_last_window_only():
   table, _, _ = append(page_table.init(8, 8, 2, 11), 64, 0)
   cached = pages(table, 0)[6:]
@@ -202,6 +204,7 @@ def test_a_prompt_that_can_never_fit_is_refused_on_an_empty_pool():
   assert_same(after, table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["prefill", "decode", "forked", "copied"])
 def test_no_leak_when_sequences_end_at_any_stage(stage):
   table, _, _ = append(page_table.init(24, 8, 5, 4), *[10] * 5)

@@ -26,6 +26,7 @@ def _bits(words, num_bits):
   return bits.reshape(*words.shape[:-1], -1)[..., :num_bits]
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("max_new", [1, 32, 33, 70])
 def test_words_have_the_bits_of_tokens_and_of_sequences(max_new, window):
@@ -56,6 +57,7 @@ def test_words_have_the_bits_of_tokens_and_of_sequences(max_new, window):
       assert many.num_earlier[nth] == q_len - fewest
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("max_new", [3, 8, 9])
 @pytest.mark.parametrize("window", [None, 1, 4])
 def test_few_words_have_all_of_it(max_new, window):
@@ -83,6 +85,7 @@ def test_few_words_have_all_of_it(max_new, window):
     assert tree_bits.unseen(of_seq) == q_len - fewest
 
 
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("size", [64, 128])
 def test_aligned_words_have_the_bits_from_any_on(size):
   rng = np.random.default_rng(2)

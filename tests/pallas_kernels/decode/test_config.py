@@ -72,7 +72,7 @@ def _lower(
 
 
 # Few items and many, whose default is another; 8, 32 and 64 columns.
-@pytest.mark.slow(quick=2)
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   ("head_dim", "num_seqs", "heads", "page_size", "dtype"),
   [

@@ -19,7 +19,7 @@ from pallas_kernels.decode.config import Config
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow(quick=2)
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   ("head_dim", "heads", "page_size", "dtype", "config"),
   [
@@ -44,7 +44,7 @@ def test_matches_oracle_for_shapes(head_dim, heads, page_size, dtype, config):
   decode_runs.check(problem, config=config)
 
 
-@pytest.mark.slow(quick=2)
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   ("options", "sinks"),
   [
@@ -200,7 +200,6 @@ def test_two_runs_are_bitwise_equal():
   )
 
 
-@pytest.mark.quick
 def test_the_order_of_pages_does_not_matter():
   problem = decode_runs.make_shared(7, 333, 80)
   expected = decode_runs.run(problem, **decode_runs.SHARED)
@@ -214,7 +213,6 @@ def test_the_order_of_pages_does_not_matter():
   )
 
 
-@pytest.mark.quick
 def test_row_in_one_share_does_not_depend_on_its_batchmates():
   together = decode_runs.run(
     decode_runs.make_shared(400, 64, 64), **decode_runs.SHARED

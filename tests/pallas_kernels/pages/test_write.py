@@ -99,13 +99,13 @@ def _assert_written(kind, num_tokens, layer=1, num_pages=NUM_PAGES, **options):
     assert np.asarray(after).tobytes() == want.tobytes()
 
 
-@pytest.mark.slow(quick=3)
+@pytest.mark.slow(quick=2)
 @kinds
 def test_each_token_is_at_its_slot_and_nothing_else_changes(kind):
   _assert_written(kind, 37)
 
 
-@pytest.mark.slow(quick=3)
+@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("num_tokens", [1, 3, 16, 33])
 def test_any_number_of_tokens_in_any_layer(num_tokens, layer):
@@ -113,7 +113,7 @@ def test_any_number_of_tokens_in_any_layer(num_tokens, layer):
     _assert_written(KINDS[name], num_tokens, layer)
 
 
-@pytest.mark.slow(quick=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [1, 2, 3, 4])
 def test_threads_may_have_several_pieces(pieces):
   for name in ("float16", "float8"):
