@@ -28,6 +28,7 @@ def _losses(dtype, chunk=16):
   return bench_quantised.token_losses(tiny_llama.model(), tokens, dtype, chunk)
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_next_tokens():
   (tokens,) = tiny_llama.prompts([50])
   weights = tiny_llama.weights()

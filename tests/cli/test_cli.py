@@ -136,6 +136,7 @@ def test_greedy_runs_are_equal(objects):
   assert untimed(objects(*PROMPTS)) == untimed(objects(*PROMPTS))
 
 
+@pytest.mark.slow
 def test_streamed_text_equals_that_of_json(command, objects):
   (found,) = objects(*PROMPT)
   assert command(*PROMPT) == found["text"] + "\n"

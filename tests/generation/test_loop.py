@@ -188,7 +188,7 @@ def _assert_keeps_one_pool(compiled, pool):
       assert elements < pool.size, line
 
 
-@pytest.mark.slow(quick=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
 def test_the_decode_loop_keeps_one_pool_and_calls_no_host(kv_dtype):
   run = _Loop([30, 9, 1], [3, 20, 7], num_pages=4096, kv_dtype=kv_dtype)

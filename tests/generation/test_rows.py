@@ -312,6 +312,7 @@ def test_rows_keep_at_least_one_token_or_none():
     _rows(capacity=0)
 
 
+@pytest.mark.slow
 def test_a_kind_of_plan_is_compiled_once_whatever_it_holds():
   run = _Run().prefilled()
   for rows in ((0, 2, 3), (3,), (), (2, 0, NOBODY)):

@@ -109,7 +109,7 @@ def _prefill(module, cache, sequences):
   return np.split(np.asarray(out), np.cumsum(lens)[:-1]), cache
 
 
-@pytest.mark.slow(quick=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_ragged_batch_gives_each_sequence_its_own_attention(layer):
   module, sequences = _module(layer), [_tokens(11), _tokens(17, 1)]
@@ -223,6 +223,7 @@ def test_padding_tokens_of_a_step_have_no_slot():
   assert step.positions.tolist() == [0, 1, 2, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_debug_finds_tokens_that_have_one_slot():
   cache, step = begin_step(_cache(), jnp.array([3, 0]), 3)
   cache = cache.with_tables([dataclasses.replace(_table(cache), debug=True)])

@@ -44,7 +44,6 @@ def test_matches_oracle_for_shapes(head_dim, heads, page_size, dtype, config):
   decode_runs.check(problem, config=config)
 
 
-@pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   ("options", "sinks"),
   [
@@ -176,7 +175,6 @@ def test_keys_left_of_the_window_leave_no_trace():
 
 
 # Columns of a tile past the group hold the next queries.
-@pytest.mark.quick
 def test_queries_of_others_leave_no_trace():
   problem = decode_runs.make_shared(70, 330, 70)
   clean = decode_runs.run(problem, **decode_runs.SHARED)

@@ -220,7 +220,6 @@ def test_sequences_past_num_active_leave_no_trace():
   _check(problem)
 
 
-@pytest.mark.quick
 def test_one_query_or_none():
   problem = cases.make(
     kv_lens=[40, 9, 70], q_lens=[1, 0, 1], dtype="bfloat16", spare_tokens=1
