@@ -4,13 +4,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# The transitions, the module, and every kernel lowered for a GPU: a minute.
-quick=(tests/page_table/test_append.py tests/kv/test_pool.py
-  tests/nn/test_nnx.py tests/sampling/test_sampling.py
-  tests/pallas_kernels/common/test_schedule.py
-  tests/pallas_kernels/common/test_kv_tiles.py
-  tests/pallas_kernels/decode/test_config.py)
-
 range=$(.venv/bin/python - <<'EOF'
 import tomllib
 
@@ -34,4 +27,4 @@ python=.venv-newest/bin/python
 "$python" "${pip[@]}" install -qq --upgrade pip
 "$python" "${pip[@]}" install -qq --editable ".[demo]" --group test
 "$python" "${pip[@]}" freeze | grep -iE '^(jax|jaxlib|flax|numpy)=='
-"$python" -m pytest "${quick[@]}"
+"$python" -m pytest -n 2 --dist loadfile
