@@ -10,7 +10,7 @@ from benchmarks.harness.data import requests
 
 @dataclasses.dataclass(frozen=True)
 class Sizes(batches.Sizes):
-  """What is timed, and how often."""
+  """The cases, and the number of turns."""
 
   page_sizes: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
   same: tuple[int, int] = (64, 8192)  # sequences, tokens of each

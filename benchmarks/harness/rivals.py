@@ -1,4 +1,4 @@
-"""What was timed beside other projects, in one run on one GPU.
+"""Times beside other projects, in one run on one GPU.
 
 The program that compares is not part of this repository. It calls the ops of
 `paged_jax` inside jit, and writes a record for each time. Imports nothing but

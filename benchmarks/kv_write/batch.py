@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """What is timed, and how often."""
+  """The cases, and the number of turns."""
 
   implementation: str | None = "mosaic_gpu"
   # Sequences, and new tokens of each: 64, 512 and 8,192 in all.

@@ -11,7 +11,7 @@ from paged_jax import page_table
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """What is timed, and how often."""
+  """The cases, and the number of turns."""
 
   pools: tuple[int, ...] = (2**16, 2**18, 2**20)  # pages
   num_seqs: int = 256

@@ -68,7 +68,7 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """What is timed, and how often."""
+  """The cases, and the number of turns."""
 
   config: LlamaConfig = models.LLAMA_8B
   implementation: str = "mosaic_gpu"  # of mixed; the model chooses, as ever

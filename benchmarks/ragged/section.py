@@ -1,4 +1,4 @@
-"""What was tried in the ragged kernel, in docs/performance.md."""
+"""Variants of the ragged kernel in docs/performance.md."""
 
 from benchmarks.harness.markdown import (
   files,

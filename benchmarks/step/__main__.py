@@ -59,7 +59,7 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """What is timed, and how often."""
+  """The cases, and the number of turns."""
 
   shapes: dict[str, LlamaConfig]
   batches: tuple[int, ...]

@@ -89,7 +89,7 @@ class TileRanges:
     return lax.rem(jnp.asarray(self.num_tiles), jnp.int32(self.num_programs))
 
 
-class Plan(NamedTuple):
+class Splits(NamedTuple):
   """The schedule that programs read from global memory."""
 
   # i32[num_seqs + 1]: tiles, for one KV head, of all sequences before this one.
@@ -106,7 +106,7 @@ def split_evenly(
   num_programs: int,
   *,
   fixed_splits: bool = False,
-) -> Plan:
+) -> Splits:
   """Returns the schedule.
 
   Args:
@@ -130,11 +130,11 @@ def split_evenly(
     whole = lax.div(tile + size - 1, size) * size
     firsts += jnp.minimum(whole, tiles) - tile
     at = _find(starts, num_kv_heads, firsts)
-  return Plan(starts, jnp.stack(at, axis=1))
+  return Splits(starts, jnp.stack(at, axis=1))
 
 
 def _find(starts, num_kv_heads, first):
-  """Returns the columns of `Plan.firsts` for tiles numbered over all items."""
+  """Returns the columns of `Splits.firsts`, given numbers of tiles."""
   last_seq = starts.shape[0] - 2
   passed = starts[None, 1:] * num_kv_heads <= first[:, None]
   seq = jnp.minimum(jnp.sum(passed, axis=1, dtype=jnp.int32), last_seq)
@@ -158,7 +158,7 @@ class Split(NamedTuple):
 
 
 def for_each_split[C](
-  plan: Plan,
+  splits: Splits,
   num_kv_heads: int,
   carry: C,
   step: Callable[[Split, C], C],
@@ -168,7 +168,7 @@ def for_each_split[C](
   """Folds `step(split, carry)` over the splits of the calling program.
 
   Args:
-    plan: The schedule, in global memory.
+    splits: The schedule, in global memory.
     num_kv_heads: See `split_evenly`.
     carry: The initial carry.
     step: Returns the next carry.
@@ -177,7 +177,7 @@ def for_each_split[C](
   Returns:
     The last carry.
   """
-  starts_gmem, firsts_gmem = plan
+  starts_gmem, firsts_gmem = splits
   last_seq = starts_gmem.shape[0] - 2
   program = lax.axis_index("program")
   begin, end = firsts_gmem[program, 0], firsts_gmem[program + 1, 0]

@@ -211,7 +211,7 @@ def _inputs(
   visited = problem.visit(kv_lens, q_lens, of_seqs).num_visited
   k, v = kv.flat()
   return Inputs(
-    plan=schedule.split_evenly(
+    splits=schedule.split_evenly(
       jnp.maximum(visited, 1),
       problem.num_kv_heads,
       problem.config.num_programs,
@@ -293,7 +293,7 @@ def _launch(problem: DecodeProblem, inputs: Inputs) -> tuple[Array, Array]:
   # Few items are cut into many splits each, many items into few.
   are_few = 8 * math.prod(items) < config.num_programs
   return partials.merge_partials(
-    inputs.plan,
+    inputs.splits,
     written.partials,
     inputs.sinks,
     written.out,
@@ -316,7 +316,7 @@ def _body(
   # through the barriers in `smem` alone.
   def for_each_split(carry, step):
     return schedule.for_each_split(
-      inputs.plan,
+      inputs.splits,
       problem.num_kv_heads,
       carry,
       step,

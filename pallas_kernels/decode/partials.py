@@ -160,7 +160,7 @@ def write_output(
 class _Inputs(NamedTuple):
   """Operands of the merging kernel; it updates `out` and `lse` in place."""
 
-  plan: schedule.Plan
+  splits: schedule.Splits
   partials: Partials
   sinks: ArrayOrRef | None
   out: Ref
@@ -168,7 +168,7 @@ class _Inputs(NamedTuple):
 
 
 def merge_partials(
-  plan: schedule.Plan,
+  splits: schedule.Splits,
   partials: Partials,
   sinks,
   out,
@@ -181,7 +181,7 @@ def merge_partials(
   """Merges the partials of split items, and writes their outputs.
 
   Args:
-    plan: The schedule.
+    splits: The schedule.
     partials: Partials that the programs wrote.
     sinks: f32[num_kv_heads, num_queries], logits in base 2, or None.
     out: [num_seqs, num_kv_heads, num_rows, head_dim], without the outputs of
@@ -211,7 +211,7 @@ def merge_partials(
     kernel_name="merge_partials",
   )
   out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
-  kernel(_Inputs(plan, partials, sinks, out_ref, lse_ref))
+  kernel(_Inputs(splits, partials, sinks, out_ref, lse_ref))
   return out_ref[...], lse_ref[...]
 
 
@@ -225,9 +225,9 @@ class _SplitItem(NamedTuple):
   place: Callable[[jax.Array], tuple]  # index of the i-th partial in `Partials`
 
 
-def _item_that_ends_here(plan: schedule.Plan) -> _SplitItem:
+def _item_that_ends_here(splits: schedule.Splits) -> _SplitItem:
   """Returns the item that begins before the program's range and ends in it."""
-  firsts_gmem = plan.firsts
+  firsts_gmem = splits.firsts
   program, num_programs = lax.axis_index("program"), firsts_gmem.shape[0] - 1
   begin, end = firsts_gmem[program, 0], firsts_gmem[program + 1, 0]
   seq, head, tile, tiles = (firsts_gmem[program, i] for i in range(1, 5))
@@ -243,11 +243,11 @@ def _item_that_ends_here(plan: schedule.Plan) -> _SplitItem:
   return _SplitItem(exists, seq, head, program - first + 1, place)
 
 
-def _own_item(plan: schedule.Plan, num_kv_heads: int) -> _SplitItem:
+def _own_item(splits: schedule.Splits, num_kv_heads: int) -> _SplitItem:
   """Returns the program's item, with fixed splits, if it has several splits."""
   item = lax.axis_index("program")
   seq = lax.div(item, jnp.int32(num_kv_heads))
-  tiles = plan.starts[seq + 1] - plan.starts[seq]
+  tiles = splits.starts[seq + 1] - splits.starts[seq]
   size = schedule.split_size(tiles)
   count = lax.div(tiles + size - 1, size)
   head = lax.rem(item, jnp.int32(num_kv_heads))
@@ -267,9 +267,9 @@ def _body(
     pdl.overlap_with_previous_kernel()
   # 2. Find the item. Most programs have none and end here.
   split = (
-    _own_item(inputs.plan, inputs.lse.shape[1])
+    _own_item(inputs.splits, inputs.lse.shape[1])
     if fixed_splits
-    else _item_that_ends_here(inputs.plan)
+    else _item_that_ends_here(inputs.splits)
   )
 
   @pl.when(split.exists)

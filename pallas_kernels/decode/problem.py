@@ -23,7 +23,7 @@ _SWIZZLES = (128, 64, 32)  # bytes: widths of a wgmma tile in shared memory
 class Inputs(NamedTuple):
   """Arrays in global memory that the kernel reads."""
 
-  plan: schedule.Plan
+  splits: schedule.Splits
   page_indices: ArrayOrRef  # i32[num_seqs, pages_per_seq]
   kv_lens: ArrayOrRef  # i32[num_seqs]
   layer: ArrayOrRef | None  # i32[1]; None: the pool has one layer

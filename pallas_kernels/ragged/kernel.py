@@ -194,11 +194,11 @@ def _inputs(
   tiles, places = query_tiles.list_tiles(
     problem.sizes, kv_lens, cu_q_lens, num_active, cost, tree_num_earlier
   )
-  plan = None
+  splits = None
   if config.splits:
     # A query tile that visits no KV tile is scheduled too: it writes 0.
     costs = jnp.maximum(tiles.costs, 1)
-    plan = schedule.split_evenly(
+    splits = schedule.split_evenly(
       costs, problem.num_kv_heads, config.num_programs
     )
   group = q.shape[1] // problem.num_kv_heads
@@ -206,7 +206,7 @@ def _inputs(
   k, v = kv.flat()
   inputs = Inputs(
     num_items=None if config.splits else tiles.num_items,
-    plan=plan,
+    splits=splits,
     tiles=tiles.tiles,
     holes=_has_holes(problem, num_earlier, kv_lens, page_indices),
     page_indices=page_indices,
@@ -271,10 +271,10 @@ def _launch(problem: RaggedProblem, inputs: Inputs) -> tuple[Array, Array]:
     kernel_name="ragged_attention",
   )
   (written,) = kernel(inputs)
-  if inputs.plan is None:
+  if inputs.splits is None:
     return written.out, written.lse
   return output.merge_partials(
-    problem, inputs.plan.firsts, inputs.tiles, inputs.sinks, written
+    problem, inputs.splits.firsts, inputs.tiles, inputs.sinks, written
   )
 
 
@@ -353,8 +353,10 @@ def _for_each_item(problem, inputs, outputs, smem, step) -> Count:
     return done.add(item)
 
   zero = Count(jnp.int32(0), jnp.int32(0))
-  if inputs.plan is not None:
-    return schedule.for_each_split(inputs.plan, num_kv_heads, zero, visit_split)
+  if inputs.splits is not None:
+    return schedule.for_each_split(
+      inputs.splits, num_kv_heads, zero, visit_split
+    )
   return query_tiles.for_each_item(
     inputs.num_items,
     inputs.tiles,

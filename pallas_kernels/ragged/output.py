@@ -177,7 +177,7 @@ def merge_partials(
 
   Args:
     problem: The static sizes.
-    firsts: See `schedule.Plan`.
+    firsts: See `schedule.Splits`.
     tiles: See `query_tiles.TileList`.
     sinks: f32[num_kv_heads, block_q], logits in base 2, or None.
     written: Outputs of the first kernel: the partials, and `out` and `lse`

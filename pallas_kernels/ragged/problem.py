@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
   """Arrays in global memory that the kernel reads."""
 
   num_items: ArrayOrRef | None  # i32[1]; None if items are split
-  plan: schedule.Plan | None  # None unless items are split
+  splits: schedule.Splits | None  # None unless items are split
   tiles: ArrayOrRef  # i32[num_tiles, fields], see `query_tiles.TileList`
   holes: ArrayOrRef  # i32[num_seqs], 1 where a query may see an unmapped page
   page_indices: ArrayOrRef  # i32[num_seqs, pages_per_seq]

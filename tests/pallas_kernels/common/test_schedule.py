@@ -1,4 +1,4 @@
-"""The dealing of tiles, beside lists."""
+"""How tiles are split between programs, beside lists."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def test_shares_cover_every_tile_once_and_evenly(num_programs):
   traces = []
 
   @jax.jit
-  def deal(num_tiles):
+  def split(num_tiles):
     traces.append(num_tiles)
     line = TileRanges(num_tiles, num_programs)
     programs = jnp.arange(num_programs + 1, dtype=jnp.int32)
@@ -33,7 +33,7 @@ def test_shares_cover_every_tile_once_and_evenly(num_programs):
     return line.start(programs), line.program_of(tiles)
 
   for num_tiles in range(most + 1):
-    starts, program_of = map(np.asarray, deal(np.int32(num_tiles)))
+    starts, program_of = map(np.asarray, split(np.int32(num_tiles)))
     shares = np.diff(starts)
     assert starts[0] == 0
     assert starts[-1] == num_tiles
@@ -46,12 +46,12 @@ def test_shares_cover_every_tile_once_and_evenly(num_programs):
 
 @pytest.mark.parametrize("num_kv_heads", [1, 3])
 @pytest.mark.parametrize("num_programs", [1, 5, 64])
-def test_plan_names_the_first_tile_of_each_program(num_kv_heads, num_programs):
+def test_splits_have_the_first_tile_of_each_program(num_kv_heads, num_programs):
   num_seqs = 6
   traces = []
 
   @jax.jit
-  def deal(num_tiles):
+  def split(num_tiles):
     traces.append(num_tiles)
     return schedule.split_evenly(num_tiles, num_kv_heads, num_programs)
 
@@ -61,10 +61,10 @@ def test_plan_names_the_first_tile_of_each_program(num_kv_heads, num_programs):
   batches += [[1, 1, 1, 1, 1, 90], [90, 1, 1, 1, 1, 1], [5, 5, 5, 5, 5, 5]]
   for num_tiles in batches:
     num_tiles = np.asarray(num_tiles, np.int32)
-    plan = deal(num_tiles)
+    splits = split(num_tiles)
     line = _line_up(num_tiles, num_kv_heads)
-    assert plan.starts.tolist() == [0, *np.cumsum(num_tiles)]
-    firsts = np.asarray(plan.firsts)
+    assert splits.starts.tolist() == [0, *np.cumsum(num_tiles)]
+    firsts = np.asarray(splits.firsts)
     shares = [len(x) for x in np.array_split(line, num_programs)]
     assert firsts[:, 0].tolist() == [0, *np.cumsum(shares)]
     assert firsts[-1, 0] == len(line)
@@ -75,8 +75,8 @@ def test_plan_names_the_first_tile_of_each_program(num_kv_heads, num_programs):
 
 def test_one_sequence_fills_all_programs():
   # 6, 6, 5 and 5 tiles.
-  plan = schedule.split_evenly(jnp.asarray([11], jnp.int32), 2, 4)
-  assert plan.firsts[:-1].tolist() == [
+  splits = schedule.split_evenly(jnp.asarray([11], jnp.int32), 2, 4)
+  assert splits.firsts[:-1].tolist() == [
     [0, 0, 0, 0, 11],
     [6, 0, 0, 6, 11],
     [12, 0, 1, 1, 11],
@@ -87,14 +87,14 @@ def test_one_sequence_fills_all_programs():
 @pytest.mark.parametrize("num_programs", [1, 5, 64])
 def test_fixed_splits_cut_an_item_by_its_own_length(num_programs):
   @jax.jit
-  def deal(num_tiles):
+  def split(num_tiles):
     return schedule.split_evenly(num_tiles, 3, num_programs, fixed_splits=True)
 
   rng = np.random.default_rng(0)
   for most in (1, 4, 5, 63, 64, 65, 2000):
     num_tiles = rng.integers(1, most, 6, endpoint=True)
     line = _line_up(num_tiles, 3)
-    starts = np.asarray(deal(jnp.asarray(num_tiles, jnp.int32)).firsts)[:, 0]
+    starts = np.asarray(split(jnp.asarray(num_tiles, jnp.int32)).firsts)[:, 0]
     assert starts[0] == 0
     assert starts[-1] == len(line)
     sizes = [max(4, -(-tiles // 16)) for _, _, _, tiles in line]

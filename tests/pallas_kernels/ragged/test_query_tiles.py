@@ -68,7 +68,7 @@ def test_tiles_hold_each_token_once(q_lens, kv_lens, num_active, causal):
   np.testing.assert_array_equal(seen, 1)
 
 
-def test_the_dearest_tiles_come_first():
+def test_the_tiles_that_cost_most_come_first():
   tiles, costs, *_ = _plan([9, 8, 23], [9, 100, 60], 3)
   assert (np.diff(costs) <= 0).all()
   assert [tile.seq for tile in tiles] == [1, 2, 2, 2, 0, 0]
