@@ -40,7 +40,7 @@ class TwoGroups(nnx.Module):
 def generate(model, state, tokens, prompt_lens):
   """Returns the rows after prefill and 12 new tokens."""
   state = loop.prefill(model, state, tokens, prompt_lens, chunk=16)
-  return loop.decode(model, state, num_steps=11)
+  return loop.decode(model, state, num_steps=11)  # prefill gave one token
 
 
 if __name__ == "__main__":
@@ -51,8 +51,8 @@ if __name__ == "__main__":
   params = sampling.stack([SamplingParams()] * 3)  # greedy
   state = rows.init(cache, params, jnp.full(3, 12), capacity=12)
   prompts = [5, 6, 7], list(range(20)), [8, 9, 3, 1, 2, 7, 6, 4, 0]  # 32 tokens
-  tokens, lens = np.concatenate(prompts), np.array([len(p) for p in prompts])
-  state = generate(model, state, tokens, lens)
+  lens = np.array([len(p) for p in prompts])
+  state = generate(model, state, np.concatenate(prompts), lens)
   at_once = jax.jit(lambda x: model.logits(model(x, None, None)[0]).argmax(-1))
   for prompt, tokens in zip(prompts, state.tokens.tolist(), strict=True):
     greedy = at_once(np.pad(prompt + tokens, (0, 20 - len(prompt)))).tolist()

@@ -28,7 +28,7 @@ class Choice:
   implementation: str  # one of IMPLEMENTATIONS
   reason: str | None  # why no kernel can serve the op; None if one can
   # For attention: whether the decode kernel serves it, not the ragged kernel.
-  by_decode: bool = False
+  uses_decode_kernel: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,9 @@ def decode_attention(
     ValueError: If the implementation is unknown.
     NotImplementedError: If the kernel is requested and cannot serve the op.
   """
-  return _choose(implementation, _not_by_decode(shapes, 1), by_decode=True)
+  return _choose(
+    implementation, _why_not_decode(shapes, 1), uses_decode_kernel=True
+  )
 
 
 def ragged_attention(
@@ -112,8 +114,8 @@ def ragged_attention(
     ValueError: If the implementation is unknown.
     NotImplementedError: If a kernel is requested and none can serve the op.
   """
-  if max_q_len is not None and _not_by_decode(shapes, max_q_len) is None:
-    return _choose(implementation, None, by_decode=True)
+  if max_q_len is not None and _why_not_decode(shapes, max_q_len) is None:
+    return _choose(implementation, None, uses_decode_kernel=True)
   if has_alibi and not causal:
     reason = "the ragged kernel supports alibi_slopes only with causal=True."
   else:
@@ -176,7 +178,7 @@ def check_implementation(implementation: str | None) -> None:
     )
 
 
-def _not_by_decode(shapes: AttentionShapes, max_q_len: int) -> str | None:
+def _why_not_decode(shapes: AttentionShapes, max_q_len: int) -> str | None:
   return decode_config.unsupported(
     *shapes.positional, kv_dtype=shapes.kv_dtype, max_q_len=max_q_len
   )
@@ -187,7 +189,7 @@ def _choose(
   unsupported: str | None,
   *,
   by_default: bool = True,
-  by_decode: bool = False,
+  uses_decode_kernel: bool = False,
 ) -> Choice:
   """Returns the choice.
 
@@ -198,7 +200,7 @@ def _choose(
     implementation: The implementation that the caller requests, or None.
     unsupported: Why the kernel does not support the shapes, None if it does.
     by_default: Whether the kernel is used without a request.
-    by_decode: See `Choice`.
+    uses_decode_kernel: See `Choice`.
   """
   check_implementation(implementation)
   reason = devices.why_not_hopper() or unsupported
@@ -207,4 +209,4 @@ def _choose(
   if implementation is None:
     serves = reason is None and by_default
     implementation = "mosaic_gpu" if serves else "xla"
-  return Choice(implementation, reason, by_decode)
+  return Choice(implementation, reason, uses_decode_kernel)

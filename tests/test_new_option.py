@@ -18,7 +18,7 @@ PATCH = ROOT / "tests/data/new_option.patch"
 OPS = {"paged_jax/ops/attention.py", "paged_jax/ops/layer.py"}
 SPEC = {"pallas_kernels/common/spec.py"}
 IMPLEMENTATIONS = {
-  "paged_jax/ops/plain.py",  # without a cache
+  "paged_jax/ops/dense.py",  # without a cache
   "paged_jax/ops/xla.py",
   "pallas_kernels/decode/tile.py",
   "pallas_kernels/ragged/problem.py",

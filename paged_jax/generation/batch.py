@@ -79,7 +79,7 @@ class Batch:
     return status
 
   def chunks(self, status: np.ndarray, chunk: int) -> Iterator[Plan]:
-    """Yields the plans that prefill the running prompts.
+    """Yields the plans that prefill the running prompts; see `chunk_plan`.
 
     The prompts lie one after the other on one token axis, and each plan has the
     next `chunk` tokens of it. Short prompts get a smaller chunk: their number
@@ -97,9 +97,9 @@ class Batch:
     tokens[:num_tokens] = [token for prompt in given for token in prompt]
     for first in range(0, num_tokens, chunk):
       last = first + chunk
-      here = np.minimum(ends, last) - np.maximum(ends - lens, first)
+      q_lens = np.minimum(ends, last) - np.maximum(ends - lens, first)
       yield Plan(
-        q_lens=jnp.asarray(np.maximum(here, 0)),
+        q_lens=jnp.asarray(np.maximum(q_lens, 0)),
         tokens=jnp.asarray(tokens[first:last]),
         samples=jnp.asarray((ends > first) & (ends <= last) & (lens > 0)),
       )

@@ -268,8 +268,8 @@ def _sized(
     fitting = int(free * _POOL_SHARE) // page_bytes
     if fitting < 1:
       raise MemoryError(
-        f"not one page of {page_bytes=} fits in {free} free bytes of device "
-        "memory."
+        f"{page_bytes=}, of a page in each layer group, must be at most "
+        f"{int(free * _POOL_SHARE)}, of {free} free bytes of device memory."
       )
     # Rounded down, so that the shape does not change with the free memory.
     wanted = min(wanted, 1 << (fitting.bit_length() - 1))

@@ -99,7 +99,14 @@ def prefill_step(
 
   Returns:
     The next rows, and the result of each row.
+
+  Raises:
+    ValueError: If `plan.slots` is not None; see also `step`.
   """
+  if plan.slots is not None:
+    raise ValueError(
+      f"plan.slots must be None, to prefill all rows; got {plan.slots}."
+    )
   rows, result = step(model, rows, plan)
   rows = rows_lib.end(rows, result.refused, Status.OUT_OF_PAGES)
   result = dataclasses.replace(result, status=rows.status)
@@ -118,6 +125,9 @@ def decode_step(model: DecoderModel, rows: Rows) -> tuple[Rows, Result]:
 
   Returns:
     The next rows, and the result of each row.
+
+  Raises:
+    See `step`.
   """
   rows, result = step(model, rows, decode_plan(rows))
   row = jnp.arange(rows.num_seqs, dtype=jnp.int32)
@@ -184,11 +194,12 @@ def chunk_plan(
   """
   first = i * chunk
   starts = jnp.pad(ends[:-1], (1, 0))
-  q_lens = jnp.minimum(ends, first + chunk) - jnp.maximum(starts, first)
+  last = first + chunk
+  q_lens = jnp.minimum(ends, last) - jnp.maximum(starts, first)
   return Plan(
     q_lens=jnp.maximum(q_lens, 0),
     tokens=lax.dynamic_slice(tokens, (first,), (chunk,)),
-    samples=(ends > first) & (ends <= first + chunk),
+    samples=(ends > first) & (ends <= last) & (ends > starts),
   )
 
 

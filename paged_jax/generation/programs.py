@@ -132,7 +132,11 @@ class HostResult(NamedTuple):
 
 
 def unpack(packed: np.ndarray) -> HostResult:
-  """Unpacks the result of `prefill_step` or `decode_step`."""
+  """Unpacks the result of `prefill_step` or `decode_step`.
+
+  Args:
+    packed: i32[3, num_seqs], or i32[4, num_seqs] with log-probabilities.
+  """
   tokens, num_new, status, *bits = packed
   logprobs = bits[0].view(np.float32) if bits else None
   return HostResult(tokens, num_new, status, logprobs)

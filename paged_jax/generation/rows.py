@@ -81,6 +81,7 @@ class Plan:
   # bool[num_entries], whether a token is sampled after the last one; False
   # inside a prompt. None: True.
   samples: Leaf | None = None
+  # Upper bound of `q_lens`, if known; 1 for decode.
   max_q_len: int | None = dataclasses.field(
     default=None, metadata=dict(static=True)
   )
@@ -94,7 +95,7 @@ class Result:
   tokens: Leaf  # i32[num_entries, 1], sampled
   num_new: Leaf  # i32[num_entries], how many of `tokens` are there
   status: Leaf  # i32[num_entries], a `Status`, after the step
-  refused: Leaf  # bool[num_entries], running rows that found no room
+  refused: Leaf  # bool[num_entries], running rows that found no pages
   logprobs: Leaf | None  # f32[num_entries, 1]
 
 

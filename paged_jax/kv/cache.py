@@ -104,13 +104,25 @@ class PagedCache:
     return self.groups[0].table.max_len
 
   def with_tables(self, tables: Sequence[PageTable]) -> "PagedCache":
-    """Returns the cache with its page tables replaced, one for each group."""
+    """Returns the cache with its page tables replaced.
+
+    Args:
+      tables: One for each layer group.
+
+    Raises:
+      ValueError: If their number is not that of the groups.
+    """
     pairs = zip(self.groups, tables, strict=True)
     groups = [dataclasses.replace(group, table=t) for group, t in pairs]
     return dataclasses.replace(self, groups=tuple(groups))
 
   def with_pool(self, group: int, new_pool: KVPool) -> "PagedCache":
-    """Returns the cache with the pool of one group replaced."""
+    """Returns the cache with the pool of one group replaced.
+
+    Args:
+      group: Index of the layer group.
+      new_pool: Its pool.
+    """
     changed = dataclasses.replace(self.groups[group], pool=new_pool)
     groups = (*self.groups[:group], changed, *self.groups[group + 1 :])
     return dataclasses.replace(self, groups=groups)
@@ -123,7 +135,7 @@ def append(
   order: Int[Array, " num_seqs"] | None = None,
   max_new_tokens: int | None = None,
 ) -> tuple[PagedCache, Bool[Array, " num_seqs"]]:
-  """Reserves room for new tokens, and carries out the page copies.
+  """Reserves pages for new tokens, and carries out the page copies.
 
   Most callers want `begin_step`, which calls this function.
 

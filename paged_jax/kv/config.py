@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 
 from paged_jax import dispatch
 from paged_jax.kv import dtypes
+from pallas_kernels.common.rounding import cdiv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +63,14 @@ class CacheConfig:
 
   @property
   def pages_per_seq(self) -> int:
-    """Number of pages of the longest sequence."""
+    """Number of pages of the longest sequence.
+
+    Raises:
+      ValueError: If `max_len` is None.
+    """
     if self.max_len is None:
       raise ValueError("max_len=None must be an integer here.")
-    return -(-self.max_len // self.page_size)
+    return cdiv(self.max_len, self.page_size)
 
   def pages_of_groups(self, num_groups: int) -> tuple[int, ...]:
     """Returns the number of pages of each pool.

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from paged_jax import dispatch
 from paged_jax.kv import dtypes, quantised
+from paged_jax.page_table import arguments
 from paged_jax.typing import Leaf
 from pallas_kernels.common.paged_kv import PagedKV
 
@@ -310,7 +311,7 @@ def zero_pages(pool: KVPool, pages: Int[Array, " num_zeroed"]) -> KVPool:
   """
   if pages.ndim != 1:
     raise ValueError(f"{pages.shape=} must be 1-D.")
-  pages = _nowhere_if_outside(pages, pool.num_pages)
+  pages = arguments.or_none(pages, pool.num_pages)
   zero = lambda x, pages: x.at[pages].set(0, mode="drop")
   return jax.tree.map(lambda x: quantised.move(zero, x, pages), pool)
 
@@ -357,11 +358,6 @@ def _check_sizes(shape: tuple[int, ...], dtype: DTypeLike) -> None:
       f"{shape=} has {num_rows} rows of head_dim elements, which exceed the "
       "limit of 2**31 - 1."
     )
-
-
-def _nowhere_if_outside(pages: Array, num_pages: int) -> Array:
-  """Returns `pages`, with `num_pages` for those out of range: -1 would wrap."""
-  return jnp.where((pages >= 0) & (pages < num_pages), pages, num_pages)
 
 
 def _stored(pool: KVPool, k: Array, v: Array) -> KVPool:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int
 from paged_jax import page_table
 from paged_jax.kv import cache as paged_cache
 from paged_jax.kv.cache import PagedCache
-from paged_jax.page_table import PageTable
+from paged_jax.page_table import PageTable, arguments
 from paged_jax.typing import Leaf
 
 
@@ -85,7 +85,7 @@ def begin_step(
   max_q_len: int | None = None,
   tree_mask: Bool[Array, "num_tokens max_new"] | None = None,
 ) -> tuple[PagedCache, Step]:
-  """Reserves room for the new tokens of a step: prefill, decode, or a mixture.
+  """Reserves pages for the new tokens of a step: prefill, decode, or a mixture.
 
   The tokens of all rows lie one after the other on a flat token axis: row `i`
   has the tokens `cu_q_lens[i] : cu_q_lens[i + 1]`. With `max_q_len=1` (decode),
@@ -136,13 +136,10 @@ def begin_step(
       f"rows.shape={jnp.shape(rows)} must have at most {cache.num_seqs=} rows."
     )
   _check_known(q_lens, num_tokens, max_q_len)
-  q_lens = page_table.integers(q_lens, (num_rows,), "q_lens")
+  q_lens = arguments.integers(q_lens, (num_rows,), "q_lens")
   if rows is not None:
-    rows = page_table.integers(rows, (num_rows,), "rows")
-    # In a gather, -1 would be the last row.
-    rows = jnp.where(
-      (rows >= 0) & (rows < cache.num_seqs), rows, cache.num_seqs
-    )
+    rows = arguments.integers(rows, (num_rows,), "rows")
+    rows = arguments.or_none(rows, cache.num_seqs)
   if max_q_len == 1 and num_tokens != num_rows:
     raise ValueError(
       f"{num_tokens=} must be {num_rows=} with max_q_len=1: row i has token i."
@@ -150,30 +147,24 @@ def begin_step(
   cu_q_lens, wanted = _spans(q_lens, num_tokens, max_q_len)
   cache, ok = _reserve(cache, wanted, rows, max_q_len or num_tokens)
 
-  # The positions and the slots of tokens.
-  all_rows = jnp.arange(cache.num_seqs, dtype=jnp.int32)
-  table_rows = all_rows if rows is None else rows
   kv_lens = cache.kv_lens
   if rows is not None:
     kv_lens = kv_lens.at[rows].get(mode="fill", fill_value=0)
   kv_lens = jnp.where(ok, kv_lens, 0)
   if max_q_len == 1:
-    is_token, positions = ok, jnp.where(ok, kv_lens - 1, 0)
-    rows_of_tokens = jnp.where(ok, table_rows, cache.num_seqs)
+    row, is_token = jnp.arange(num_rows, dtype=jnp.int32), ok
+    positions = jnp.where(ok, kv_lens - 1, 0)
   else:
     row = _rows_of_tokens(cu_q_lens, num_tokens)
     is_token = ok.at[row].get(mode="fill", fill_value=False)
-    token = jnp.arange(num_tokens, dtype=jnp.int32)
-    from_end = cu_q_lens[1:].at[row].get(mode="clip") - token
-    positions = kv_lens.at[row].get(mode="clip") - from_end
-    positions = jnp.where(is_token, positions, 0)
-    rows_of_tokens = table_rows.at[row].get(mode="clip")
-    # New tokens of a refused row are not stored.
-    rows_of_tokens = jnp.where(is_token, rows_of_tokens, cache.num_seqs)
+    positions = _positions(cu_q_lens, kv_lens, row, is_token)
+  table_row = row if rows is None else rows.at[row].get(mode="clip")
+  # New tokens of a refused row are not stored.
+  table_row = jnp.where(is_token, table_row, cache.num_seqs)
   groups = tuple(
     GroupStep(
       page_indices=_entries(group.table, rows),
-      slots=page_table.slots(group.table, rows_of_tokens, positions),
+      slots=page_table.slots(group.table, table_row, positions),
     )
     for group in cache.groups
   )
@@ -190,7 +181,7 @@ def begin_step(
 
 
 def begin_padded(cache: PagedCache, mask: Array) -> tuple[PagedCache, Step]:
-  """Reserves room for the tokens of a padded batch; see `begin_step`.
+  """Reserves pages for the tokens of a padded batch; see `begin_step`.
 
   Row `i` of the batch is row `i` of the cache. Padding may be on the left, on
   the right, or between tokens. The arrays given to `attend_layer`,
@@ -296,7 +287,7 @@ def _reserve(
     return cache, ok & (wanted > 0)
   num_seqs = cache.num_seqs
   asks = rows < num_seqs
-  asks &= page_table.first_to_name(rows, asks)
+  asks &= arguments.is_first(rows, asks)
   wanted = jnp.where(asks, wanted, 0)
   where = jnp.where(asks, rows, num_seqs)
   by_row = jnp.zeros(num_seqs, jnp.int32).at[where].set(wanted, mode="drop")
@@ -318,6 +309,23 @@ def _entries(table: PageTable, rows: Array | None) -> Array:
   return table.page_indices.at[rows].get(
     mode="fill", fill_value=table.num_pages
   )
+
+
+def _positions(
+  cu_q_lens: Array, kv_lens: Array, row: Array, is_token: Array
+) -> Array:
+  """Returns i32[num_tokens], the position of each token in its row.
+
+  Args:
+    cu_q_lens: i32[num_rows + 1], spans of the rows on the token axis.
+    kv_lens: i32[num_rows], lengths after the step.
+    row: i32[num_tokens], row of each token.
+    is_token: bool[num_tokens], False for padding, which has position 0.
+  """
+  token = jnp.arange(row.shape[0], dtype=jnp.int32)
+  from_end = cu_q_lens[1:].at[row].get(mode="clip") - token
+  positions = kv_lens.at[row].get(mode="clip") - from_end
+  return jnp.where(is_token, positions, 0)
 
 
 def _rows_of_tokens(cu_q_lens: Array, num_tokens: int) -> Array:

@@ -114,6 +114,10 @@ def run(
 def logits(model: DecoderModel, hidden: Array) -> Array:
   """Returns the logits f32[num_rows, vocab_size] of hidden states, checked.
 
+  Args:
+    model: The model.
+    hidden: [num_rows, width], rows of the hidden states.
+
   Raises:
     ValueError: If the model returns another shape or dtype.
   """

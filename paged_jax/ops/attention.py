@@ -290,7 +290,7 @@ def attend_ragged(
     num_active,
     arrays,
     spec=spec,
-    max_q_len=max_q_len if choice.by_decode else None,
+    max_q_len=max_q_len if choice.uses_decode_kernel else None,
     implementation=choice.implementation,
   )
 

@@ -12,8 +12,8 @@ from paged_jax.kv.cache import PagedCache
 from paged_jax.kv.step import Step
 from paged_jax.ops import checks
 from paged_jax.ops.attention import attend_decode, attend_ragged
+from paged_jax.ops.dense import causal_attention
 from paged_jax.ops.options import check_arrays, make_spec
-from paged_jax.ops.plain import causal_attention
 from pallas_kernels.common.paged_kv import PagedKV
 from pallas_kernels.common.spec import AttentionArrays, AttentionSpec
 
@@ -245,8 +245,8 @@ def _attend_without_cache(q, k, v, cache, step, spec, sinks, alibi_slopes):
     raise ValueError("cache and step must both be given, or both be None.")
   if k is None or v is None:
     raise ValueError(
-      "k and v must be arrays without a cache: pass a layer that shares them "
-      "the k and v of the other layer."
+      "k and v must be arrays without a cache: for a layer with `shares`, pass "
+      "the k and v of that earlier layer."
     )
   if q.ndim < 3 or k.ndim != q.ndim:
     raise ValueError(

@@ -41,8 +41,8 @@ def merge_attention(
       Compute the parts without sinks, so that they count once.
 
   Returns:
-    The output in the dtype of the parts, and `lse`. Tokens that no part has a
-    key for give 0 and -inf, with or without sinks.
+    The output in the dtype of the parts, and `lse`. Tokens without a key in
+    any part give 0 and -inf, with or without sinks.
 
   Raises:
     ValueError: If there are no parts, or if a part or `sinks` has the wrong

@@ -1,10 +1,10 @@
 """Paged attention in plain JAX: every option, every device.
 
-Streams over tiles of keys with an online softmax (Milakov & Gimelshein, 2018),
-so no intermediate array grows with the context. A tile is a few pages,
-gathered through the page table. A row of work is a block of query tokens of
-one sequence: one token for decode, up to 128 for prefill. A row visits only
-the tiles that its sequence and its window reach.
+Streams over KV tiles with an online softmax (Milakov & Gimelshein, 2018), so no
+intermediate array grows with the context. A KV tile is a few pages, gathered
+through the page table. A query tile has query tokens of one sequence: one for
+decode, up to 128 for prefill. It visits only the KV tiles that its sequence and
+its window reach.
 
 The data of quantised pages are exact in the dtype of the queries. Scales are
 applied in float32: the scales of K to the scores, the scales of V to the
@@ -32,8 +32,8 @@ from pallas_kernels.common.spec import (
 
 _DECODE_TILE = 128  # tokens of K and V per tile
 _PREFILL_TILE = 256
-_MAX_BLOCK_Q = 128
-_BLOCKS_PER_WAVE = 8
+_MAX_BLOCK_Q = 128  # tokens of a query tile
+_QUERY_TILES_AT_ONCE = 8  # bounds the memory of scores
 
 
 def paged_attention(
@@ -72,41 +72,39 @@ def ragged_paged_attention(
   if num_tokens == 0 or num_seqs == 0:
     return out, lse
   block_q = min(_MAX_BLOCK_Q, next_power_of_two(num_tokens))
-  # Every block is full, except for the last one of each sequence.
+  # Every query tile is full, except for the last one of each sequence.
   most = min(num_tokens, num_tokens // block_q + num_seqs)
-  wave = min(most, _BLOCKS_PER_WAVE)
-  blocks = _QueryBlocks(cu_q_lens, kv_lens, num_active, block_q)
+  width = min(most, _QUERY_TILES_AT_ONCE)
+  q_tiles = _QueryTiles(cu_q_lens, kv_lens, num_active, block_q)
 
-  def run_wave(i, carry):
+  def run(i, carry):
     out, lse = carry
-    block = i * wave + jnp.arange(wave, dtype=jnp.int32)
-    seq_ids, tokens, positions = blocks.at(block)
+    index = i * width + jnp.arange(width, dtype=jnp.int32)
+    seq_ids, tokens, positions = q_tiles.at(index)
     ends, tree = positions + 1, None
     if not spec.causal or arrays.tree_mask is not None:
       ends = jnp.where(tokens < num_tokens, kv_lens[seq_ids][:, None], 0)
     if arrays.tree_mask is not None:
-      tree = _Tree(arrays.tree_mask, tokens, blocks.context[seq_ids])
-      positions = tree.positions(blocks.q_lens[seq_ids])
-    q_block = q.at[tokens].get(mode="clip")
-    queries = _Queries(q_block, seq_ids, positions, ends, tree)
-    block_out, block_lse = _attend(
+      tree = _Tree(arrays.tree_mask, tokens, q_tiles.context[seq_ids])
+      positions = tree.positions(q_tiles.q_lens[seq_ids])
+    q_tile = q.at[tokens].get(mode="clip")
+    queries = _Queries(q_tile, seq_ids, positions, ends, tree)
+    tile_out, tile_lse = _attend(
       queries, kv, arrays, spec, tile_tokens=_PREFILL_TILE
     )
-    out = out.at[tokens].set(block_out.astype(q.dtype), mode="drop")
-    return out, lse.at[tokens].set(block_lse, mode="drop")
+    out = out.at[tokens].set(tile_out.astype(q.dtype), mode="drop")
+    return out, lse.at[tokens].set(tile_lse, mode="drop")
 
-  return lax.fori_loop(
-    0, (blocks.count + wave - 1) // wave, run_wave, (out, lse)
-  )
+  return lax.fori_loop(0, (q_tiles.count + width - 1) // width, run, (out, lse))
 
 
-class _QueryBlocks:
-  """The queries of a ragged batch, in blocks of at most block_q per sequence.
+class _QueryTiles:
+  """The query tiles of a ragged batch, of at most `block_q` tokens each.
 
   Attributes:
     q_lens: i32[num_seqs], query tokens of each sequence.
     context: i32[num_seqs], tokens before the query tokens.
-    count: i32[], number of blocks.
+    count: i32[], number of query tiles.
   """
 
   def __init__(self, cu_q_lens, kv_lens, num_active, block_q):
@@ -116,22 +114,22 @@ class _QueryBlocks:
     self._first_token = cu_q_lens[:-1]
     self.q_lens = jnp.where(active, cu_q_lens[1:] - cu_q_lens[:-1], 0)
     self.context = kv_lens - self.q_lens
-    blocks = (self.q_lens + block_q - 1) // block_q
-    self._ends = jnp.cumsum(blocks, dtype=jnp.int32)
-    self._starts = self._ends - blocks
+    counts = (self.q_lens + block_q - 1) // block_q
+    self._ends = jnp.cumsum(counts, dtype=jnp.int32)
+    self._starts = self._ends - counts
     self.count = self._ends[-1]
 
-  def at(self, block: Array) -> tuple[Array, Array, Array]:
-    """Returns the sequences, tokens and positions of i32[wave] blocks.
+  def at(self, index: Array) -> tuple[Array, Array, Array]:
+    """Returns the sequences, tokens and positions of i32[width] query tiles.
 
-    Tokens and positions are i32[wave, block_q]. A query past the end of its
-    block is an out-of-range token at position -1, which sees no key.
+    Tokens and positions are i32[width, block_q]. A query past the end of its
+    tile is an out-of-range token at position -1, which sees no key.
     """
-    seq = jnp.searchsorted(self._ends, block, side="right").astype(jnp.int32)
-    exists = block < self.count
+    seq = jnp.searchsorted(self._ends, index, side="right").astype(jnp.int32)
+    exists = index < self.count
     seq = jnp.where(exists, seq, 0)
     within = jnp.arange(self._block_q, dtype=jnp.int32)[None]
-    offset = (block - self._starts[seq])[:, None] * self._block_q + within
+    offset = (index - self._starts[seq])[:, None] * self._block_q + within
     valid = exists[:, None] & (offset < self.q_lens[seq][:, None])
     context = self.context[seq][:, None]
     token = self._first_token[seq][:, None] + offset
@@ -143,14 +141,14 @@ class _QueryBlocks:
 
 
 class _Tree(NamedTuple):
-  """The tree mask, and where it applies to the queries of blocks."""
+  """The tree mask, and where it applies to the query tiles."""
 
   mask: Array  # bool[num_tokens, max_new]
-  tokens: Array  # i32[num_rows, block_q]
-  context: Array  # i32[num_rows], position of the first new token
+  tokens: Array  # i32[num_q_tiles, block_q]
+  context: Array  # i32[num_q_tiles], position of the first new token
 
   def positions(self, q_lens: Array) -> Array:
-    """Returns i32[num_rows, block_q], the context plus each query's depth."""
+    """Returns i32[num_q_tiles, block_q]: the context plus the depth."""
     column = jnp.arange(self.mask.shape[1], dtype=jnp.int32)
     rows = self.mask.at[self.tokens].get(mode="fill", fill_value=False)
     rows &= (column[None] < q_lens[:, None])[:, None]
@@ -161,9 +159,9 @@ class _Tree(NamedTuple):
     """Returns `visible`, with the mask applied to the keys of new tokens.
 
     Args:
-      visible: bool[num_rows, block_q, pages_per_tile, page_size].
-      key: i32[num_rows, pages_per_tile, page_size], positions.
-      ends: i32[num_rows, block_q], see `_Queries`.
+      visible: bool[num_q_tiles, block_q, pages_per_tile, page_size].
+      key: i32[num_q_tiles, pages_per_tile, page_size], positions.
+      ends: i32[num_q_tiles, block_q], see `_Queries`.
     """
     nth = key - self.context[:, None, None]
     # A negative column would count from the end.
@@ -176,22 +174,22 @@ class _Tree(NamedTuple):
 
 
 class _Queries(NamedTuple):
-  """Blocks of query tokens; each block is of one sequence."""
+  """Query tiles; each has tokens of one sequence."""
 
-  q: Array  # [num_rows, block_q, num_q_heads, head_dim]
-  seq_ids: Array  # i32[num_rows], row of the page table
-  positions: Array  # i32[num_rows, block_q], where windows end
-  ends: Array  # i32[num_rows, block_q], end of the keys that a query may see
+  q: Array  # [num_q_tiles, block_q, num_q_heads, head_dim]
+  seq_ids: Array  # i32[num_q_tiles], row of the page table
+  positions: Array  # i32[num_q_tiles, block_q], where windows end
+  ends: Array  # i32[num_q_tiles, block_q], end of the keys that a query may see
   tree: _Tree | None
 
 
 class _Tile(NamedTuple):
-  """A tile of keys for each row of queries."""
+  """A KV tile for each query tile."""
 
-  rows: Array  # i32[num_rows, pages_per_tile], rows of the flattened pool
-  key: Array  # i32[num_rows, pages_per_tile, page_size], positions
-  visible: Array  # bool[num_rows, block_q, pages_per_tile, page_size]
-  # bool[num_rows, pages_per_tile, 1, page_size], visible to any query.
+  rows: Array  # i32[num_q_tiles, pages_per_tile], rows of the flattened pool
+  key: Array  # i32[num_q_tiles, pages_per_tile, page_size], positions
+  visible: Array  # bool[num_q_tiles, block_q, pages_per_tile, page_size]
+  # bool[num_q_tiles, pages_per_tile, 1, page_size], visible to any query.
   seen: Array
 
 
@@ -203,8 +201,8 @@ def _attend(
   *,
   tile_tokens: int,
 ) -> tuple[Array, Array]:
-  """Returns f32 outputs [num_rows, block_q, num_q_heads, head_dim], and LSE."""
-  num_rows, block_q, num_q_heads, head_dim = queries.q.shape
+  """Returns the output f32[num_q_tiles, block_q, num_q_heads, head_dim], LSE."""
+  num_q_tiles, block_q, num_q_heads, head_dim = queries.q.shape
   group = num_q_heads // kv.num_kv_heads
   pages_per_tile = max(1, tile_tokens // kv.page_size)
   pages_per_tile = min(pages_per_tile, kv.pages_per_seq)
@@ -215,7 +213,7 @@ def _attend(
     spec,
   )
   per_head = (1, kv.num_kv_heads, group)
-  q = queries.q.reshape(num_rows, block_q, *per_head[1:], head_dim)
+  q = queries.q.reshape(num_q_tiles, block_q, *per_head[1:], head_dim)
   slopes = None
   if arrays.alibi_slopes is not None:
     slopes = arrays.alibi_slopes.astype(jnp.float32)
@@ -234,7 +232,7 @@ def _attend(
     s = _scores(q, k, tile, queries.positions, slopes, spec)
     # 3. Online softmax: rescale the state to the new maximum.
     m_next = jnp.maximum(m, s.max((-2, -1)))
-    # Until a row has seen a key, exp(-inf - 0) keeps its state 0.
+    # Until a query has seen a key, exp(-inf - 0) keeps its state 0.
     shift = jnp.where(m_next == -jnp.inf, 0.0, m_next)
     alpha = jnp.exp(m - shift)
     p = jnp.exp(s - shift[..., None, None])
@@ -242,7 +240,7 @@ def _attend(
     acc = acc * alpha[..., None] + _weigh_values(p, v, tile, product_dtype)
     return m_next, l * alpha + p.sum((-2, -1)), acc
 
-  shape = (num_rows, *per_head[1:], block_q)
+  shape = (num_q_tiles, *per_head[1:], block_q)
   m, l, acc = lax.fori_loop(
     0,
     tiles.count,
@@ -258,7 +256,7 @@ def _attend(
     sinks = sinks.astype(jnp.float32).reshape(*per_head, 1)
   out, lse = _finish(m, l, acc, sinks)
   out = jnp.moveaxis(out, 3, 1).reshape(queries.q.shape)
-  return out, jnp.moveaxis(lse, 3, 1).reshape(num_rows, block_q, num_q_heads)
+  return out, jnp.moveaxis(lse, 3, 1).reshape(num_q_tiles, block_q, num_q_heads)
 
 
 def _tile(
@@ -268,13 +266,13 @@ def _tile(
   tile: Array,
   pages_per_tile: int,
 ) -> _Tile:
-  """Returns one tile of keys for each row.
+  """Returns a KV tile for each query tile.
 
   Args:
     queries: The queries.
     kv: The keys and values.
     spec: The static options.
-    tile: i32[num_rows], index of the tile.
+    tile: i32[num_q_tiles], index of the tile.
     pages_per_tile: Number of pages of a tile.
   """
   column = tile[:, None] * pages_per_tile
@@ -301,7 +299,7 @@ def _tile(
 
 
 def _scores(q, k: KVArrays, tile: _Tile, positions, slopes, spec):
-  """Returns f32[rows, heads, group, block_q, pages, page_size], masked."""
+  """Returns f32[tiles, heads, group, block_q, pages, page_size], masked."""
   keys = _gather(k.pages, tile.rows).astype(q.dtype)
   s = spec.scale * jnp.einsum(
     "rqhgd,rphsd->rhgqps", q, keys, preferred_element_type=jnp.float32
@@ -317,9 +315,9 @@ def _scores(q, k: KVArrays, tile: _Tile, positions, slopes, spec):
 
 
 def _weigh_values(p, v: KVArrays, tile: _Tile, product_dtype):
-  """Returns f32[rows, heads, group, block_q, head_dim], P V of a tile."""
+  """Returns f32[tiles, heads, group, block_q, head_dim], P V of a KV tile."""
   values = _gather(v.pages, tile.rows).astype(product_dtype)
-  # 0 * NaN is NaN, so values that no query of the block sees are set to 0.
+  # 0 * NaN is NaN, so values that no query of the tile sees are set to 0.
   values = jnp.where(tile.seen[..., None], values, 0)
   weights = p if v.scales is None else p * _by_key(v.scales, tile)
   return jnp.einsum(
@@ -349,10 +347,10 @@ def _visible(pos, end, key, spec: AttentionSpec):
 
 
 class _Tiles:
-  """The tiles of keys that each row visits: sink tokens first, then the window.
+  """The KV tiles that each query tile visits: sink tokens, then the window.
 
   Attributes:
-    count: i32[], maximum number of tiles of a row. A row sees no key in visits
+    count: i32[], maximum number of KV tiles. A query tile sees no key in visits
       past its own last tile.
   """
 
@@ -361,7 +359,7 @@ class _Tiles:
   ):
     ends = queries.ends
     last = jnp.maximum(ends.max(1), 0) - 1
-    # Exclusive end: 0 for a row without keys, at most the tiles of the table.
+    # Exclusive end: 0 without keys, at most the tiles of the table.
     end = jnp.minimum(last // tile + 1, num_tiles)
     if (window := spec.sliding_window) is None:
       self._num_sink_tiles = 0
@@ -379,7 +377,7 @@ class _Tiles:
     self.count = jnp.max(count, initial=0)
 
   def at(self, i: Array | int) -> Array:
-    """Returns i32[num_rows], the i-th tile of each row."""
+    """Returns i32[num_q_tiles], the i-th KV tile of each query tile."""
     return jnp.where(
       i < self._num_sink_tiles, i, self._first + (i - self._num_sink_tiles)
     )
@@ -388,7 +386,7 @@ class _Tiles:
 def _finish(m, l, acc, sinks):
   """Normalises the softmax state; `sinks` are added to the denominator only."""
   empty = m == -jnp.inf
-  lse = m + jnp.log(jnp.where(empty, 1.0, l))  # -inf for an empty row
+  lse = m + jnp.log(jnp.where(empty, 1.0, l))  # -inf without keys
   total = lse if sinks is None else jnp.logaddexp(lse, sinks)
   total = jnp.where(empty, 0.0, total)
   weight = jnp.exp(jnp.where(empty, 0.0, m) - total)

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from paged_jax.page_table import _quota
+from paged_jax.page_table import _quota, arguments
 from paged_jax.page_table._check import checked
-from paged_jax.page_table._state import PageTable, integers, pages_for
+from paged_jax.page_table._state import PageTable, pages_for
 from paged_jax.typing import Leaf
+from pallas_kernels.common.rounding import cdiv
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +40,7 @@ def append(
   order: Int[Array, " num_seqs"] | None = None,
   max_new_tokens: int | None = None,
 ) -> Appended:
-  """Reserves room for new tokens in every row at once.
+  """Reserves pages for the new tokens of all rows at once.
 
   The length of each served row grows by its number of new tokens. A refused
   row stays bit for bit as it was. The caller then carries out the copies
@@ -79,7 +80,7 @@ def append(
       integer array, or if `max_new_tokens` is below 1.
   """
   num_seqs, page_size = table.num_seqs, table.page_size
-  num_new = integers(num_new_tokens, (num_seqs,), "num_new_tokens")
+  num_new = arguments.integers(num_new_tokens, (num_seqs,), "num_new_tokens")
   limit = table.max_len if max_new_tokens is None else max_new_tokens
   if limit < 1:
     raise ValueError(f"{max_new_tokens=} must be at least 1.")
@@ -92,7 +93,7 @@ def append(
 
   # A copy replaces the last page, so it precedes the new pages.
   taken = jnp.where(ok, need + copies.astype(jnp.int32), 0)
-  most = 1 + -(-(limit - 1) // page_size)
+  most = 1 + cdiv(limit - 1, page_size)
   first = pages_for(table.kv_lens, page_size) - copies.astype(jnp.int32)
   table, pages = _pop(
     table, taken, first, ahead, min(most, table.pages_per_seq)
@@ -130,13 +131,13 @@ def _ahead(num_seqs: int, order: Array | None) -> Array:
   earlier = row[:, None] > row[None]
   if order is None:
     return earlier
-  order = integers(order, (num_seqs,), "order")
-  named = jnp.where((order >= 0) & (order < num_seqs), order, num_seqs)
-  place = jnp.full_like(row, num_seqs).at[named].min(row, mode="drop")
+  order = arguments.integers(order, (num_seqs,), "order")
+  rows = arguments.or_none(order, num_seqs)
+  rank = jnp.full_like(row, num_seqs).at[rows].min(row, mode="drop")
   # Ties go by row, so any `order` gives a strict order, and no two rows get
   # the same page.
-  return (place[:, None] > place[None]) | (
-    (place[:, None] == place[None]) & earlier
+  return (rank[:, None] > rank[None]) | (
+    (rank[:, None] == rank[None]) & earlier
   )
 
 
@@ -153,11 +154,10 @@ def _serve(
 ) -> tuple[Array, Array, Array]:
   """Decides which rows are served, and which of them copy their last page.
 
-  Only a partly filled last page can be both shared and written. The rows of
-  the call that write to one page form a group. If the group holds all
-  references to the page, it needs one copy less than it has rows. Which row
-  keeps the page does not change the number of pages needed, so the rows that
-  fit are determined first.
+  Only a partly filled last page can be both shared and written. If the rows
+  of the call that write to a page have all references to it, they need one copy
+  less than their number. Which row keeps the page does not change the number of
+  pages needed, so the rows that fit are determined first.
 
   Args:
     table: The table.
@@ -173,22 +173,22 @@ def _serve(
   row = jnp.arange(table.num_seqs, dtype=jnp.int32)
   column = jnp.maximum(pages_for(table.kv_lens, table.page_size) - 1, 0)
   page = table.page_indices[row, column]
-  group = (page[:, None] == page[None]) & writes[:, None] & writes[None]
-  num_writers = jnp.sum(group, axis=1, dtype=jnp.int32)
-  owners = table.ref_counts.at[page].get(mode="clip")
-  alone = writes & (num_writers == owners)
+  same_page = (page[:, None] == page[None]) & writes[:, None] & writes[None]
+  num_writers = jnp.sum(same_page, axis=1, dtype=jnp.int32)
+  num_references = table.ref_counts.at[page].get(mode="clip")
+  has_all_references = writes & (num_writers == num_references)
 
-  # To find the rows that fit, let the last row of a group keep the page.
-  spared = alone & ~jnp.any(group & ahead.T, axis=1)
-  want = need + (writes & ~spared).astype(jnp.int32)
+  # To find the rows that fit, let the last writer of a page keep it.
+  is_last = has_all_references & ~jnp.any(same_page & ahead.T, axis=1)
+  want = need + (writes & ~is_last).astype(jnp.int32)
   total = want + _sum_ahead(ahead, want)
   fits = valid & ((want == 0) | (total <= table.num_free))
-  whole = ~jnp.any(group & ~fits[None], axis=1)
-  ok = fits & (~spared | whole)
+  all_fit = ~jnp.any(same_page & ~fits[None], axis=1)
+  ok = fits & (~is_last | all_fit)
 
-  # In the result, the first row of the group keeps it.
-  keeps = alone & whole & ~jnp.any(group & ahead, axis=1)
-  copies = ok & writes & ~keeps
+  # In the result, the first writer keeps it.
+  is_first = has_all_references & ~jnp.any(same_page & ahead, axis=1)
+  copies = ok & writes & ~(is_first & all_fit)
   return ok, copies, jnp.where(copies, page, table.num_pages)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array
 
+from paged_jax.page_table import arguments
 from paged_jax.page_table._state import PageTable, mapped, pages_for
 from paged_jax.typing import Leaf
 
@@ -45,28 +46,32 @@ def check(table: PageTable) -> Invariants:
   num_pages = table.num_pages
   entries = table.page_indices
   is_mapped = mapped(table)
-  named = jnp.zeros_like(table.ref_counts).at[_in_range(entries, num_pages)]
-  counts = named.add(1, mode="drop") + table.holds
+  references = jnp.zeros_like(table.ref_counts).at[
+    arguments.or_none(entries, num_pages)
+  ]
+  counts = references.add(1, mode="drop") + table.holds
 
   depth = jnp.arange(num_pages, dtype=jnp.int32)
   on_stack = depth < table.num_free
   stack = jnp.where(on_stack, table.free_pages, num_pages)
-  times = jnp.zeros_like(table.ref_counts).at[_in_range(stack, num_pages)]
+  times = jnp.zeros_like(table.ref_counts).at[
+    arguments.or_none(stack, num_pages)
+  ]
   times = times.add(1, mode="drop")
 
   column = jnp.arange(table.pages_per_seq, dtype=jnp.int32)
   used = column[None] < pages_for(table.kv_lens, table.page_size)[:, None]
   # A window is at least one token wide, so a hole ends before min_lens.
-  left = (column[None] + 1) * table.page_size < table.min_lens[:, None]
+  is_passed = (column[None] + 1) * table.page_size < table.min_lens[:, None]
   in_order = jnp.sort(entries, axis=1)
   same = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] < num_pages)
-  lens, floor = table.kv_lens, table.min_lens
+  lens, min_lens = table.kv_lens, table.min_lens
   return Invariants(
     entries_are_pages=jnp.all((entries >= 0) & (entries <= num_pages)),
     lens_fit=jnp.all((lens >= 0) & (lens <= table.max_len)),
     nothing_past_the_end=jnp.all(used | ~is_mapped),
-    holes_are_windows=jnp.all(~used | is_mapped | left)
-    & jnp.all((floor >= 0) & (floor <= lens)),
+    holes_are_windows=jnp.all(~used | is_mapped | is_passed)
+    & jnp.all((min_lens >= 0) & (min_lens <= lens)),
     pages_differ=~jnp.any(same),
     counts_match=jnp.all(counts == table.ref_counts),
     holds_are_counts=jnp.all(table.holds >= 0),
@@ -108,8 +113,3 @@ def checked[**P, R](
     return result
 
   return run
-
-
-def _in_range(pages: Array, num_pages: int) -> Array:
-  """Returns `pages`, with `num_pages` for those out of range: -1 would wrap."""
-  return jnp.where((pages < 0) | (pages > num_pages), num_pages, pages)

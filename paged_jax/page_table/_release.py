@@ -5,14 +5,13 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from paged_jax.page_table import arguments
 from paged_jax.page_table._check import checked
 from paged_jax.page_table._requests import requested
-from paged_jax.page_table._stack import give_back
+from paged_jax.page_table._stack import remove_references
 from paged_jax.page_table._state import (
   Changed,
   PageTable,
-  check_rows,
-  integers,
   mapped,
   pages_for,
 )
@@ -34,7 +33,7 @@ def release(table: PageTable, rows: Bool[Array, " num_seqs"]) -> PageTable:
   Raises:
     ValueError: If `rows` is not bool[num_seqs].
   """
-  check_rows(table, rows)
+  arguments.check_rows(rows, table.num_seqs)
   table = _unmap(table, rows[:, None])
   return dataclasses.replace(
     table,
@@ -81,7 +80,7 @@ def truncate(
   entries = table.page_indices.at[row].get(mode="clip")
   leaving = jnp.where(past & done[:, None], entries, table.num_pages)
   entries = jnp.where(past, table.num_pages, entries)
-  table = give_back(table, leaving.reshape(-1))
+  table = remove_references(table, leaving.reshape(-1))
   table = dataclasses.replace(
     table,
     page_indices=table.page_indices.at[where].set(entries, mode="drop"),
@@ -127,16 +126,20 @@ def release_outside_window(
     raise ValueError(f"{window=} must be at least 1.")
   if isinstance(num_sink_tokens, int) and num_sink_tokens < 0:
     raise ValueError(f"{num_sink_tokens=} must be at least 0.")
-  window = jnp.clip(integers(window, (), "window"), 1, table.max_len)
-  sinks = jnp.maximum(integers(num_sink_tokens, (), "num_sink_tokens"), 0)
-  num_left = jnp.maximum(table.kv_lens - window, 0) // table.page_size
+  window = jnp.clip(arguments.integers(window, (), "window"), 1, table.max_len)
+  sinks = jnp.maximum(
+    arguments.integers(num_sink_tokens, (), "num_sink_tokens"), 0
+  )
+  num_passed = jnp.maximum(table.kv_lens - window, 0) // table.page_size
   column = jnp.arange(table.pages_per_seq, dtype=jnp.int32)
-  leaving = (column[None] < num_left[:, None]) & mapped(table)
+  leaving = (column[None] < num_passed[:, None]) & mapped(table)
   leaving &= (column * table.page_size >= sinks)[None]
-  floor = num_left * table.page_size + window
-  floor = jnp.where(jnp.any(leaving, axis=1), floor, 0)
+  min_lens = num_passed * table.page_size + window
+  min_lens = jnp.where(jnp.any(leaving, axis=1), min_lens, 0)
   table = _unmap(table, leaving)
-  return dataclasses.replace(table, min_lens=jnp.maximum(table.min_lens, floor))
+  return dataclasses.replace(
+    table, min_lens=jnp.maximum(table.min_lens, min_lens)
+  )
 
 
 def freed_pages(
@@ -169,6 +172,6 @@ def _unmap(table: PageTable, entries: Array) -> PageTable:
   """Unmaps the marked entries and releases their pages."""
   nothing = table.num_pages
   leaving = jnp.where(entries, table.page_indices, nothing)
-  table = give_back(table, leaving.reshape(-1))
+  table = remove_references(table, leaving.reshape(-1))
   kept = jnp.where(entries, nothing, table.page_indices)
   return dataclasses.replace(table, page_indices=kept)

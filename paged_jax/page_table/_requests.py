@@ -5,11 +5,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from paged_jax.page_table import arguments
 from paged_jax.page_table._state import (
   Changed,
   PageTable,
-  first_to_name,
-  integers,
 )
 
 
@@ -27,7 +26,7 @@ class Requests(NamedTuple):
     Raises:
       ValueError: If it has another shape or is not an integer array.
     """
-    return integers(value, self.shape, name).reshape(-1)
+    return arguments.integers(value, self.shape, name).reshape(-1)
 
   def result(self, table: PageTable, done: Array) -> Changed:
     """Returns the next table, and `ok` in the shape of the arguments."""
@@ -52,10 +51,10 @@ def requested(
     ValueError: If `rows` is not an integer array.
   """
   shape = jnp.shape(rows)
-  flat = integers(rows, shape, name).reshape(-1)
+  flat = arguments.integers(rows, shape, name).reshape(-1)
   asks = flat != table.num_seqs
   if also is not None:
     asks &= also
   exists = (flat >= 0) & (flat < table.num_seqs)
-  valid = asks & exists & first_to_name(flat, asks)
+  valid = asks & exists & arguments.is_first(flat, asks)
   return Requests(flat, asks, valid, shape)

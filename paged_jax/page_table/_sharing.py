@@ -5,14 +5,13 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from paged_jax.page_table import _quota
+from paged_jax.page_table import _quota, arguments
 from paged_jax.page_table._check import checked
 from paged_jax.page_table._requests import requested
-from paged_jax.page_table._stack import count_in, give_back
+from paged_jax.page_table._stack import add_references, remove_references
 from paged_jax.page_table._state import (
   Changed,
   PageTable,
-  integers,
   pages_for,
 )
 
@@ -48,7 +47,7 @@ def fork(
       differ.
   """
   shape = jnp.shape(src)
-  src = integers(src, shape, "src").reshape(-1)
+  src = arguments.integers(src, shape, "src").reshape(-1)
   if jnp.shape(dst) != shape:
     raise ValueError(f"dst must have shape {shape}, got {jnp.shape(dst)}.")
   requests = requested(table, dst, "dst", also=src != table.num_seqs)
@@ -63,8 +62,8 @@ def fork(
   done &= _quota.allows_in_turn(table, owner, need)
 
   lens = table.kv_lens.at[src].get(mode="clip")
-  floor = table.min_lens.at[src].get(mode="clip")
-  table = _start(table, done, dst, entries, lens, floor)
+  min_lens = table.min_lens.at[src].get(mode="clip")
+  table = _start(table, done, dst, entries, lens, min_lens)
   return requests.result(table, done)
 
 
@@ -72,8 +71,8 @@ def fork(
 def permute(table: PageTable, parents: Int[Array, " num_seqs"]) -> Changed:
   """Replaces every row by a fork of an old row, as a beam search does.
 
-  No page is copied. Rows that no new row is forked from release the pages that
-  only they referenced. Rows keep their tenants.
+  No page is copied. An old row without forks releases the pages that only it
+  references. Rows keep their tenants.
 
   Args:
     table: The current table.
@@ -89,7 +88,7 @@ def permute(table: PageTable, parents: Int[Array, " num_seqs"]) -> Changed:
     ValueError: If `parents` is not an integer array of shape [num_seqs].
   """
   num_seqs = table.num_seqs
-  parents = integers(parents, (num_seqs,), "parents")
+  parents = arguments.integers(parents, (num_seqs,), "parents")
   ok = jnp.all((parents >= 0) & (parents <= num_seqs))
   if table.quotas is not None:
     uses, would_use = (
@@ -101,8 +100,8 @@ def permute(table: PageTable, parents: Int[Array, " num_seqs"]) -> Changed:
   after = _reordered(table, jnp.where(ok, parents, itself))
   # New references are added before old ones are removed, so that no page that
   # stays in use becomes free in between.
-  counts = count_in(table, after.page_indices)
-  after = give_back(
+  counts = add_references(table, after.page_indices)
+  after = remove_references(
     dataclasses.replace(after, ref_counts=counts),
     table.page_indices.reshape(-1),
   )
@@ -145,33 +144,35 @@ def adopt(
   """
   requests, width = requested(table, seq, "seq"), table.pages_per_seq
   row, shape = requests.rows, requests.shape
-  entries = integers(pages, (*shape, width), "pages").reshape(-1, width)
+  entries = arguments.integers(pages, (*shape, width), "pages").reshape(
+    -1, width
+  )
   lens = requests.flat(kv_len, "kv_len")
-  floor = integers(min_len, jnp.shape(min_len), "min_len")
-  if floor.shape not in ((), shape):
-    raise ValueError(f"min_len must have shape {shape}, got {floor.shape}.")
-  floor = jnp.broadcast_to(floor.reshape(-1), lens.shape)
+  min_lens = arguments.integers(min_len, jnp.shape(min_len), "min_len")
+  if min_lens.shape not in ((), shape):
+    raise ValueError(f"min_len must have shape {shape}, got {min_lens.shape}.")
+  min_lens = jnp.broadcast_to(min_lens.reshape(-1), lens.shape)
   done = requests.valid & _is_empty(table, row)
   done &= (lens >= 0) & (lens <= table.max_len)
-  done &= (floor >= 0) & (floor <= lens)
+  done &= (min_lens >= 0) & (min_lens <= lens)
 
   column = jnp.arange(width, dtype=jnp.int32)
   num_used = jnp.where(done, pages_for(lens, table.page_size), 0)
   is_used = column[None] < num_used[:, None]
   is_hole = entries == table.num_pages
-  left = (column[None] + 1) * table.page_size < floor[:, None]
-  may_be_hole = ~is_used | left
+  is_passed = (column[None] + 1) * table.page_size < min_lens[:, None]
+  may_be_hole = ~is_used | is_passed
   fits = (is_hole & may_be_hole) | (is_used & _is_used(table, entries))
   in_order = jnp.sort(entries, axis=1)
   twice = in_order[:, 1:] == in_order[:, :-1]
   twice &= in_order[:, 1:] < table.num_pages
   done &= jnp.all(fits, axis=1) & ~jnp.any(twice, axis=1)
-  is_named = is_used & ~is_hole & done[:, None]
-  need = jnp.sum(is_named, axis=1, dtype=jnp.int32)
+  is_referenced = is_used & ~is_hole & done[:, None]
+  need = jnp.sum(is_referenced, axis=1, dtype=jnp.int32)
   owner = table.tenants.at[row].get(mode="clip")
   done &= _quota.allows_in_turn(table, owner, need)
-  floor = jnp.where(jnp.any(is_used & is_hole, axis=1), floor, 0)
-  table = _start(table, done, row, entries, lens, floor)
+  min_lens = jnp.where(jnp.any(is_used & is_hole, axis=1), min_lens, 0)
+  table = _start(table, done, row, entries, lens, min_lens)
   return requests.result(table, done)
 
 
@@ -192,13 +193,13 @@ def hold(table: PageTable, pages: Int[Array, " k"]) -> Changed:
   Raises:
     ValueError: If `pages` is not a 1-D integer array.
   """
-  pages = integers(pages, (jnp.size(pages),), "pages")
+  pages = arguments.integers(pages, (jnp.size(pages),), "pages")
   asks = pages != table.num_pages
   done = _is_used(table, pages)
   held = jnp.where(done, pages, table.num_pages)
   table = dataclasses.replace(
     table,
-    ref_counts=count_in(table, held),
+    ref_counts=add_references(table, held),
     holds=table.holds.at[held].add(1, mode="drop"),
   )
   return Changed(table=table, ok=done | ~asks)
@@ -221,7 +222,7 @@ def drop(table: PageTable, pages: Int[Array, " k"]) -> Changed:
   Raises:
     ValueError: If `pages` is not a 1-D integer array.
   """
-  pages = integers(pages, (jnp.size(pages),), "pages")
+  pages = arguments.integers(pages, (jnp.size(pages),), "pages")
   asks = pages != table.num_pages
   exists = (pages >= 0) & (pages < table.num_pages)
   entry = jnp.arange(pages.shape[0], dtype=jnp.int32)
@@ -230,7 +231,7 @@ def drop(table: PageTable, pages: Int[Array, " k"]) -> Changed:
   num_before = jnp.sum(same & earlier, axis=1, dtype=jnp.int32)
   done = exists & (num_before < table.holds.at[pages].get(mode="clip"))
   dropped = jnp.where(done, pages, table.num_pages)
-  table = give_back(table, dropped)
+  table = remove_references(table, dropped)
   holds = table.holds.at[dropped].add(-1, mode="drop")
   table = dataclasses.replace(table, holds=holds)
   return Changed(table=table, ok=done | ~asks)
@@ -254,17 +255,17 @@ def _start(
   rows: Array,
   entries: Array,
   lens: Array,
-  floor: Array,
+  min_lens: Array,
 ) -> PageTable:
   """Puts pages in use into empty rows where `done`, and counts them."""
   where = jnp.where(done, rows, table.num_seqs)
-  named = jnp.where(done[:, None], entries, table.num_pages)
+  referenced = jnp.where(done[:, None], entries, table.num_pages)
   return dataclasses.replace(
     table,
-    page_indices=table.page_indices.at[where].set(named, mode="drop"),
+    page_indices=table.page_indices.at[where].set(referenced, mode="drop"),
     kv_lens=table.kv_lens.at[where].set(lens, mode="drop"),
-    min_lens=table.min_lens.at[where].set(floor, mode="drop"),
-    ref_counts=count_in(table, named),
+    min_lens=table.min_lens.at[where].set(min_lens, mode="drop"),
+    ref_counts=add_references(table, referenced),
   )
 
 

@@ -157,52 +157,6 @@ def mapped(table: PageTable) -> Array:
   return table.page_indices < table.num_pages
 
 
-def integers(value: Array | int, shape: tuple[int, ...], name: str) -> Array:
-  """Returns `value` as i32, after checking its shape and dtype.
-
-  Args:
-    value: An integer or an array of any integer dtype. A NumPy array is clipped
-      to the range of i32.
-    shape: The expected shape.
-    name: Name of the argument, for error messages.
-
-  Raises:
-    ValueError: If `value` has another shape or dtype.
-  """
-  if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
-    # A cast from 64 bits would wrap around; the clipped ends are out of every
-    # valid range.
-    value = np.clip(value, -(2**31), 2**31 - 1).astype(np.int32)
-  array = jnp.asarray(value)
-  if array.shape != shape:
-    raise ValueError(f"{name} must have shape {shape}, got {array.shape}.")
-  if not jnp.issubdtype(array.dtype, jnp.integer):
-    raise ValueError(f"{name} must be integers, got {array.dtype}.")
-  return array.astype(jnp.int32)
-
-
-def check_rows(table: PageTable, rows: Array) -> None:
-  """Raises a ValueError if `rows` is not bool[num_seqs]."""
-  dtype, shape = jnp.result_type(rows), jnp.shape(rows)
-  if shape != (table.num_seqs,) or dtype != jnp.bool_:
-    raise ValueError(
-      f"rows must be bool[{table.num_seqs}], got {dtype}{shape}."
-    )
-
-
-def first_to_name(rows: Array, asks: Array) -> Array:
-  """Returns bool[k], False where an earlier request asks for the same row.
-
-  Args:
-    rows: i32[k], row of each request.
-    asks: bool[k], False for no request.
-  """
-  entry = jnp.arange(rows.shape[0], dtype=jnp.int32)
-  earlier = entry[:, None] > entry[None]
-  same = (rows[:, None] == rows[None]) & asks[None]
-  return ~jnp.any(earlier & same, axis=1)
-
-
 def _check_sizes(
   num_pages: int, page_size: int, num_seqs: int, pages_per_seq: int
 ) -> None:

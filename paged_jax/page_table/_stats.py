@@ -47,22 +47,22 @@ def stats(table: PageTable, page_bytes: int = 0) -> Stats:
   nothing = jnp.zeros_like(table.ref_counts)
   entries = table.page_indices
   filled = nothing.at[entries].max(fill, mode="drop")
-  named = table.ref_counts - table.holds
-  num_named = _count(named > 0)
-  waste = num_named * page_size - jnp.sum(filled, dtype=jnp.int32)
+  references = table.ref_counts - table.holds
+  num_referenced = _count(references > 0)
+  waste = num_referenced * page_size - jnp.sum(filled, dtype=jnp.int32)
   used = table.num_pages - table.num_free
   live = _count(table.kv_lens > 0)
   saved = live * table.pages_per_seq - used
   return Stats(
     pages_used=used,
     pages_free=table.num_free,
-    pages_shared=_count(named > 1),
+    pages_shared=_count(references > 1),
     pages_held=_count(table.holds > 0),
     live_seqs=live,
     waste_tokens=waste,
-    waste_percent=100 * _ratio(waste, num_named * page_size, 0.0),
+    waste_percent=100 * _ratio(waste, num_referenced * page_size, 0.0),
     utilisation=_ratio(used, jnp.asarray(table.num_pages), 0.0),
-    sharing=_ratio(_count(mapped(table)), num_named, 1.0),
+    sharing=_ratio(_count(mapped(table)), num_referenced, 1.0),
     pages_saved=saved,
     bytes_saved=saved.astype(jnp.float32) * float(page_bytes),
     tenant_pages=tenant_pages(table),

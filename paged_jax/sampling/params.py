@@ -109,7 +109,16 @@ _KEEP_ALL = 2**31 - 1
 
 
 def stack(params: Sequence[SamplingParams]) -> SamplingArrays:
-  """Returns the parameters of a batch as arrays, with one row for each."""
+  """Returns the parameters of a batch as arrays.
+
+  Args:
+    params: One for each row, at least one.
+
+  Raises:
+    ValueError: If `params` is empty.
+  """
+  if not params:
+    raise ValueError("params is empty; give at least one.")
   most = max(len(p.stop_token_ids) for p in params)
   # A power of two, so that few programs are compiled.
   width = next_power_of_two(most)

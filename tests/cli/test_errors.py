@@ -258,4 +258,4 @@ def test_pool_beyond_memory_is_named(error, model, monkeypatch):
 def test_no_room_for_a_page_is_named(error, model, monkeypatch):
   monkeypatch.setattr(devices, "free_bytes", lambda device: 100)
   message = error("--model", model, *PROMPT)
-  assert message.startswith("out of memory: not one page")
+  assert message.startswith("out of memory: page_bytes=")

@@ -58,7 +58,7 @@ def test_python_examples_run(code):
 
 
 def test_all_python_examples_are_found():
-  assert len(EXAMPLES) == 4
+  assert len(EXAMPLES) == 5
 
 
 def test_the_readme_is_short():
@@ -81,7 +81,7 @@ def test_make_targets_exist():
   assert {"demo", "test"} <= named <= targets
 
 
-@pytest.mark.parametrize("call", _commands("paged-jax"), ids=" ".join)
+@pytest.mark.parametrize("call", _commands(".venv/bin/paged-jax"), ids=" ".join)
 def test_command_options_exist(call, capsys):
   with pytest.raises(SystemExit) as end:
     cli.main([call[0], "--help"])

@@ -16,6 +16,7 @@ from paged_jax.generation import (
   programs,
 )
 from paged_jax.generation import rows as rows_lib
+from paged_jax.generation.batch import Batch
 from paged_jax.generation.rows import Status
 
 LENS = [1, 7, 8, 9, 17, 30]
@@ -108,6 +109,19 @@ def _kernels(implementation):
   ]
   names = "ragged_attention", "paged_decode", "write_tokens", "copy_pages"
   return tuple({n for n in names if n in text} for text in texts)
+
+
+def test_chunks_of_the_host_are_those_of_the_loop():
+  prompts = tuple((1,) * n for n in [5, 3, 40, 27, 64])
+  lens = np.array([5, 0, 40, 27, 64, 0, 0, 0], np.int32)  # two rows do not run
+  status = np.where(lens, Status.RUNNING, Status.OUT_OF_PAGES)
+  batch = Batch(prompts, (SamplingParams(),) * 8, (1,) * 8, 128)
+  plans = list(batch.chunks(status, 64))
+  assert len(plans) == 3
+  tokens = jnp.concatenate([plan.tokens for plan in plans])
+  for i, plan in enumerate(plans):
+    expected = loop.chunk_plan(tokens, jnp.cumsum(lens), jnp.int32(i), 64)
+    chex.assert_trees_all_equal(plan, expected)
 
 
 @pytest.mark.slow
