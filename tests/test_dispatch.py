@@ -47,7 +47,7 @@ def _info(capsys):
 
 
 @pytest.mark.parametrize(("kind", "capability"), OTHERS)
-def test_other_gpus_take_xla_for_want_of_wgmma(
+def test_other_gpus_take_xla_because_they_lack_wgmma(
   become, capsys, kind, capability
 ):
   become(kind, compute_capability=capability, core_count=100)

@@ -131,7 +131,7 @@ def _assert_same(before, after):
     np.testing.assert_array_equal(a, b)
 
 
-def _assert_oracles(run, row, num_new):
+def _assert_matches_oracle(run, row, num_new):
   """Compares what is kept of a row with the oracle."""
   tokens, logprobs = _expected(row)
   assert int(run.rows.num_new[row]) == num_new
@@ -161,13 +161,13 @@ def test_a_step_mixes_rows_that_decode_with_chunks_of_prompts():
   result = run.step(_plan((2, _prompt(2)[15:], True), _decode(3), _decode(0)))
   assert result.num_new == [1, 1, 1]
   for row, num_new in ((0, 4), (2, 1), (3, 2)):
-    _assert_oracles(run, row, num_new)
+    _assert_matches_oracle(run, row, num_new)
   assert run.rows.cache.kv_lens.tolist() == [12, 0, 17, 6]
   # The same rows, by a plan of decode steps.
   for _ in range(2):
     result = run.step(_decode_plan(3, 0, 2))
   for row, num_new in ((0, 6), (2, 3), (3, 4)):
-    _assert_oracles(run, row, num_new)
+    _assert_matches_oracle(run, row, num_new)
   assert result.tokens == [
     [expected[r][n]] for r, n in ((3, 3), (0, 5), (2, 2))
   ]
@@ -192,7 +192,7 @@ def test_random_numbers_are_those_of_the_row_and_its_number_of_tokens():
     tokens.append(int(np.argmax(logits[-1] / TEMPERATURE + noise)))
     run.step(plan)
     assert int(run.rows.last_tokens[1]) == tokens[-1]
-  _assert_oracles(run, 0, 5)
+  _assert_matches_oracle(run, 0, 5)
 
 
 def test_nothing_is_sampled_inside_a_prompt():
@@ -243,7 +243,7 @@ def test_rows_that_have_ended_are_frozen_and_keep_their_pages(plan):
   assert result.status == [Status.RUNNING, Status.ABORTED, Status.RUNNING]
   _assert_same(before, run.of(3))
   for row in (0, 2):
-    _assert_oracles(run, row, 2)
+    _assert_matches_oracle(run, row, 2)
   # An end is not undone by another.
   assert rows_lib.end(run.rows, ended, Status.ERROR).status[3] == Status.ABORTED
   # Only release_ended gives pages back.
@@ -268,14 +268,14 @@ def test_a_refused_row_keeps_everything_and_can_try_again():
     assert result.status == [Status.RUNNING] * 3
     _assert_same(before, run.of(3))
     for row in (0, 2):
-      _assert_oracles(run, row, num_new + 1)
+      _assert_matches_oracle(run, row, num_new + 1)
   ended = jnp.arange(NUM_SEQS, dtype=jnp.int32) == 2
   run.rows = rows_lib.end(run.rows, ended, Status.ABORTED)
   run.rows = rows_lib.release_ended(run.rows)
   result = run.step(_decode_plan(3, 0, 2))
   assert result.refused == [False] * 3
   assert result.num_new == [1, 1, 0]
-  _assert_oracles(run, 3, 5)
+  _assert_matches_oracle(run, 3, 5)
 
 
 def test_a_refused_chunk_of_a_prompt_samples_nothing():
@@ -285,7 +285,7 @@ def test_a_refused_chunk_of_a_prompt_samples_nothing():
   assert result.refused == [True, False, False]
   assert result.num_new == [0, 1, 0]
   _assert_same(before, run.of(1))
-  _assert_oracles(run, 0, 2)
+  _assert_matches_oracle(run, 0, 2)
 
 
 def test_the_second_entry_of_a_row_is_refused():
@@ -293,7 +293,7 @@ def test_the_second_entry_of_a_row_is_refused():
   result = run.step(_decode_plan(0, 0, 2))
   assert result.refused == [False, True, False]
   assert result.num_new == [1, 0, 1]
-  _assert_oracles(run, 0, 2)
+  _assert_matches_oracle(run, 0, 2)
 
 
 @pytest.mark.parametrize("nobody", [-1, NOBODY + 1])
@@ -304,7 +304,7 @@ def test_an_entry_of_a_row_out_of_range_is_empty(nobody):
   assert result.num_new == [0, 1, 0]
   assert result.status[0] == result.status[2] == Status.ABORTED
   _assert_same(before, run.of(NUM_SEQS - 1))
-  _assert_oracles(run, 0, 2)
+  _assert_matches_oracle(run, 0, 2)
 
 
 def test_rows_keep_at_least_one_token_or_none():

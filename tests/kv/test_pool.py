@@ -120,7 +120,9 @@ def test_layers_share_one_kernel_on_a_hopper_gpu(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8", "float8_e4m3fn"])
-def test_other_pools_wait_for_the_kernel_to_be_named(monkeypatch, dtype):
+def test_other_pools_use_the_kernel_only_if_requested_by_name(
+  monkeypatch, dtype
+):
   monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
   text = _lowered("cuda", dtype, None)
   assert "custom_call @mosaic_gpu" not in text

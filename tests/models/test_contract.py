@@ -233,7 +233,7 @@ def test_a_linen_module_with_its_parameters_is_a_model():
   assert [x.shape for x in jax.tree.leaves(model)] == [(VOCAB, 8)]
 
 
-def test_a_linen_module_that_lacks_something_is_told():
+def test_a_linen_module_that_lacks_something_is_reported():
   module = linen.Dense(3)
   with pytest.raises(TypeError, match="LinenDecoder lacks 'layers'"):
     contract.check(LinenDecoder(module, {}))

@@ -114,7 +114,7 @@ def test_order_decides_who_is_served():
 @pytest.mark.parametrize(
   "order", [[1, 1, 1, 1], [9, -1, -4, 4], [2**31 - 1, 1, -(2**31), 0]]
 )
-def test_an_order_that_is_none_never_hands_out_a_page_twice(order):
+def test_an_invalid_order_never_hands_out_a_page_twice(order):
   table, ok, _ = append(new_table(num_pages=4), 8, 8, 8, 8, order=order)
   assert ok == [True] * 4
   assert_valid(table)
@@ -131,7 +131,7 @@ def test_a_bound_on_new_tokens_refuses_more_and_changes_nothing_else():
   assert_same(bounded.copies, free.copies)
 
 
-def _storm(num_free, num_tokens):
+def _fork_64_times(num_free, num_tokens):
   """64 rows forked from one, on a pool with `num_free` free pages."""
   used = -(-num_tokens // 8)
   table = page_table.init(num_free + used, 8, 64, 4)
@@ -144,8 +144,8 @@ def _storm(num_free, num_tokens):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_free", [63, 64, 65])
-def test_a_storm_of_64_forks_diverges_with_63_copies(num_free):
-  before = _storm(num_free, 12)
+def test_64_forks_diverge_with_63_copies(num_free):
+  before = _fork_64_times(num_free, 12)
   table, ok, copies = append(before, *[1] * 64)
   assert all(ok)
   last = pages(before, 0)[1]
@@ -158,8 +158,8 @@ def test_a_storm_of_64_forks_diverges_with_63_copies(num_free):
 
 
 @pytest.mark.slow
-def test_a_storm_on_62_pages_refuses_two_rows():
-  before = _storm(62, 12)
+def test_64_forks_on_62_pages_refuse_two_rows():
+  before = _fork_64_times(62, 12)
   table, ok, copies = append(before, *[1] * 64)
   # Row 62 finds no page for its copy, so that row 63 is not alone.
   assert ok == [True] * 62 + [False] * 2
@@ -173,8 +173,8 @@ def test_a_storm_on_62_pages_refuses_two_rows():
 
 @pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(("num_free", "served"), [(63, 63), (64, 64), (65, 64)])
-def test_a_storm_at_a_page_boundary_takes_a_page_each(num_free, served):
-  before = _storm(num_free, 16)
+def test_64_forks_at_a_page_boundary_take_a_page_each(num_free, served):
+  before = _fork_64_times(num_free, 16)
   table, ok, copies = append(before, *[1] * 64)
   assert sum(ok) == served
   assert ok == sorted(ok, reverse=True)

@@ -67,7 +67,7 @@ def test_hit_on_pages_of_ended_sequences():
   assert_valid(table)
 
 
-def test_a_miss_takes_every_page_once_the_cache_lets_go():
+def test_a_miss_takes_every_page_after_the_cache_drops_its_holds():
   table, prefix = _two_prompts()
   table = release(table, 0, 1)
   refused, ok, _ = append(table, 0, 0, 160)

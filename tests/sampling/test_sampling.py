@@ -64,7 +64,7 @@ def test_top_p_counts_probability_within_top_k():
   assert (tokens == 0).all()
 
 
-def test_min_p_keeps_a_share_of_the_top_probability():
+def test_min_p_is_relative_to_the_top_probability():
   ratio = np.exp(LOGITS[2] - LOGITS[0])  # 0.22
   for min_p, kept in [(ratio * 1.01, 2), (ratio * 0.99, 3), (1.0, 1)]:
     expected = np.append(_softmax(LOGITS[:kept]), np.zeros(5 - kept))
@@ -72,7 +72,7 @@ def test_min_p_keeps_a_share_of_the_top_probability():
     _assert_distribution(tokens, expected)
 
 
-def test_a_row_draws_the_same_whatever_its_batchmates():
+def test_a_draw_does_not_depend_on_other_rows():
   params = SamplingParams(temperature=0.9, top_k=4, seed=7)
   others = [
     SamplingParams(),

@@ -186,7 +186,7 @@ def test_few_query_tokens_lower_to_hopper(head_dim, heads, max_q_len, options):
   assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_a_config_of_ones_own_lowers_to_hopper():
+def test_a_given_config_lowers_to_hopper():
   text = _lower(
     heads=(32, 1),
     head_dim=64,

@@ -118,7 +118,9 @@ def test_slopes_of_any_size_and_distance_leave_no_nan():
     ),
   ],
 )
-def test_any_dealing_of_tiles_matches_oracle(num_programs, many_kv_lens):
+def test_any_split_of_tiles_over_programs_matches_oracle(
+  num_programs, many_kv_lens
+):
   options = decode_runs.SHARED | dict(config=Config(64, 2, num_programs))
   for kv_lens in many_kv_lens:
     decode_runs.check(decode_runs.make_shared(*kv_lens), **options)
@@ -128,7 +130,7 @@ def test_any_dealing_of_tiles_matches_oracle(num_programs, many_kv_lens):
   ("kv_lens", "num_kv_heads", "num_programs"),
   [([200, 70], 2, 5), ([570], 1, 9)],  # aaa|aAA|AA|bb|BB and a|a|a|a|a|a|a|a|a
 )
-def test_any_dealing_of_heads_matches_oracle(
+def test_any_split_of_heads_over_programs_matches_oracle(
   kv_lens, num_kv_heads, num_programs
 ):
   problem = decode_runs.make(kv_lens, num_kv_heads=num_kv_heads)
@@ -211,7 +213,7 @@ def test_the_order_of_pages_does_not_matter():
   )
 
 
-def test_row_in_one_share_does_not_depend_on_its_batchmates():
+def test_row_in_one_range_does_not_depend_on_other_rows():
   together = decode_runs.run(
     decode_runs.make_shared(400, 64, 64), **decode_runs.SHARED
   )  # aaa|aaa|abc

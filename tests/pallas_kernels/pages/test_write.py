@@ -115,7 +115,7 @@ def test_any_number_of_tokens_in_any_layer(num_tokens, layer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pieces", [1, 2, 3, 4])
-def test_threads_may_have_several_pieces(pieces):
+def test_threads_may_have_several_vectors(pieces):
   for name in ("float16", "float8"):
     _assert_written(KINDS[name], 40, vectors_per_thread=pieces)
 
