@@ -32,7 +32,7 @@ def test_an_option_touches_the_ops_the_spec_and_one_file_an_implementation():
 
 
 @pytest.mark.slow
-def test_an_option_that_the_patch_adds_matches_the_oracle(tmp_path):
+def test_an_option_that_the_patch_adds_matches_oracle(tmp_path):
   for name in ("paged_jax", "pallas_kernels", "tests", "pyproject.toml"):
     copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
     copy(ROOT / name, tmp_path / name)

@@ -33,7 +33,7 @@ def _greedy(lens=LENS, num_new=NUM_NEW, with_logprobs=False, **config):
 @pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("page_size", [8, 16, 64])
 @pytest.mark.parametrize("prefill_chunk", [1, 7, 64])
-def test_greedy_tokens_are_the_oracles(page_size, prefill_chunk):
+def test_greedy_tokens_match_oracle(page_size, prefill_chunk):
   result = _greedy(page_size=page_size, prefill_chunk=prefill_chunk)
   for length, completion in zip(LENS, result, strict=True):
     assert list(completion.token_ids) == tiny_llama.greedy(length, NUM_NEW)[0]
@@ -74,7 +74,7 @@ def test_untied_heads_are_used():
 
 
 @pytest.mark.slow
-def test_logprobs_are_the_oracles():
+def test_logprobs_match_oracle():
   result = _greedy(with_logprobs=True)
   for length, completion in zip(LENS, result, strict=True):
     np.testing.assert_allclose(

@@ -55,7 +55,7 @@ def _expected(variables, x):
   return np.einsum("tnd,ndh->th", np.stack(out), kernels["o"])
 
 
-def test_a_linen_layer_is_the_oracles_with_and_without_a_cache():
+def test_a_linen_layer_matches_oracle_with_and_without_a_cache():
   module = LinenAttention(layer=1)
   rng = np.random.default_rng(0)
   sequences = [

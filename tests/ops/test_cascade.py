@@ -16,9 +16,7 @@ from paged_jax.ops import cascade
 @pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.RUNS)
 @pytest.mark.parametrize("num_shared", [0, 1, 5, 20])
-def test_matches_the_oracle_for_shared_lengths(
-  implementation, dtype, num_shared
-):
+def test_matches_oracle_for_shared_lengths(implementation, dtype, num_shared):
   problem = prefixes.make(num_shared, dtype=dtype)
   prefixes.check(problem, num_shared, implementation=implementation)
   # What is shared needs not be all that is.
@@ -29,7 +27,7 @@ def test_matches_the_oracle_for_shared_lengths(
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.FEW_RUNS)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 1)])
-def test_matches_the_oracle_for_shapes(implementation, dtype, head_dim, heads):
+def test_matches_oracle_for_shapes(implementation, dtype, head_dim, heads):
   num_q_heads, num_kv_heads = heads
   problem = prefixes.make(
     num_q_heads=num_q_heads,
@@ -50,7 +48,7 @@ def test_matches_the_oracle_for_shapes(implementation, dtype, head_dim, heads):
   [{}, dict(scale=0.3), dict(logits_soft_cap=1.5), dict(scale=-0.2)],
   ids=str,
 )
-def test_matches_the_oracle_for_options(implementation, dtype, sinks, options):
+def test_matches_oracle_for_options(implementation, dtype, sinks, options):
   prefixes.check(
     prefixes.make(dtype=dtype),
     5,
@@ -66,9 +64,7 @@ def test_matches_the_oracle_for_options(implementation, dtype, sinks, options):
 @pytest.mark.parametrize(
   "sinks", [None, prefixes.SINKS], ids=["no_sinks", "sinks"]
 )
-def test_quantised_pages_match_the_oracle(
-  implementation, dtype, kv_dtype, sinks
-):
+def test_quantised_pages_match_oracle(implementation, dtype, kv_dtype, sinks):
   # On a GPU, each part takes what there is for it.
   implementation = "xla" if implementation == "xla" else None
   problem, scales = cases.quantise(prefixes.make(dtype=dtype), kv_dtype)

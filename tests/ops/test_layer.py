@@ -122,7 +122,7 @@ def _flat_step(cache, q_lens, tokens):
   return outs, step.ok, cache
 
 
-def test_layers_of_a_flat_step_are_the_oracles():
+def test_layers_of_a_flat_step_match_oracle():
   """Over pages' edges, on a context, with rows that have no token or no room.
 
   Two layers share keys, and the third has a group of its own.
@@ -165,7 +165,7 @@ def _padded_step(cache, mask, q, k, v):
   return out, cache
 
 
-def test_a_padded_batch_is_the_oracles_and_padding_leaves_no_trace():
+def test_a_padded_batch_matches_oracle_and_padding_leaves_no_trace():
   sequences, cache = _Sequences(), _cache()
   masks = [
     ["  xxxx", "xxx   ", "x x xx", "      "],
@@ -248,7 +248,7 @@ def _expected_whole(q, k, v, **options):
 
 
 @pytest.mark.parametrize("options", WHOLE_OPTIONS.values(), ids=WHOLE_OPTIONS)
-def test_without_a_cache_whole_sequences_are_the_oracles(options):
+def test_without_a_cache_whole_sequences_match_oracle(options):
   q, k, v = _whole()
   attend = jax.jit(lambda q, k, v: PLAIN(q, k, v, **cases.on_device(options)))
   out, cache = attend(q, k, v)

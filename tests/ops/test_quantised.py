@@ -63,7 +63,7 @@ def _check(problem, scales, *, sinks=None, **options):
 @both
 @queries
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 1)])
-def test_decode_matches_the_oracle_for_shapes(kv_dtype, dtype, heads):
+def test_decode_matches_oracle_for_shapes(kv_dtype, dtype, heads):
   num_q_heads, num_kv_heads = heads
   for head_dim in (64, 128):
     problem = cases.make(
@@ -78,7 +78,7 @@ def test_decode_matches_the_oracle_for_shapes(kv_dtype, dtype, heads):
 
 @both
 @pytest.mark.parametrize("page_size", [8, 64, 256])
-def test_decode_matches_the_oracle_for_page_sizes(kv_dtype, page_size):
+def test_decode_matches_oracle_for_page_sizes(kv_dtype, page_size):
   edges = [page_size - 1, page_size, page_size + 1, 3 * page_size]
   problem = cases.make(kv_lens=[0, 1, *edges], page_size=page_size)
   _check(*cases.quantise(problem, kv_dtype))
@@ -87,7 +87,7 @@ def test_decode_matches_the_oracle_for_page_sizes(kv_dtype, page_size):
 @both
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_decode_matches_the_oracle_for_options(kv_dtype, dtype, options):
+def test_decode_matches_oracle_for_options(kv_dtype, dtype, options):
   problem = cases.make(kv_lens=LENS, num_q_heads=8, dtype=dtype)
   problem, scales = cases.quantise(problem, kv_dtype)
   _check(problem, scales, **options)
@@ -97,7 +97,7 @@ def test_decode_matches_the_oracle_for_options(kv_dtype, dtype, options):
 @both
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_ragged_matches_the_oracle_for_options(kv_dtype, dtype, options):
+def test_ragged_matches_oracle_for_options(kv_dtype, dtype, options):
   problem = cases.make(
     kv_lens=[0, 1, 40, 300, 70, 33],
     q_lens=[0, 1, 40, 130, 1, 16],

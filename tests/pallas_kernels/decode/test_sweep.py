@@ -112,7 +112,7 @@ def _shuffled(problem, scales, rng):
 
 
 @pytest.mark.parametrize("seed", range(NUM_PROGRAMS))
-def test_sampled_options_match_the_oracle(seed):
+def test_sampled_options_match_oracle(seed):
   shapes, options, max_q_len, rng, sampled = _sample(seed)
   num_heads, arrays = shapes["num_q_heads"], {}
   if sampled["has_sinks"]:

@@ -43,7 +43,7 @@ def _with_kernels(monkeypatch):
   monkeypatch.setattr(cascade, "attend_ragged", ragged)
 
 
-def test_kernels_match_the_oracle(monkeypatch):
+def test_kernels_match_oracle(monkeypatch):
   _with_kernels(monkeypatch)
   kv_lens = [80, 130, 0, 97, 64, 200, 161]
   problem = cases.make(
@@ -62,7 +62,7 @@ def test_kernels_match_the_oracle(monkeypatch):
 @pytest.mark.parametrize(
   ("num_shared", "heads"), [(128, (32, 8)), (515, (8, 2)), (515, (2, 2))]
 )
-def test_kernels_match_the_oracle_for_real_sizes(num_shared, heads):
+def test_kernels_match_oracle_for_real_sizes(num_shared, heads):
   own_lens = np.random.default_rng(0).integers(0, 300, 24).tolist()
   problem = prefixes.make(
     num_shared,
