@@ -1,4 +1,4 @@
-"""Both parts of cascade attention by the kernels: run, interpreted, lowered."""
+"""Cascade attention by the kernels: compiled, interpreted, or lowered only."""
 
 import cases
 import jax
@@ -23,7 +23,7 @@ RAGGED_CONFIG = ragged_config.Config(64, 2, num_programs=3, splits=True)
 
 
 def _with_kernels(monkeypatch):
-  """Makes the ops call the kernels: on a GPU as they are, else interpreted."""
+  """Makes the ops call the kernels: compiled on a GPU, else interpreted."""
   how = dict(interpret=cases.INTERPRET)
 
   def decode(q, kv, arrays, spec, implementation):
@@ -76,7 +76,7 @@ def test_kernels_match_oracle_for_real_sizes(num_shared, heads):
 
 
 def _lowered(monkeypatch, kv_dtype, **options):
-  """Returns the program for a Hopper GPU, which it takes none to make."""
+  """Returns the program lowered for Hopper; no GPU is needed."""
   monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
   pages = jax.ShapeDtypeStruct((99, 8, 16, 128), kv_dtype)
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
