@@ -1,4 +1,4 @@
-"""What is said of machines that are not at hand, and what is made for them."""
+"""Choices and reasons for devices that this machine does not have."""
 
 import types
 
@@ -29,7 +29,7 @@ HOPPERS = [
 
 @pytest.fixture
 def become(monkeypatch, unchecked_shapes):
-  """Makes the default device another one."""
+  """Replaces the default device by another one."""
 
   def run(kind, platform="gpu", **attributes):
     device = types.SimpleNamespace(

@@ -1,7 +1,7 @@
-"""What it takes to add a static option: `data/new_option.patch` adds one.
+"""The files that a new static option touches, from `data/new_option.patch`.
 
 The patch adds `logits_clip`, a bound of the logits, with its test. If code that
-it changes has moved, apply it with a fuzz, and write it anew with one line of
+it changes has moved, apply it with fuzz and write it again with one line of
 context: `git diff -U1`.
 """
 

@@ -10,7 +10,7 @@ from benchmarks.harness.results import RESULTS
 ROOT = Path(__file__).parents[2]
 PAGES = "decisions", "glossary"
 CODE = "paged_jax", "pallas_kernels", "benchmarks", "tests"
-# Instructions of other GPUs, and a size that only a sentence has.
+# Instructions of other GPUs, and a size that only the documents name.
 FOREIGN = {"mma", "tcgen05", "ffn"}
 
 each_page = pytest.mark.parametrize("page", PAGES)
@@ -21,7 +21,7 @@ def _text(page):
 
 
 def _quoted(page):
-  """Returns what a page puts in backticks; code does not span lines."""
+  """Returns the code that a page has in backticks; it does not span lines."""
   return re.findall("`([^`\n]+)`", _text(page))
 
 

@@ -84,7 +84,7 @@ def test_a_donated_pool_is_written_in_place():
 
 
 def _lowered(platform, dtype, implementation):
-  """The program that writes to both layers of a pool."""
+  """Returns the program that writes to both layers of a pool."""
   pool = jax.eval_shape(lambda: kv_pool.init(**SHAPE, dtype=jnp.dtype(dtype)))
 
   def step(pool, k, v, slots):
@@ -184,7 +184,7 @@ def test_debug_finds_tokens_that_have_one_slot():
 
 
 def _numbered():
-  """A pool in which no two values are the same."""
+  """Returns a pool in which all values differ."""
   shape = tuple(SHAPE.values())
   k = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
   return kv_pool.KVPool(k=k, v=-k)

@@ -42,7 +42,7 @@ def test_all_writers_copy_while_somebody_else_names_the_page():
   assert len(copies) == 2
   assert pages(table, 0) == pages(before, 0)
   assert counts(table, 0) == [3, 1]
-  # Now it is alone with its page, and writes in place.
+  # Now no other row names its page, and it writes in place.
   table, _, copies = append(table, 1, 0, 0, 0)
   assert copies == []
   assert_valid(table)
@@ -68,7 +68,7 @@ def test_a_full_last_page_needs_no_copy():
 def test_a_pool_short_by_one_refuses_the_row_whose_copy_does_not_fit():
   before = family(3, num_pages=3)  # one free page, two copies to make
   table, ok, copies = append(before, 1, 1, 1, 0)
-  # Row 0 moves away; row 1 finds no page; row 2 is not alone then.
+  # Row 0 copies; row 1 finds no page, so row 2 still shares with it.
   assert ok == [True, False, False, True]
   assert len(copies) == 1
   for row in (1, 2):
@@ -91,8 +91,8 @@ def test_a_copy_and_new_pages_come_together_or_not_at_all():
 
 
 def test_the_last_writer_is_refused_when_its_page_does_not_become_its_own():
-  # Row 0 asks for three pages of one, so row 1 does not get its copy; row 2
-  # would need none if row 1 moved away.
+  # Row 0 requests three pages and one is free, so row 1 does not get its copy;
+  # row 2 would need none if row 1 copied.
   table = new_table(num_pages=3)
   table, _, _ = append(table, 0, 12, 0, 0)
   table, _ = change("fork", table, 1, 2)
@@ -132,7 +132,7 @@ def test_a_bound_on_new_tokens_refuses_more_and_changes_nothing_else():
 
 
 def _fork_64_times(num_free, num_tokens):
-  """64 rows forked from one, on a pool with `num_free` free pages."""
+  """Returns 64 rows with one row's pages, and `num_free` free pages."""
   used = -(-num_tokens // 8)
   table = page_table.init(num_free + used, 8, 64, 4)
   table, _, _ = append(table, num_tokens, *[0] * 63)
@@ -161,7 +161,7 @@ def test_64_forks_diverge_with_63_copies(num_free):
 def test_64_forks_on_62_pages_refuse_two_rows():
   before = _fork_64_times(62, 12)
   table, ok, copies = append(before, *[1] * 64)
-  # Row 62 finds no page for its copy, so that row 63 is not alone.
+  # Row 62 finds no page for its copy, so row 63 still shares its page.
   assert ok == [True] * 62 + [False] * 2
   assert len(copies) == 62
   for row in (62, 63):
