@@ -1,3 +1,5 @@
+"""Settings of JAX, tiers, and fixtures for all tests."""
+
 import collections
 import os
 
@@ -27,7 +29,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-# Parts of the slow tests that a third of all commits each run.
+# The slow tests are divided into this many parts; each commit runs one.
 NUM_PARTS = 3
 
 
@@ -43,7 +45,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-  """Selects the tests of the tier, and of those what this machine can run."""
+  """Selects the tests of the tier that this machine can run."""
   tier = config.getoption("--tier")
   if devices.why_not_hopper() is not None:
     select(config, items, lambda item: not item.get_closest_marker("gpu"))
@@ -59,7 +61,8 @@ def slow_tests(items):
   """Returns the items that are not in the quick tier, in order.
 
   The mark `slow(quick=n)`, n = 0 by default, leaves the first n cases of a
-  function in the quick tier. Of this mark and `quick`, the closest counts.
+  function in the quick tier. If a test also has the mark `quick`, the closest
+  of the two marks counts.
   """
   cases, slow = collections.Counter(), []
   for item in items:
@@ -82,10 +85,10 @@ def select(config, items, runs):
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-  """Frees the programs of a file, and turns off the cache on disk.
+  """Frees the compiled programs of a file and turns off the cache on disk.
 
-  The command turns it on for the rest of the process. XLA for CPUs has crashed
-  writing a program of another file to it.
+  The `paged-jax` command turns that cache on for the rest of the process. XLA
+  for CPUs has crashed when it wrote a program of another file to it.
   """
   yield
   jax.clear_caches()
@@ -95,7 +98,7 @@ def forget_programs():
 
 @pytest.fixture
 def unchecked_shapes():
-  """Turns the tests' own shape checks off, to reach the library's errors."""
+  """Turns off the tests' own shape checks, to reach the library's errors."""
   jaxtyping.config.update("jaxtyping_disable", True)
   yield
   jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,4 +1,4 @@
-"""What is said of machines that are not at hand, and what is made for them."""
+"""Choices and reasons for devices that this machine does not have."""
 
 import types
 
@@ -29,7 +29,7 @@ HOPPERS = [
 
 @pytest.fixture
 def become(monkeypatch, unchecked_shapes):
-  """Makes the default device another one."""
+  """Replaces the default device by another one."""
 
   def run(kind, platform="gpu", **attributes):
     device = types.SimpleNamespace(
@@ -47,7 +47,7 @@ def _info(capsys):
 
 
 @pytest.mark.parametrize(("kind", "capability"), OTHERS)
-def test_other_gpus_take_xla_for_want_of_wgmma(
+def test_other_gpus_take_xla_because_they_lack_wgmma(
   become, capsys, kind, capability
 ):
   become(kind, compute_capability=capability, core_count=100)

@@ -81,7 +81,7 @@ assert main(["info"]) == 0
 
 
 def _run(code):
-  """Runs code in a process of its own, on the CPU; returns what it prints."""
+  """Runs code in a new process on the CPU and returns its stdout."""
   path = [ROOT, ROOT / "tests", ROOT / "tests" / "helpers"]
   done = subprocess.run(
     [sys.executable, "-c", code],

@@ -1,7 +1,7 @@
-"""What it takes to add a static option: `data/new_option.patch` adds one.
+"""The files that a new static option touches, from `data/new_option.patch`.
 
 The patch adds `logits_clip`, a bound of the logits, with its test. If code that
-it changes has moved, apply it with a fuzz, and write it anew with one line of
+it changes has moved, apply it with fuzz and write it again with one line of
 context: `git diff -U1`.
 """
 
@@ -32,7 +32,7 @@ def test_an_option_touches_the_ops_the_spec_and_one_file_an_implementation():
 
 
 @pytest.mark.slow
-def test_an_option_that_the_patch_adds_matches_the_oracle(tmp_path):
+def test_an_option_that_the_patch_adds_matches_oracle(tmp_path):
   for name in ("paged_jax", "pallas_kernels", "tests", "pyproject.toml"):
     copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
     copy(ROOT / name, tmp_path / name)

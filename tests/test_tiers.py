@@ -1,4 +1,4 @@
-"""The tiers of the tests leave nothing out."""
+"""The tiers together run every test."""
 
 import os
 import subprocess

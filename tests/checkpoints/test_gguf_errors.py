@@ -17,7 +17,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def no_dequantise(monkeypatch):
-  """Makes the first dequantised weight a failure."""
+  """Fails the test if a weight is dequantised."""
 
   def dequantize(data, qtype):
     raise AssertionError("a weight was dequantised")
@@ -26,7 +26,7 @@ def no_dequantise(monkeypatch):
 
 
 def _assert_refused(path, error, *words):
-  """Asserts that the file is refused by a message of one line, naming it."""
+  """Asserts that the file is refused with one line that names it."""
   with pytest.raises(error) as caught:
     gguf.load(path)
   message = str(caught.value)

@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file: its metadata, and the demo model's."""
+"""The tokenizer of a GGUF file, from made metadata and from the demo model."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The `paged-jax` command on what it should do; errors: test_cli_errors."""
+"""The `paged-jax` command on valid input; see `test_errors` for errors."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from paged_jax.cli import main
 from paged_jax.cli.timing import Timing, timed
 from paged_jax.generation import CacheConfig, Completion, SamplingParams
 
-# Six tokens each. Whatever runs, runs in one shape: it is compiled once.
+# Six tokens each: all runs have one shape, so that it is compiled once.
 PROMPT = ["--prompt", "abcdef"]
 PROMPTS = [*PROMPT, "--prompt", "fedcba"]
 SHAPE = ["--num-pages", "2", "--max-new-tokens", "9", "--ignore-eos"]
@@ -57,7 +57,7 @@ def own_cache(cache_dir, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def usual_promotion():
-  """On a GPU the command takes bfloat16, which Flax promotes in its norms."""
+  """Allows promotion: on a GPU, Flax's norms promote the bfloat16 model."""
   with jax.numpy_dtype_promotion("standard"):
     yield
 
@@ -75,7 +75,7 @@ def command(model, capsys):
 
 @pytest.fixture
 def objects(command):
-  """Runs it with `--json` and returns the objects."""
+  """Runs the command with `--json` and returns the objects."""
 
   def run(*argv):
     return [json.loads(line) for line in command("--json", *argv).splitlines()]
@@ -85,7 +85,7 @@ def objects(command):
 
 @pytest.fixture
 def asked(monkeypatch):
-  """Answers without running the model; returns what it was asked."""
+  """Replaces the model by fixed answers; returns the recorded requests."""
   calls = []
 
   def stream(model, prompts, params, **options):

@@ -1,4 +1,4 @@
-"""How the `paged-jax` command ends when it does not end well."""
+"""The exit status and message of the `paged-jax` command when it fails."""
 
 import os
 import subprocess

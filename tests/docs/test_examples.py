@@ -1,4 +1,4 @@
-"""The examples run, are short, and are models by the contract."""
+"""The examples run, are short, and keep the contract of models."""
 
 import importlib.util
 import os
@@ -36,8 +36,8 @@ def _module(path):
 @pytest.mark.slow(quick=1)
 @each_example
 def test_an_example_decodes_what_its_model_gives_without_a_cache(path):
-  # A process of its own: the strict settings of the tests are not a reader's.
-  # It ends with an error unless the tokens agree.
+  # A separate process, since readers do not have the strict settings of the
+  # tests. It ends with an error unless the tokens agree.
   done = subprocess.run(
     [sys.executable, "-W", "error", path],
     cwd=ROOT,

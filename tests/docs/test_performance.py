@@ -1,4 +1,4 @@
-"""docs/performance.md and the tables elsewhere are those of the results."""
+"""docs/performance.md and the tables in other files match the results."""
 
 import re
 import subprocess
@@ -57,7 +57,7 @@ def test_a_file_has_one_place_for_a_table():
 
 
 def test_the_report_needs_no_package():
-  # -I -S: neither installed packages nor the folder; so no JAX.
+  # -I -S: neither installed packages nor the current folder, so no JAX.
   code = "import sys; sys.path.insert(0, '.'); from benchmarks import report"
   run = [sys.executable, "-I", "-S", "-c", f"{code}; report.page()"]
   subprocess.run(run, cwd=ROOT, check=True)

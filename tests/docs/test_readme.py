@@ -1,4 +1,4 @@
-"""The examples of README.md and docs/guide.md run; what README names exists."""
+"""Examples in README.md and docs/guide.md run; names in README exist."""
 
 import os
 import re
@@ -31,14 +31,14 @@ def _param(code):
 
 
 def _commands(program):
-  """Arguments of every call of `program` in the README's shell blocks."""
+  """Returns the arguments of each call of `program` in README's shell code."""
   lines = "\n".join(_blocks("sh")).splitlines()
   calls = [shlex.split(line, comments=True) for line in lines]
   return [call[1:] for call in calls if call[:1] == [program]]
 
 
 def _run(*args):
-  # A process of its own: the strict settings of the tests are not a reader's.
+  # A separate process, since readers do not have the tests' strict settings.
   done = subprocess.run(
     [sys.executable, "-W", "error", *args],
     cwd=ROOT,

@@ -33,7 +33,7 @@ def _greedy(lens=LENS, num_new=NUM_NEW, with_logprobs=False, **config):
 @pytest.mark.slow(quick=1)
 @pytest.mark.parametrize("page_size", [8, 16, 64])
 @pytest.mark.parametrize("prefill_chunk", [1, 7, 64])
-def test_greedy_tokens_are_the_oracles(page_size, prefill_chunk):
+def test_greedy_tokens_match_oracle(page_size, prefill_chunk):
   result = _greedy(page_size=page_size, prefill_chunk=prefill_chunk)
   for length, completion in zip(LENS, result, strict=True):
     assert list(completion.token_ids) == tiny_llama.greedy(length, NUM_NEW)[0]
@@ -74,7 +74,7 @@ def test_untied_heads_are_used():
 
 
 @pytest.mark.slow
-def test_logprobs_are_the_oracles():
+def test_logprobs_match_oracle():
   result = _greedy(with_logprobs=True)
   for length, completion in zip(LENS, result, strict=True):
     np.testing.assert_allclose(
@@ -117,7 +117,7 @@ def test_each_sequence_has_its_own_number_of_new_tokens():
 
 @pytest.mark.slow
 def test_a_sequence_ends_at_the_length_of_the_table():
-  # Of 32 tokens the last is sampled, but never stored.
+  # The last of the 32 tokens is sampled, but never stored.
   result = _greedy([9, 30], max_len=32, page_size=8)
   assert [len(c.token_ids) for c in result] == [20, 3]
   assert list(result[1].token_ids) == tiny_llama.greedy(30, NUM_NEW)[0][:3]
@@ -126,7 +126,8 @@ def test_a_sequence_ends_at_the_length_of_the_table():
 
 @pytest.mark.slow
 def test_without_a_page_the_last_sequence_stops_and_the_others_go_on():
-  # Each needs 5 pages of 8 in the end; 2 * 5 + 2 of 15 are there.
+  # In the end each of the three needs 5 pages of 8 tokens, 15 in all, but the
+  # pool has 2 * 5 + 2.
   result = _greedy([17, 17, 17], page_size=8, num_pages=12)
   assert [c.finish_reason for c in result] == [
     "length",
@@ -135,7 +136,7 @@ def test_without_a_page_the_last_sequence_stops_and_the_others_go_on():
   ]
   for completion in result[:2]:
     assert list(completion.token_ids) == tiny_llama.greedy(17, NUM_NEW)[0]
-  # What it had is right all the same: 17 + 15 tokens fill four pages.
+  # Its tokens so far are right: 17 + 15 tokens fill four pages.
   got = list(result[2].token_ids)
   assert got == tiny_llama.greedy(17, NUM_NEW)[0][: len(got)]
   assert 0 < len(got) < NUM_NEW
@@ -143,7 +144,7 @@ def test_without_a_page_the_last_sequence_stops_and_the_others_go_on():
 
 @pytest.mark.slow
 def test_a_prompt_without_pages_stops_and_the_others_go_on():
-  # 30 tokens need 4 pages of 8; the others fit in the 4 that there are.
+  # 30 tokens need 4 pages of 8 tokens; the other prompts fit in the pool of 4.
   result = _greedy([30, 9, 1], page_size=8, num_pages=4, num_new=3)
   reasons = [c.finish_reason for c in result]
   assert reasons == ["length", "out_of_pages", "out_of_pages"]

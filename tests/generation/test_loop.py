@@ -24,7 +24,7 @@ NUM_NEW = 20
 
 
 class _Loop:
-  """The compiled loops on the tiny model, as a caller that embeds them."""
+  """Calls the compiled loops on the tiny model, as an application would."""
 
   def __init__(
     self,
@@ -76,8 +76,8 @@ def _table(rows):
 
 
 def test_a_prompt_that_is_refused_on_the_device_never_samples():
-  # Of 4 pages, the first prompt needs 2 and the second 3: its second chunk is
-  # refused, and no later chunk is stored in its place.
+  # The pool has 4 pages. The first prompt needs 2 and the second 3: the second
+  # chunk of the second is refused, and no later chunk is stored in its place.
   run = _Loop([9, 23, 5], [3, 3, 3], num_pages=4, chunk=16)
   rows = run.prefilled()
   assert rows.status.tolist()[:3] == [
@@ -139,8 +139,8 @@ def test_the_implementation_of_the_cache_is_that_of_every_op(monkeypatch):
 
 @pytest.mark.slow
 def test_swapping_two_live_pages_changes_the_tokens():
-  # Of two sequences: within one, keys keep the position they were written
-  # with, and attention does not mind their order.
+  # The pages are of two sequences. Within one, keys keep the positions with
+  # which they were written, and attention does not depend on their order.
   run = _Loop([30, 17], [NUM_NEW, NUM_NEW])
   rows = run.prefilled()
   right = run.decoded(rows)
@@ -177,14 +177,14 @@ def test_the_decode_loop_is_traced_once_whatever_the_lengths():
 
 
 def _compiled_decode(run):
-  """The decode loop's program, and the pool that it carries."""
+  """Returns the decode loop's program, and the pool that it carries."""
   decode = jax.jit(loop.decode, donate_argnames="rows")
   lowered = decode.lower(run.model, run.rows, 100)
   return lowered.compile(), run.rows.cache.groups[0].pool.k
 
 
 def _compiled_step(run):
-  """The program of one decode step, and the pool that it carries."""
+  """Returns the program of one decode step, and the pool that it carries."""
   structure, leaves = programs.flatten(run.model)
   lowered = programs.decode_step.lower(structure, leaves, run.rows)
   return lowered.compile(), run.rows.cache.groups[0].pool.k
@@ -218,7 +218,7 @@ def test_a_dispatched_step_keeps_one_pool():
   run = _Loop([30, 9, 1], [3, 20, 7], num_pages=4096)
   compiled, pool = _compiled_step(run)
   _assert_keeps_one_pool(compiled, pool)
-  # The rows reuse the memory of their inputs, and the rest is on the host.
+  # Rows reuse the memory of their inputs; all other outputs are on the host.
   rows, packed = compiled.output_shardings
   assert compiled.as_text().count("may-alias") == len(jax.tree.leaves(rows))
   assert packed.memory_kind == "pinned_host"
@@ -226,7 +226,7 @@ def test_a_dispatched_step_keeps_one_pool():
 
 @pytest.mark.gpu
 def test_a_dispatched_step_is_straight_line():
-  # In plain JAX, attention is a loop over tiles whose end is data.
+  # Needs the kernels: in plain JAX, attention is a loop whose length is data.
   config = dataclasses.replace(tiny_llama.CONFIG, head_dim=64)
   run = _Loop([30, 9, 1], [3, 20, 7], num_pages=4096, config=config)
   with jax.numpy_dtype_promotion("standard"):  # Flax promotes in its norms
@@ -247,7 +247,7 @@ def test_the_decode_loop_calls_the_kernel_on_the_pool_in_place():
 
 
 def _launches_of_integers(hlo):
-  """Returns what a program launches that gives no numbers of K, V or states."""
+  """Returns the launches of a program that output integers or flags only."""
   found = []
   for line in hlo.splitlines():
     launch = re.match(r"\s+(?:ROOT )?\S+ = (.+?) (fusion|custom-call)\(", line)
@@ -269,5 +269,5 @@ def test_schedules_and_tables_are_made_once_for_all_layers(kv_dtype):
       hlo = _compiled_step(run)[0].as_text()
     assert hlo.count('custom_call_target="mosaic_gpu') >= 2 * num_layers
     launched.append(_launches_of_integers(hlo))
-  # XLA may fuse a few otherwise.
+  # XLA may fuse a few of them differently.
   assert 0 < len(launched[1]) <= len(launched[0]) + 2, launched[1]

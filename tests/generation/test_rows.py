@@ -1,4 +1,4 @@
-"""One step of the loops, of a plan that names its rows."""
+"""One step of the loops, with a plan that names its rows."""
 
 import functools
 
@@ -16,7 +16,8 @@ from paged_jax.generation.rows import Plan, Status
 
 NUM_SEQS, NUM_ENTRIES, NUM_TOKENS, NUM_PAGES = 4, 3, 12, 6
 NOBODY = NUM_SEQS
-# All rows but row 1 take the most likely token: its options must not be theirs.
+# Row 1 samples; the others take the most likely token. The options of row 1
+# must not reach the others.
 LENS = {0: 9, 1: 7, 2: 17, 3: 5}
 TEMPERATURE, SEED = 100.0, 3
 CONFIG = CacheConfig(
@@ -35,7 +36,7 @@ def _prompt(row):
 
 @functools.cache
 def _expected(row, num_new=8):
-  """The oracle's greedy tokens of a row, and their log-probabilities."""
+  """Returns the oracle's greedy tokens of a row, and their logprobs."""
   weights = tiny_llama.weights()
   return oracle.llama_greedy(tiny_llama.CONFIG, weights, _prompt(row), num_new)
 
@@ -46,7 +47,7 @@ def _jitted(structure, leaves, rows, plan):
 
 
 def _plan(*entries):
-  """Returns the plan of entries (row, tokens, whether to sample)."""
+  """Returns a plan from entries (row, tokens, whether to sample)."""
   entries += ((NOBODY, [], False),) * (NUM_ENTRIES - len(entries))
   slots, tokens, samples = zip(*entries, strict=True)
   flat = [token for each in tokens for token in each]
@@ -72,7 +73,7 @@ def _decode_plan(*rows):
 
 
 def _rows(max_new=8, stop=(), with_logprobs=True, capacity=8):
-  """Empty rows. `stop` are the stop tokens of row 3."""
+  """Returns empty rows; `stop` are the stop tokens of row 3."""
   params = [SamplingParams()] * NUM_SEQS
   params[1] = SamplingParams(temperature=TEMPERATURE, seed=SEED)
   params[3] = SamplingParams(stop_token_ids=stop)
@@ -86,26 +87,26 @@ def _rows(max_new=8, stop=(), with_logprobs=True, capacity=8):
 
 
 class _Run:
-  """Rows that go on step by step."""
+  """Continues rows step by step."""
 
   def __init__(self, **options):
     self.rows = _rows(**options)
     self.model = programs.flatten(tiny_llama.model())
 
   def step(self, plan):
-    """Runs a step, and returns its result, its arrays as lists."""
+    """Runs a step and returns its result, with lists in place of arrays."""
     self.rows, result = _jitted(*self.model, self.rows, plan)
     return jax.tree.map(lambda x: np.asarray(x).tolist(), result)
 
   def prefilled(self):
-    """Reads all prompts; they and one token of each fill the pool."""
+    """Prefills all prompts; with one more token each they fill the pool."""
     self.step(_plan((0, _prompt(0), True)))
     self.step(_plan((2, _prompt(2)[:12], False)))
     self.step(_plan((2, _prompt(2)[12:], True), (3, _prompt(3), True)))
     return self
 
   def of(self, row):
-    """All that is kept of a row, its pages' contents included."""
+    """Returns the whole state of a row, the contents of its pages included."""
     rows, (group,) = self.rows, self.rows.cache.groups
     pages = group.table.page_indices[row]
     used = np.asarray(pages)[: -(-int(group.table.kv_lens[row]) // 8)]
@@ -131,8 +132,8 @@ def _assert_same(before, after):
     np.testing.assert_array_equal(a, b)
 
 
-def _assert_oracles(run, row, num_new):
-  """Compares what is kept of a row with the oracle."""
+def _assert_matches_oracle(run, row, num_new):
+  """Compares the state of a row with the oracle."""
   tokens, logprobs = _expected(row)
   assert int(run.rows.num_new[row]) == num_new
   assert run.rows.tokens[row, :num_new].tolist() == tokens[:num_new]
@@ -148,7 +149,7 @@ def test_a_step_mixes_rows_that_decode_with_chunks_of_prompts():
   expected = {row: _expected(row)[0] for row in (0, 2, 3)}
   result = run.step(_plan((0, _prompt(0), True)))
   assert result.tokens[0] == expected[0][:1]
-  # In an order that is not that of the rows, with a chunk that is no end.
+  # Entries are not in the order of the rows; one chunk does not end its prompt.
   chunk = _prompt(2)[:9]
   result = run.step(_plan((2, chunk, False), _decode(0)))
   assert result.num_new == [0, 1, 0]
@@ -161,13 +162,13 @@ def test_a_step_mixes_rows_that_decode_with_chunks_of_prompts():
   result = run.step(_plan((2, _prompt(2)[15:], True), _decode(3), _decode(0)))
   assert result.num_new == [1, 1, 1]
   for row, num_new in ((0, 4), (2, 1), (3, 2)):
-    _assert_oracles(run, row, num_new)
+    _assert_matches_oracle(run, row, num_new)
   assert run.rows.cache.kv_lens.tolist() == [12, 0, 17, 6]
-  # The same rows, by a plan of decode steps.
+  # The same rows, with plans of decode steps.
   for _ in range(2):
     result = run.step(_decode_plan(3, 0, 2))
   for row, num_new in ((0, 6), (2, 3), (3, 4)):
-    _assert_oracles(run, row, num_new)
+    _assert_matches_oracle(run, row, num_new)
   assert result.tokens == [
     [expected[r][n]] for r, n in ((3, 3), (0, 5), (2, 2))
   ]
@@ -192,7 +193,7 @@ def test_random_numbers_are_those_of_the_row_and_its_number_of_tokens():
     tokens.append(int(np.argmax(logits[-1] / TEMPERATURE + noise)))
     run.step(plan)
     assert int(run.rows.last_tokens[1]) == tokens[-1]
-  _assert_oracles(run, 0, 5)
+  _assert_matches_oracle(run, 0, 5)
 
 
 def test_nothing_is_sampled_inside_a_prompt():
@@ -203,7 +204,7 @@ def test_nothing_is_sampled_inside_a_prompt():
   assert result.refused == [False] * 3
   assert result.status[0] == Status.RUNNING
   assert run.rows.cache.kv_lens.tolist() == [0, 0, 12, 0]
-  _assert_same(before[5:], run.of(2)[5:])  # all but its pages
+  _assert_same(before[5:], run.of(2)[5:])  # except its pages
 
 
 def test_a_result_has_a_field_for_each_entry():
@@ -243,8 +244,8 @@ def test_rows_that_have_ended_are_frozen_and_keep_their_pages(plan):
   assert result.status == [Status.RUNNING, Status.ABORTED, Status.RUNNING]
   _assert_same(before, run.of(3))
   for row in (0, 2):
-    _assert_oracles(run, row, 2)
-  # An end is not undone by another.
+    _assert_matches_oracle(run, row, 2)
+  # A row that has ended cannot end a second time.
   assert rows_lib.end(run.rows, ended, Status.ERROR).status[3] == Status.ABORTED
   # Only release_ended gives pages back.
   after = rows_lib.release_ended(run.rows)
@@ -268,14 +269,14 @@ def test_a_refused_row_keeps_everything_and_can_try_again():
     assert result.status == [Status.RUNNING] * 3
     _assert_same(before, run.of(3))
     for row in (0, 2):
-      _assert_oracles(run, row, num_new + 1)
+      _assert_matches_oracle(run, row, num_new + 1)
   ended = jnp.arange(NUM_SEQS, dtype=jnp.int32) == 2
   run.rows = rows_lib.end(run.rows, ended, Status.ABORTED)
   run.rows = rows_lib.release_ended(run.rows)
   result = run.step(_decode_plan(3, 0, 2))
   assert result.refused == [False] * 3
   assert result.num_new == [1, 1, 0]
-  _assert_oracles(run, 3, 5)
+  _assert_matches_oracle(run, 3, 5)
 
 
 def test_a_refused_chunk_of_a_prompt_samples_nothing():
@@ -285,7 +286,7 @@ def test_a_refused_chunk_of_a_prompt_samples_nothing():
   assert result.refused == [True, False, False]
   assert result.num_new == [0, 1, 0]
   _assert_same(before, run.of(1))
-  _assert_oracles(run, 0, 2)
+  _assert_matches_oracle(run, 0, 2)
 
 
 def test_the_second_entry_of_a_row_is_refused():
@@ -293,7 +294,7 @@ def test_the_second_entry_of_a_row_is_refused():
   result = run.step(_decode_plan(0, 0, 2))
   assert result.refused == [False, True, False]
   assert result.num_new == [1, 0, 1]
-  _assert_oracles(run, 0, 2)
+  _assert_matches_oracle(run, 0, 2)
 
 
 @pytest.mark.parametrize("nobody", [-1, NOBODY + 1])
@@ -304,7 +305,7 @@ def test_an_entry_of_a_row_out_of_range_is_empty(nobody):
   assert result.num_new == [0, 1, 0]
   assert result.status[0] == result.status[2] == Status.ABORTED
   _assert_same(before, run.of(NUM_SEQS - 1))
-  _assert_oracles(run, 0, 2)
+  _assert_matches_oracle(run, 0, 2)
 
 
 def test_rows_keep_at_least_one_token_or_none():
@@ -319,7 +320,7 @@ def test_a_kind_of_plan_is_compiled_once_whatever_it_holds():
     run.step(_plan(*map(_decode, rows)))
     run.step(_decode_plan(*rows))
     run.step(loop.decode_plan(run.rows))  # of all rows
-  # No test of this file runs any other.
+  # The tests in this file run no other kind.
   assert _jitted._cache_size() == 3
 
 

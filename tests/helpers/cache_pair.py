@@ -1,8 +1,8 @@
 """A cache of two layer groups, and a plain model of each group beside it.
 
-A token is a number of its own, written as K and V of every layer, so that what
-a row reads says who wrote it. Who is served follows from the models: a row of
-whom no group refuses anything.
+Each token is a different number, written as K and V of every layer, so that
+each value identifies its token. A row is served if every group's model serves
+it.
 """
 
 import collections
@@ -32,7 +32,7 @@ CONFIG = CacheConfig(
 
 
 def values(tokens, layer, num_heads, width):
-  """The keys of a layer, for f32 tokens: all different, and exact."""
+  """Returns the keys of a layer for f32 tokens: all different, and exact."""
   head = np.arange(num_heads, dtype=np.float32)[None, :, None] / 8
   column = np.arange(width, dtype=np.float32)[None, None] / 64
   return tokens[:, None, None] + (layer / 4 + head + column)
@@ -40,7 +40,7 @@ def values(tokens, layer, num_heads, width):
 
 @jax.jit
 def step_and_write(cache, q_lens, rows, tokens):
-  """One model step. Returns the cache and bool[num_rows], who was served."""
+  """Runs a model step. Returns the cache and bool[num_rows], who was served."""
   cache, step = begin_step(cache, q_lens, NUM_TOKENS, rows=rows)
   for layer, place in enumerate(layout.places(cache.layers)):
     pool = cache.groups[place.group].pool
@@ -70,15 +70,15 @@ def _are_valid(cache):
 
 
 class CacheAndModels:
-  """Does the same to a cache and its models, and compares them.
+  """Applies each transition to a cache and its models, and compares them.
 
   Attributes:
-    seen: How often something happened that programs should reach.
+    seen: Counts the events that random programs should reach.
   """
 
   def __init__(self):
     cache = PagedCache.init(LAYERS, CONFIG)
-    # What nobody wrote must not be read.
+    # Memory that was never written must not be read.
     for i, group in enumerate(cache.groups):
       nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), group.pool)
       cache = cache.with_pool(i, nan)
@@ -95,7 +95,7 @@ class CacheAndModels:
     return [len(row.tokens) for row in self.models[0].rows]
 
   def step(self, counts, order=range(NUM_SEQS)):
-    """Appends to each row, in an order of service. Returns who was served."""
+    """Appends to the rows in `order`. Returns which rows were served."""
     order = list(order)
     fresh = {}
     for row in order:
@@ -134,10 +134,10 @@ class CacheAndModels:
     return ok
 
   def change(self, name, rows, *args, per_group=None):
-    """Runs a transition of named rows. Returns `ok`.
+    """Runs a transition of the given rows. Returns `ok`.
 
-    `rows` is the argument whose entries are left out by `num_seqs`. Arguments
-    of `per_group` are given to the models as the cache's own transition says.
+    An entry of `rows` is left out if it is `num_seqs`. `per_group` holds the
+    arguments for each group's model, where they differ between groups.
     """
     args_of = per_group or [args] * len(self.models)
     trials = [copy.deepcopy(model) for model in self.models]
@@ -154,7 +154,7 @@ class CacheAndModels:
 
     before = self.cache
     i32 = lambda x: np.asarray(x, np.int32)
-    if name == "adopt":  # the models are told the tokens, too
+    if name == "adopt":  # only the models take the tokens
       pages, lens, floors, _ = zip(*args_of, strict=True)
       args = [i32(p) for p in pages], i32(lens[0]), [i32(f) for f in floors]
     else:
@@ -188,11 +188,11 @@ class CacheAndModels:
     self.agree(before, ())
 
   def agree(self, before, untouched):
-    """Compares everything with the models, and some rows with what they were.
+    """Compares the cache with the models, and some rows with their old state.
 
     Args:
       before: The cache before the transition.
-      untouched: Rows that must be bit for bit as they were.
+      untouched: Rows that must not have changed, bit for bit.
     """
     assert all(map(bool, _are_valid(self.cache)))
     assert self.cache.kv_lens.tolist() == self.lens

@@ -8,18 +8,18 @@ import numpy as np
 
 from paged_jax import devices
 
-# ||out - oracle|| / ||oracle||, by dtype of the pages: rounding of P and of the
-# output to the pages' dtype; float32 is left with the order of its sums.
+# Largest ||out - oracle|| / ||oracle||, by dtype of the pages: P and the output
+# are rounded to that dtype. For float32 only the order of the sums differs.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 4e-3, "float16": 1e-3}
 
-# Kernels are interpreted where there is no GPU to run them.
+# Kernels are interpreted if no Hopper GPU can run them.
 ON_HOPPER = devices.why_not_hopper() is None
 INTERPRET = None if ON_HOPPER else plgpu.InterpretGPUParams()
 PLAIN = dict(
   scale=0.125, sliding_window=None, num_sink_tokens=0, logits_soft_cap=None
 )
 
-# Given to the attention ops, whatever their pages hold.
+# Options that the attention ops get for pages of any dtype.
 LENS = [0, 1, 15, 16, 17, 40, 300]
 OPTIONS = {
   "plain": {},
@@ -37,7 +37,7 @@ OPTIONS = {
 
 @dataclasses.dataclass
 class Problem:
-  """Arguments of `ragged_paged_attention`, in NumPy."""
+  """The arguments of `ragged_paged_attention`, as NumPy arrays."""
 
   q: np.ndarray
   k_pages: np.ndarray
@@ -69,10 +69,10 @@ def make(
   poison=np.nan,
   seed=0,
 ):
-  """Returns a Problem in which every byte that must not matter is `poison`.
+  """Returns a Problem in which all memory that must not be read is `poison`.
 
   That is: page tails, pages that no sequence names, the pages of sequences
-  from `num_active` on, and the query tokens of nobody.
+  from `num_active` on, and query tokens that belong to no sequence.
   """
   rng = np.random.default_rng(seed)
   q_lens = [1] * len(kv_lens) if q_lens is None else q_lens
@@ -113,7 +113,7 @@ def make(
 def quantise(problem, kv_dtype):
   """Returns a Problem of quantised pages, and their scales as options.
 
-  Of a row that is not finite, all of the data is poison too: 127, or NaN.
+  A row that is not finite gets poison as all of its data: 127, or NaN.
   """
   pages, scales = {}, {}
   for name in ("k", "v"):
@@ -148,13 +148,13 @@ def quantise_rows(rows, kv_dtype):
 
 
 def assert_same_bits(a, b):
-  """Compares pairs of arrays, NaN and all."""
+  """Asserts that pairs of arrays have the same bits, NaN included."""
   for x, y in zip(a, b, strict=True):
     assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 def on_device(options):
-  """The same options, with arrays as the ops take them."""
+  """Returns the same options, with their arrays as JAX arrays."""
   return {
     name: jnp.asarray(x) if isinstance(x, np.ndarray) else x
     for name, x in options.items()
@@ -162,7 +162,7 @@ def on_device(options):
 
 
 def relative_error(out, expected):
-  """Returns ||out - expected|| / ||expected||; NaN or Inf in `out` is Inf."""
+  """Returns ||out - expected|| / ||expected||, Inf if `out` is not finite."""
   out = np.asarray(out, np.float64)
   assert out.shape == expected.shape, (out.shape, expected.shape)
   if not np.isfinite(out).all():
@@ -172,14 +172,14 @@ def relative_error(out, expected):
 
 
 def assert_matches(out, lse, expected, expected_lse, dtype):
-  """Asserts that output and LSE are the oracle's within rounding."""
+  """Asserts that output and LSE match the oracle up to rounding."""
   tolerance = TOLERANCE[str(dtype)]
   assert relative_error(out, expected) < tolerance
   empty = np.isneginf(expected_lse)
   np.testing.assert_array_equal(np.isneginf(np.asarray(lse)), empty)
   assert not np.asarray(out, np.float64)[empty].any()
   seen = ~empty
-  # Logits are sums of products of the given numbers, whatever their dtype.
+  # Logits are sums of unrounded products, so one tolerance fits all dtypes.
   np.testing.assert_allclose(
     np.asarray(lse)[seen], expected_lse[seen], rtol=0, atol=2e-5
   )

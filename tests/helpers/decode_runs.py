@@ -1,4 +1,4 @@
-"""Runs of the decode kernel that tests share."""
+"""Runs the decode kernel, for several test files."""
 
 import dataclasses
 
@@ -11,8 +11,8 @@ import oracle
 from pallas_kernels.decode import kernel as decode_kernel
 from pallas_kernels.decode.config import Config
 
-# The default has a program for each multiprocessor, which takes the
-# interpreter minutes.
+# The default has a program for each multiprocessor, for which the interpreter
+# needs minutes.
 SMALL = Config(64, 2, 3)
 # Most of the time goes into compiling the interpreter: tests share programs.
 SHARED = dict(config=SMALL, sinks=(-2, 0, 1))
@@ -25,7 +25,7 @@ def make(kv_lens, *, dtype="bfloat16", **options):
 
 
 def _pad_with_nan_pages(problem):
-  """Poisons the first and the last page, which an id out of range may hit."""
+  """Adds NaN pages at both ends, which a page index out of range may hit."""
   last = len(problem.k_pages)
   pad = lambda pages: np.pad(
     pages, ((1, 1), (0, 0), (0, 0), (0, 0)), constant_values=np.nan
@@ -41,7 +41,7 @@ def _pad_with_nan_pages(problem):
 
 
 def make_shared(*kv_lens):
-  """Returns a problem whose shapes do not depend on the lengths."""
+  """Returns a Problem whose shapes do not depend on the lengths."""
   problem = _pad_with_nan_pages(make([400, 400, 400], num_q_heads=3))
   problem.kv_lens[:] = kv_lens
   return problem
@@ -75,7 +75,7 @@ def run(
 def check(problem, *, config=SMALL, sinks=None, scales=None, **options):
   """Compares the kernel with the oracle."""
   scales, judged = scales or {}, cases.PLAIN | options
-  judged.pop("batch_invariant", None)  # is not about the result
+  judged.pop("batch_invariant", None)  # the oracle has no such option
   expected = oracle.paged_attention(
     *dataclasses.astuple(problem)[:5], sinks=sinks, **judged, **scales
   )

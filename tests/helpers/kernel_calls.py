@@ -24,7 +24,7 @@ def call(
   """Returns output and LSE of a kernel.
 
   `offsets` are `cu_q_lens` and `num_active` of the ragged kernels. Options that
-  no kernel takes by name are those of `AttentionSpec`.
+  the kernel has no argument for go into `AttentionSpec`.
   """
   kv = PagedKV(
     k_pages, v_pages, k_scales, v_scales, None, kv_lens, page_indices

@@ -2,7 +2,7 @@
 
 It follows the documentation of `paged_jax.page_table`, imports nothing of it,
 and keeps, besides the pages, the tokens that each row should read. Which free
-pages a row gets is not its business: it is told.
+pages a row gets is given by the caller.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Row:
 
 
 class PageModel:
-  """Rows, the pages that a cache holds, and what is free: all the rest."""
+  """Rows and the pages that a prefix cache holds; all other pages are free."""
 
   def __init__(
     self, num_pages, page_size, num_seqs, width, tenants=None, quotas=None
@@ -41,12 +41,12 @@ class PageModel:
     self.holds = {}  # page -> times, never 0
 
   def count(self, page):
-    """Rows that name the page, plus holds."""
+    """Returns how many rows name the page, plus its holds."""
     named = sum(row.pages.count(page) for row in self.rows)
     return named + self.holds.get(page, 0)
 
   def used(self):
-    """The pages that are not free."""
+    """Returns the pages that are not free."""
     named = {p for row in self.rows for p in row.pages if p is not None}
     return named | set(self.holds)
 
@@ -57,7 +57,7 @@ class PageModel:
     return -(-num_tokens // self.page_size)
 
   def room(self):
-    """Pages that each tenant may still have; None for no limits."""
+    """Returns how many pages each tenant may still take; None: no limits."""
     if self.quotas is None:
       return None
     room = list(self.quotas)
@@ -71,7 +71,7 @@ class PageModel:
   # -- append
 
   def plan_append(self, counts, order=None, most=None):
-    """Returns who is served, and who of them copies its last page."""
+    """Returns which rows are served, and which of them copy their last page."""
     seqs = range(len(self.rows))
     order = self._serving_order(order)
     need = self._needs(counts, order, most)
@@ -104,7 +104,7 @@ class PageModel:
     return [seq in served for seq in seqs], copies
 
   def append(self, counts, ok, copies, entries, new_token):
-    """Serves rows; `entries[seq]` are the pages they name now.
+    """Adds tokens to the rows that are `ok`; `entries[seq]` are their pages.
 
     Returns the pages that were handed out.
     """
@@ -128,7 +128,7 @@ class PageModel:
     return list(dict.fromkeys(order + list(range(len(self.rows)))))
 
   def _needs(self, counts, order, most):
-    """New pages of each row; None for rows that are refused for themselves."""
+    """Returns the new pages of each row; None if it is refused by itself."""
     need, room, blocked = [None] * len(self.rows), self.room(), set()
     for seq in order:
       row, count = self.rows[seq], counts[seq]
@@ -146,7 +146,7 @@ class PageModel:
       need[seq] = pages
     return need
 
-  # -- the others; each returns what `ok` should be
+  # -- the other transitions; each returns the expected `ok`
 
   def release(self, seqs):
     for seq in seqs:
@@ -193,7 +193,7 @@ class PageModel:
     return self._start(seqs, wants, [0] * len(seqs))
 
   def _wanted(self, entries, length, floor, tokens):
-    """Returns the row that a cache hit describes; None if it cannot be."""
+    """Returns the row that a cache hit describes; None if it is invalid."""
     num = self.pages_for(max(length, 0))
     row = [None if p == self.num_pages else p for p in entries[:num]]
     named = [page for page in row if page is not None]
@@ -209,7 +209,7 @@ class PageModel:
     return Row(0, row, tokens, floor if holes else 0) if good else None
 
   def _start(self, dsts, wants, srcs):
-    """Empty rows become what they want; None is refused."""
+    """Fills the empty rows `dsts` with the rows `wants`; refuses None."""
     nobody, ok, named, blocked = len(self.rows), [], set(), set()
     room = self.room()
     was_empty = [not row.tokens for row in self.rows]
@@ -277,7 +277,7 @@ class PageModel:
     return ok
 
   def compact(self, max_copies):
-    """Returns the copies, by the highest page first."""
+    """Returns the copies (source, target), the highest source first."""
     used = self.used()
     gaps = [p for p in range(len(used)) if p not in used]
     strays = sorted((p for p in used if p >= len(used)), reverse=True)

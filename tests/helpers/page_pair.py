@@ -1,4 +1,4 @@
-"""A page table with a real pool, and the plain model beside them."""
+"""A page table with a real pool, compared with the plain model."""
 
 import functools
 
@@ -10,12 +10,12 @@ from page_model import PageModel
 from paged_jax import page_table
 from paged_jax.kv import pool as kv_pool
 
-MOST_NEW = 72  # tokens that a row can be given in one step
+MOST_NEW = 72  # most new tokens of a row in one step
 
 
 @functools.partial(jax.jit, static_argnames="most", donate_argnums=(0, 1))
 def _append_and_write(table, pool, counts, tokens, order=None, most=None):
-  """One model step, with a token's number in place of its K and V."""
+  """Runs a model step that writes a token's number as its K and V."""
   before = table.kv_lens
   result = page_table.append(table, counts, order=order, max_new_tokens=most)
   pool = kv_pool.copy_pages(pool, result.copies.src, result.copies.dst)
@@ -64,7 +64,7 @@ is_valid = jax.jit(lambda table: page_table.check(table).valid)
 
 
 class PagesAndModel:
-  """Does the same to both, and compares them."""
+  """Applies each transition to both, and compares them."""
 
   def _start(self, shape):
     self.model = PageModel(**shape)
@@ -81,10 +81,10 @@ class PagesAndModel:
       shape["num_pages"], 2, 1, shape["page_size"], 1, jnp.float32
     )
     self.next_token = 1
-    self.cached = []  # (pages, tokens) that the prefix cache holds
+    self.cached = []  # (pages, tokens) of each prefix that the cache holds
 
   def _token(self, counts):
-    """Numbers the tokens of this step."""
+    """Returns a number for each new token of this step."""
     tokens = np.zeros((self.num_seqs, MOST_NEW), np.float32)
     for seq, count in enumerate(counts):
       for nth in range(min(max(count, 0), MOST_NEW)):
@@ -139,7 +139,7 @@ class PagesAndModel:
     assert ok == self.model.hold(padded)
 
   def _agree(self):
-    """Compares the table and all that can be read through it."""
+    """Compares the table, and all tokens that can be read through it."""
     model, table = self.model, self.table
     assert bool(is_valid(table))
     num_pages, page_size = self.num_pages, model.page_size

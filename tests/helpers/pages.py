@@ -1,4 +1,4 @@
-"""Page tables in few words, for the tests of their transitions."""
+"""Short forms of the page table's transitions and fields, for its tests."""
 
 import functools
 
@@ -12,7 +12,7 @@ from paged_jax import page_table
 
 @functools.cache
 def jitted(name):
-  """The transition, compiled once for all tests."""
+  """Returns the jitted transition; all tests share its compiled programs."""
   return jax.jit(getattr(page_table, name))
 
 
@@ -21,7 +21,7 @@ def i32(*values):
 
 
 def append(table, *num_new_tokens, order=None):
-  """Returns the next table, `ok`, and the copies that are any."""
+  """Returns the next table, `ok`, and the copies without unused entries."""
   order = None if order is None else i32(*order)
   result = jitted("append")(table, i32(*num_new_tokens), order=order)
   copies = zip(
@@ -49,7 +49,7 @@ def release(table, *rows):
 
 
 def pages(table, row):
-  """The pages that a row names, checking that nothing follows them."""
+  """Returns the pages that a row names; checks that nothing follows them."""
   entries = np.asarray(table.page_indices[row])
   used = -(-int(table.kv_lens[row]) // table.page_size)
   assert (entries[used:] == table.num_pages).all()
@@ -57,7 +57,7 @@ def pages(table, row):
 
 
 def counts(table, row):
-  """The reference counts of the pages that a row names."""
+  """Returns the reference counts of the pages that a row names."""
   return [int(table.ref_counts[page]) for page in pages(table, row)]
 
 
@@ -67,7 +67,7 @@ def assert_valid(table):
 
 
 def assert_same(a, b):
-  """Checks that two tables are equal, bit for bit, unused entries included."""
+  """Asserts that two tables have the same bits, in unused entries too."""
   chex.assert_trees_all_equal(a, b)
 
 
@@ -78,12 +78,12 @@ def assert_row_unchanged(before, after, row):
 
 
 def new_table(num_pages=8, **options):
-  """Four rows of at most three pages of 8 tokens."""
+  """Returns a table of four rows of at most three pages of 8 tokens."""
   return page_table.init(num_pages, 8, 4, 3, **options)
 
 
 def family(num_rows, num_tokens=12, num_pages=8):
-  """Rows forked from row 0."""
+  """Returns a table whose rows are forks of row 0."""
   table, ok, _ = append(new_table(num_pages), num_tokens, 0, 0, 0)
   assert ok[0]
   children = range(1, num_rows)

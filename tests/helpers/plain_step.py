@@ -1,4 +1,4 @@
-"""Steps of a small cache, and what plain loops say that they are."""
+"""Steps of a small cache, compared with plain loops."""
 
 import functools
 import itertools
@@ -14,7 +14,7 @@ from paged_jax.kv import cache as paged_cache
 NUM_PAGES, PAGE_SIZE, NUM_SEQS, WIDTH = 5, 8, 4, 3
 NOWHERE = NUM_PAGES * PAGE_SIZE
 TREE = np.random.default_rng(0).random((8, 3)) < 0.5
-# num_tokens, max_q_len, entries; None takes all rows. All tests share them.
+# num_tokens, max_q_len, entries (None: all rows), for all tests.
 FLAT = (16, None, None)
 SOME = (16, None, 3)
 SHORT = (8, 3, 4)
@@ -52,7 +52,7 @@ _is_valid = jax.jit(lambda table: page_table.check(table).valid)
 
 
 def begin_all(cache, q_lens, rows=None, shape=FLAT):
-  """Begins a step of traced lengths. Returns cache, step, rows of tokens."""
+  """Begins a step with traced lengths. Returns cache, step, rows of tokens."""
   num_tokens, max_q_len, _ = shape
   i32 = lambda x: None if x is None else np.asarray(x, np.int32)
   return _begin(
@@ -78,14 +78,14 @@ def assert_unchanged(before, after, rows):
 
 
 class Plain:
-  """What a step should be: loops over entries and tokens, and a PageModel."""
+  """The expected step, from loops over entries and tokens and a PageModel."""
 
   def __init__(self, cache):
     self.model = PageModel(NUM_PAGES, PAGE_SIZE, NUM_SEQS, WIDTH)
     self.cache = cache
 
   def run(self, q_lens, rows, shape):
-    """Runs one step, and compares it. Returns `ok` of its entries."""
+    """Runs a step and compares it. Returns `ok` of its entries."""
     named = list(range(NUM_SEQS)) if rows is None else rows
     cu_q_lens, wanted, entry_of, order = self._wanted(q_lens, named, shape)
     served, _ = self.model.plan_append(wanted, order)
@@ -120,7 +120,7 @@ class Plain:
     return ok
 
   def _wanted(self, q_lens, named, shape):
-    """Returns offsets, tokens that rows may have, their entries, the order."""
+    """Returns offsets, permitted tokens of each row, entries and order."""
     num_tokens, max_q_len, _ = shape
     most = num_tokens if max_q_len is None else max_q_len
     wanted, entry_of, order = [0] * NUM_SEQS, {}, []

@@ -1,4 +1,4 @@
-"""Problems whose rows share pages, and what cascade attention makes of them."""
+"""Problems whose rows share pages, and runs of cascade attention on them."""
 
 import dataclasses
 
@@ -11,7 +11,8 @@ import pytest
 import paged_jax
 
 PAGE = 16
-# Own tokens after a prefix: none, one, to the end of a page, past it, many.
+# Each row's own tokens after the prefix: none, one, up to the end of a page,
+# past it, many.
 OWN_LENS = [0, 1, 15, 16, 17, 70]
 RUNS = [
   pytest.param("xla", "float32", id="xla-float32"),
@@ -34,7 +35,7 @@ def make(num_shared=5, own_lens=OWN_LENS, poison=np.nan, **options):
 
 
 def share(problem, rows_of, num_shared, poison=np.nan):
-  """Lets rows begin with the pages of others; what is free then is poison."""
+  """Makes rows begin with the pages of others; poisons pages that get free."""
   table = problem.page_indices.copy()
   for leader, rows in rows_of.items():
     for row in rows:
@@ -60,13 +61,13 @@ def run(problem, num_shared, **options):
 
 
 def expected(problem, **options):
-  """What attention over the same table gives, which knows of no sharing."""
+  """Returns the oracle's output and LSE over the same table."""
   arrays = dataclasses.astuple(problem)[:5]
   return oracle.paged_attention(*arrays, **options)
 
 
 def check(problem, num_shared, *, groups=None, implementation=None, **options):
-  """Asserts that cascade attention gives what is `expected`."""
+  """Asserts that cascade attention matches `expected`."""
   if groups is not None:
     groups = np.asarray(groups, np.int32)
   out, lse = run(

@@ -1,4 +1,4 @@
-"""Runs of the ragged kernel that tests share."""
+"""Runs the ragged kernel, for several test files."""
 
 import dataclasses
 
@@ -11,8 +11,8 @@ import oracle
 from pallas_kernels.ragged import kernel as ragged_kernel
 from pallas_kernels.ragged.config import Config
 
-# The default has a program for each multiprocessor, which takes the
-# interpreter minutes.
+# The default has a program for each multiprocessor, for which the interpreter
+# needs minutes.
 SMALL = Config(64, 2, num_programs=3, num_q_stages=2)
 SPLIT = dataclasses.replace(SMALL, splits=True)
 Q_LENS = [0, 1, 7, 63, 64, 65, 3]

@@ -1,4 +1,4 @@
-"""Small GGUF files of random weights, written as llama.cpp's converter does."""
+"""Small GGUF files of random weights, in the form of llama.cpp's converter."""
 
 import gguf
 import numpy as np
@@ -25,7 +25,7 @@ CHAT_TEMPLATE = """\
 
 
 def byte_symbols():
-  """One printable character per byte, in byte order (GPT-2's alphabet)."""
+  """Returns a printable character for each byte (GPT-2's alphabet)."""
   symbols, spare = [], 0x100
   for byte in range(0x100):
     if 0x21 <= byte <= 0x7E or (0xA1 <= byte <= 0xFF and byte != 0xAD):
@@ -144,10 +144,10 @@ def write(path, values=None, stored=None, quants=None):
   """Writes a GGUF file.
 
   Args:
-    path: Where.
+    path: Path of the file.
     values: Metadata; `metadata()` by default.
     stored: Tensors by llama.cpp's names; random by default.
-    quants: Quantisation type of some tensors, by name; float32 by default.
+    quants: Quantisation types of tensors, by name; float32 by default.
   """
   values = metadata() if values is None else values
   stored = tensors(weights()) if stored is None else stored

@@ -1,4 +1,4 @@
-"""A random Llama small enough for the oracle to run from scratch."""
+"""A random Llama that is small enough to be recomputed by the oracle."""
 
 import functools
 
@@ -35,7 +35,7 @@ def weights(config=CONFIG, seed=0):
   normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
   product = lambda out, size: normal(out, size) * np.float32(1.5 * size**-0.5)
   w = {
-    # Small: what is attended to outweighs the last token itself.
+    # Small, so that attention outweighs the last token itself.
     "model.embed_tokens.weight": normal(config.vocab_size, hidden) / 8,
     "model.norm.weight": 1 + normal(hidden) / 4,
   }
@@ -70,12 +70,12 @@ def prompts(lens, seed=1):
 
 
 def prompts_of(lens):
-  """Returns a prompt of each length, which depends on nothing else."""
+  """Returns a prompt of each length; it depends on its length only."""
   return [prompts([length], seed=length)[0] for length in lens]
 
 
 @functools.cache
 def greedy(length, num_new):
-  """Returns the tokens and logprobs that the oracle finds after a prompt."""
+  """Returns the oracle's tokens and logprobs after a prompt."""
   (prompt,) = prompts_of([length])
   return oracle.llama_greedy(CONFIG, weights(), prompt, num_new)

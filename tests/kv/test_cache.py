@@ -1,4 +1,4 @@
-"""The transitions of a cache: on all its layer groups, or on none."""
+"""Transitions of a cache apply to all its layer groups, or to none."""
 
 import collections
 import dataclasses
@@ -26,7 +26,7 @@ NUM_STEPS = 40
 
 
 class _Program:
-  """A random sequence of transitions; pools are nearly full all the time."""
+  """Runs a random sequence of transitions on pools that are nearly full."""
 
   def __init__(self, seed):
     self.rng = np.random.default_rng(seed)
@@ -48,7 +48,7 @@ class _Program:
     return self.pair.seen
 
   def _rows(self, size=2):
-    """Some rows, out of range, and named twice, included."""
+    """Returns random rows; some are out of range or occur twice."""
     return self.rng.integers(-1, NUM_SEQS + 2, size).tolist()
 
   def _step(self):
@@ -79,11 +79,13 @@ class _Program:
     self.pair.release_outside_window()
 
   def _adopt(self):
-    """Some first tokens of a row, as a prefix cache would hand them on."""
+    """Adopts the first tokens of a row, as after a prefix cache hit."""
     src, lens = int(self.rng.integers(NUM_SEQS)), self.pair.lens
     length = int(self.rng.integers(0, lens[src] + 2))
     num_pages = -(-length // PAGE_SIZE)
-    spoilt = self.rng.choice([0, 1, None])  # has a page that is free
+    spoilt = self.rng.choice(
+      [0, 1, None]
+    )  # group whose request names a free page
     per_group = []
     for i, model in enumerate(self.pair.models):
       row, none = model.rows[src], model.num_pages
@@ -126,12 +128,12 @@ def test_random_programs_reach_what_is_hard():
 
 def test_a_row_that_one_group_refuses_is_refused_by_all():
   pair = CacheAndModels()
-  # Of 7 and 5 pages: the third row finds 2 pages in the first group alone.
+  # The groups have 7 and 5 pages: only the first has 2 left for the third row.
   assert pair.step([24, 16, 9, 0]) == [True, True, False, True]
   assert pair.lens == [24, 16, 0, 0]
   free = [int(group.table.num_free) for group in pair.cache.groups]
   assert free == [2, 0]
-  # Rows that need no page go on.
+  # Rows that need no page are served.
   assert pair.step([0, 0, 1, 0]) == [True, True, False, True]
 
 
@@ -152,7 +154,7 @@ def test_a_row_is_not_cut_to_where_one_group_lacks_its_window():
   pair.release_outside_window()
   free = [int(group.table.num_free) for group in pair.cache.groups]
   assert free == [4, 3]  # a page of the windowed group is free again
-  # A row of 13 sees positions from 7 on, in the page that is gone.
+  # A row of 13 tokens sees positions from 7 on, whose page is gone.
   assert pair.change("truncate", [0], [13]) == [False]
   assert pair.change("truncate", [0], [14]) == [True]
 
@@ -256,7 +258,7 @@ def test_a_step_makes_no_second_pool():
 
 
 def test_a_transition_that_moves_no_page_leaves_pools_alone():
-  """Forks, cuts and ends are changes of tables: no pool is an operand."""
+  """Forking and truncating change tables only: no pool is an operand."""
   cache = jax.eval_shape(lambda: PagedCache.init(LAYERS, CONFIG))
   rows = jax.ShapeDtypeStruct((2,), jnp.int32)
   for name in ("fork", "truncate"):

@@ -1,4 +1,4 @@
-"""The groups that a cache makes of a model's layers."""
+"""The layer groups that a cache forms from a model's layers."""
 
 import dataclasses
 

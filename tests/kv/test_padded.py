@@ -1,4 +1,4 @@
-"""Padded batches: where tokens are, and how they become flat ones."""
+"""Padded batches: positions of their tokens, and conversion to flat tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def _check_padded(before, cache, step, mask, refused=()):
 def test_padding_may_be_anywhere():
   cache, step = _padded(empty(), MASK)
   _check_padded(empty(), cache, step, MASK)
-  # On top of a context, and to the edge of a page.
+  # After a context, and up to the end of a page.
   for mask in (MASK[[1, 0, 3, 2]], MASK[[3, 2, 1, 0]]):
     before = cache
     cache, step = _padded(before, mask)

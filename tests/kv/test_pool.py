@@ -84,7 +84,7 @@ def test_a_donated_pool_is_written_in_place():
 
 
 def _lowered(platform, dtype, implementation):
-  """The program that writes to both layers of a pool."""
+  """Returns the program that writes to both layers of a pool."""
   pool = jax.eval_shape(lambda: kv_pool.init(**SHAPE, dtype=jnp.dtype(dtype)))
 
   def step(pool, k, v, slots):
@@ -120,7 +120,9 @@ def test_layers_share_one_kernel_on_a_hopper_gpu(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8", "float8_e4m3fn"])
-def test_other_pools_wait_for_the_kernel_to_be_named(monkeypatch, dtype):
+def test_other_pools_use_the_kernel_only_if_requested_by_name(
+  monkeypatch, dtype
+):
   monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
   text = _lowered("cuda", dtype, None)
   assert "custom_call @mosaic_gpu" not in text
@@ -182,7 +184,7 @@ def test_debug_finds_tokens_that_have_one_slot():
 
 
 def _numbered():
-  """A pool in which no two values are the same."""
+  """Returns a pool in which all values differ."""
   shape = tuple(SHAPE.values())
   k = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
   return kv_pool.KVPool(k=k, v=-k)

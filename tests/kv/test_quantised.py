@@ -1,4 +1,4 @@
-"""Pools of quantised pages: what is written comes back, scales with data."""
+"""Pools of quantised pages: tokens are read back, and scales move with data."""
 
 import cases
 import jax
@@ -15,14 +15,14 @@ SHAPE = dict(
 DTYPES = ("int8", "float8_e4m3fn")
 LARGEST = dict(int8=127, float8_e4m3fn=448)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-# Largest magnitudes in a row, from 0 over subnormal numbers to the end.
+# Largest magnitudes in a row: 0, subnormal numbers, and up to the maximum.
 MAGNITUDES = [0, 1e-45, 1e-40, 2e-38, 1e-30, 1e-3, 1, 500, 1e30, FLOAT32_MAX]
 
 both = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def _rows(magnitudes, seed=0):
-  """A token for each magnitude, with two heads of 16 numbers."""
+  """Returns a token for each magnitude, with two heads of 16 numbers."""
   rng = np.random.default_rng(seed)
   x = rng.standard_normal((len(magnitudes), 2, 16))
   x /= np.abs(x).max(-1, keepdims=True)
@@ -39,7 +39,7 @@ def _written(dtype, k, v, layer=1, slots=None):
 
 
 def _read(pool, layer=1):
-  """K and V by slot and head, and their scales, in float64."""
+  """Returns K and V by slot and head, and their scales, in float64."""
   result = []
   for data, scales in ((pool.k, pool.k_scales), (pool.v, pool.v_scales)):
     scales = np.asarray(scales[:, layer], np.float64)
@@ -51,12 +51,12 @@ def _read(pool, layer=1):
 
 
 def _worst(dtype, x, scales):
-  """Returns the largest error that rounding may make, for each number."""
+  """Returns the largest rounding error that is allowed for each number."""
   half_step = scales[..., None] / 2
   if dtype == "float8_e4m3fn":
-    # Of normal numbers 3 bits are kept; of subnormal ones, steps of 2**-9.
+    # Normal numbers keep 3 bits; subnormal ones have steps of 2**-9.
     half_step = np.maximum(np.abs(x) / 16, half_step / 2**9)
-  # Devices may take subnormal float32 numbers for 0.
+  # Devices may treat subnormal float32 numbers as 0.
   return half_step * (1 + 1e-5) + np.finfo(np.float32).tiny
 
 
@@ -69,7 +69,7 @@ def test_what_is_written_comes_back_within_half_a_step(dtype):
     x = x.astype(np.float64)
     got, scales = got[: len(x)], scales[: len(x)]
     assert (np.abs(got - x) <= _worst(dtype, x, scales)).all()
-    # And the steps are no larger than they must be.
+    # The steps are no larger than necessary.
     absmax = np.abs(x).max(-1)
     normal = absmax > 1e-30
     np.testing.assert_allclose(
@@ -140,7 +140,7 @@ def _assert_same(pool, expected):
 
 
 def _filled(dtype):
-  """A pool in which every row of data and every scale is its own."""
+  """Returns a pool in which all rows of data and all scales differ."""
   shape = tuple(SHAPE.values())
   numbers = np.random.default_rng(0).standard_normal((2, *shape))
   arrays = [cases.quantise_rows(x, dtype) for x in numbers]
@@ -199,7 +199,7 @@ def test_page_bytes_counts_the_scales(dtype):
   pool = kv_pool.init(**SHAPE, dtype=jnp.dtype(dtype))
   total = sum(x.nbytes for x in jax.tree.leaves(pool))
   assert 3 * layout.page_bytes(2, 2, 8, 16, dtype) == total
-  # 16 bytes of data and 4 of a scale, for each of 2 * 2 * 2 * 8 rows.
+  # Each of 2 * 2 * 2 * 8 rows has 16 bytes of data and a scale of 4 bytes.
   assert total == 3 * 64 * 20
 
 

@@ -1,4 +1,4 @@
-"""Where the tokens of a step live."""
+"""Slots, positions and rows of the tokens of a step."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -82,7 +82,7 @@ def test_the_second_to_name_a_row_is_refused():
   cache, step = begin(empty(), [2, 3, 1], [1, 1, 0], SOME)
   assert step.ok.tolist() == [True, False, True]
   assert cache.kv_lens.tolist() == [1, 2, 0, 0]
-  # However few tokens the first has.
+  # Even if the first entry has no tokens.
   cache, step = begin(empty(), [0, 3, 1], [1, 1, 0], SOME)
   assert step.ok.tolist() == [False, False, True]
 
@@ -111,7 +111,7 @@ def test_a_decode_token_is_that_of_its_row():
 
 
 def test_traced_tokens_that_do_not_fit_whole_are_refused():
-  # Of 16 tokens, the second row would have the last 6 of 10.
+  # Only 6 of the second row's 10 tokens would fit into 16.
   before, _ = begin(empty(), [0, 3, 0, 0])
   cache, step = begin(before, [10, 10, 1, 0])
   assert step.ok.tolist() == [True, False, False, False]
@@ -125,7 +125,7 @@ def test_traced_lengths_above_the_most_are_refused():
   cache, step = begin(empty(), [3, 4, 1, 0], [0, 1, 2, 3], SHORT)
   assert step.ok.tolist() == [True, False, True, False]
   assert cache.kv_lens.tolist() == [3, 0, 1, 0]
-  # Its span stays its own.
+  # It keeps its tokens on the token axis.
   assert step.cu_q_lens.tolist() == [0, 3, 7, 8, 8]
 
 

@@ -1,4 +1,4 @@
-"""A model that breaks the contract is told so, by name, when it is traced."""
+"""A model that breaks the contract is reported, by name, when it is traced."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ CONFIG = CacheConfig(
 
 
 class Toy:
-  """Two layers without parameters that keep the contract."""
+  """A model of two layers without parameters that keeps the contract."""
 
   layers = LAYERS
   vocab_size = VOCAB
@@ -46,7 +46,7 @@ class Toy:
 
 
 def _of(run):
-  """Returns a model whose call is that of Toy, and then `run`."""
+  """Returns a model that calls Toy, and then `run` on its outputs."""
 
   class Other(Toy):
     def __call__(self, tokens, cache, step):
@@ -68,7 +68,7 @@ def _with(**attributes):
 
 
 def _without(name):
-  """Returns a model that has all of Toy but one attribute."""
+  """Returns a model that has all attributes of Toy except one."""
   kept = {k: v for k, v in vars(Toy).items() if k != name and k != "__dict__"}
   return type("Other", (), kept)()
 
@@ -90,7 +90,7 @@ def _rows(layers=LAYERS):
 
 
 def _trace(model):
-  """Traces a step of the loops: nothing is compiled."""
+  """Traces a step of the loops without compiling it."""
   rows = jax.eval_shape(_rows)
   plan = Plan(
     q_lens=jax.ShapeDtypeStruct((NUM_SEQS,), jnp.int32),
@@ -134,7 +134,7 @@ def test_what_a_model_lacks_is_named(name):
       r"hidden of shape \(6,\); it must be \(6, width\)",
     ),
     (_of(lambda hidden, cache, _: (None, cache)), "hidden of shape None"),
-    # What is returned.
+    # The returned values.
     (
       _of(lambda hidden, cache, _: hidden),
       r"Other must return \(hidden, cache\), got",
@@ -233,7 +233,7 @@ def test_a_linen_module_with_its_parameters_is_a_model():
   assert [x.shape for x in jax.tree.leaves(model)] == [(VOCAB, 8)]
 
 
-def test_a_linen_module_that_lacks_something_is_told():
+def test_a_linen_module_that_lacks_something_is_reported():
   module = linen.Dense(3)
   with pytest.raises(TypeError, match="LinenDecoder lacks 'layers'"):
     contract.check(LinenDecoder(module, {}))

@@ -1,4 +1,4 @@
-"""Flax Linen needs nothing of ours but the cache and `attend_layer`."""
+"""Flax Linen modules need only the cache and `attend_layer`."""
 
 import cases
 import jax
@@ -14,7 +14,7 @@ HIDDEN, NUM_Q, NUM_KV, HEAD_DIM, THETA = 24, 4, 2, 16, 50.0
 
 
 class LinenAttention(linen.Module):
-  """Projects, rotates and attends: what a user of Linen would write."""
+  """Projects, rotates and attends, as written by a user of Linen."""
 
   layer: int
 
@@ -38,7 +38,7 @@ class LinenAttention(linen.Module):
 
 
 def _expected(variables, x):
-  """The layer on one whole sequence, in float64, from its parameters."""
+  """Returns the layer's output for a whole sequence, in float64."""
   kernels = {
     name: np.asarray(each["kernel"], np.float64)
     for name, each in variables["params"].items()
@@ -55,7 +55,7 @@ def _expected(variables, x):
   return np.einsum("tnd,ndh->th", np.stack(out), kernels["o"])
 
 
-def test_a_linen_layer_is_the_oracles_with_and_without_a_cache():
+def test_a_linen_layer_matches_oracle_with_and_without_a_cache():
   module = LinenAttention(layer=1)
   rng = np.random.default_rng(0)
   sequences = [
@@ -65,14 +65,14 @@ def test_a_linen_layer_is_the_oracles_with_and_without_a_cache():
   apply = jax.jit(module.apply)
   variables = jax.jit(module.init)(jax.random.key(0), sequences[0], None, None)
   expected = [_expected(variables, x) for x in sequences]
-  tolerance = 2 * cases.TOLERANCE["float32"]  # and two products
+  tolerance = 2 * cases.TOLERANCE["float32"]  # two matrix products besides
 
   # 1. Without a cache: training.
   out, cache = apply(variables, sequences[0], None, None)
   assert cache is None
   assert cases.relative_error(out, expected[0]) < tolerance
 
-  # 2. All but two tokens of each, as one flat step.
+  # 2. All tokens of each sequence except the last two, as one flat step.
   config = CacheConfig(
     num_pages=6, page_size=8, num_seqs=2, max_len=24, dtype=jnp.float32
   )
@@ -85,7 +85,7 @@ def test_a_linen_layer_is_the_oracles_with_and_without_a_cache():
   right = np.concatenate([x[:-2] for x in expected])
   assert cases.relative_error(out, right) < tolerance
 
-  # 3. The last two, one a step, over the edge of a page.
+  # 3. The last two tokens, one per step, across the end of a page.
   for i in (-2, -1):
     cache, step = begin(cache, np.ones(2, np.int32), 2, max_q_len=1)
     tokens = np.stack([x[i] for x in sequences])

@@ -41,7 +41,7 @@ def _cache(num_seqs=2, num_pages=12, dtype=jnp.float32, **options):
 
 
 def _begin_decode(cache, *rows):
-  """Begins a step with one token of each row, or of those that are True."""
+  """Begins a step with one token per row, or per row that is True."""
   tokens = jnp.asarray(rows or [True] * cache.num_seqs, jnp.int32)
   return begin_step(cache, tokens, cache.num_seqs, max_q_len=1)
 
@@ -72,12 +72,12 @@ def _expected(
   rotated=True,
   **options,
 ):
-  """The module on one whole sequence, in float64, from its parameters.
+  """Returns the module's output for a whole sequence, in float64.
 
-  K and V come back from the cache as `stored`.
+  `stored` are K and V as they are read from the cache.
   """
   qkv = np.asarray(x, np.float64) @ np.asarray(module.qkv_proj.kernel[...])
-  # By KV head: its query heads, its key, its value.
+  # For each KV head: its query heads, key and value.
   by_head = qkv.reshape(len(x), NUM_KV, -1, HEAD_DIM)
   q = by_head[:, :, :-2].reshape(len(x), NUM_Q, HEAD_DIM)
   k, v = by_head[:, :, -2], by_head[:, :, -1]
@@ -244,7 +244,7 @@ def test_rotary_turns_pairs_by_their_position():
   positions = np.array([0, 1, 7, 100, 5000], np.int32)
   rotated = apply_rotary(jnp.asarray(x), jnp.asarray(positions), 1e4)
   expected = oracle.rotate(np.float64(x), positions, 1e4)
-  # The angle itself, up to 5000, is only known to a few 1e-4 in float32.
+  # In float32 the angle itself, up to 5000, has an error of a few 1e-4.
   np.testing.assert_allclose(np.asarray(rotated), expected, rtol=0, atol=2e-3)
   np.testing.assert_allclose(
     np.asarray(rotated[:4]), expected[:4], rtol=0, atol=5e-5

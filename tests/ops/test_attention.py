@@ -12,7 +12,7 @@ from cases import LENS, OPTIONS
 
 import paged_jax
 
-# The dtypes that each implementation takes.
+# Dtypes that each implementation supports.
 RUNS = [
   pytest.param("xla", "float32", id="xla-float32"),
   pytest.param("xla", "bfloat16", id="xla-bfloat16"),
@@ -179,7 +179,7 @@ def test_slopes_of_any_size_and_distance_leave_no_nan(implementation, dtype):
     implementation=implementation,
   )
   out, lse = attend(*problem.decode_args())
-  # One key weighs all: the nearest, or the farthest.
+  # A single key has all the weight: the nearest, or the farthest.
   expected, _ = oracle.paged_attention(
     *dataclasses.astuple(problem)[:5], alibi_slopes=slopes
   )
@@ -211,7 +211,7 @@ def test_ragged_ignores_inactive_sequences_and_padding_tokens():
 
 
 def test_ragged_query_longer_than_its_context_sees_nothing_before_it():
-  # What a refused row looks like: its tokens were never stored.
+  # As for a refused row, the tokens were never stored.
   problem = cases.make(kv_lens=[0, 3, 20], q_lens=[5, 6, 4])
   _check_ragged(problem)
 
@@ -305,7 +305,7 @@ def test_two_runs_are_bitwise_equal(implementation, dtype):
 
 
 class VariantsTest(chex.TestCase):
-  """The ops are jitted themselves; here they also run inside another jit."""
+  """Runs the ops, which are jitted themselves, inside another jit."""
 
   @chex.variants(with_jit=True, without_jit=True)
   def test_paged_attention(self):

@@ -1,4 +1,4 @@
-"""Attention of rows that share pages, beside the oracle."""
+"""Attention of rows that share pages, compared with the oracle."""
 
 import dataclasses
 
@@ -16,12 +16,10 @@ from paged_jax.ops import cascade
 @pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.RUNS)
 @pytest.mark.parametrize("num_shared", [0, 1, 5, 20])
-def test_matches_the_oracle_for_shared_lengths(
-  implementation, dtype, num_shared
-):
+def test_matches_oracle_for_shared_lengths(implementation, dtype, num_shared):
   problem = prefixes.make(num_shared, dtype=dtype)
   prefixes.check(problem, num_shared, implementation=implementation)
-  # What is shared needs not be all that is.
+  # `num_shared` may be less than the number of pages that rows share.
   prefixes.check(problem, num_shared // 2, implementation=implementation)
 
 
@@ -29,7 +27,7 @@ def test_matches_the_oracle_for_shared_lengths(
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.FEW_RUNS)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 1)])
-def test_matches_the_oracle_for_shapes(implementation, dtype, head_dim, heads):
+def test_matches_oracle_for_shapes(implementation, dtype, head_dim, heads):
   num_q_heads, num_kv_heads = heads
   problem = prefixes.make(
     num_q_heads=num_q_heads,
@@ -50,7 +48,7 @@ def test_matches_the_oracle_for_shapes(implementation, dtype, head_dim, heads):
   [{}, dict(scale=0.3), dict(logits_soft_cap=1.5), dict(scale=-0.2)],
   ids=str,
 )
-def test_matches_the_oracle_for_options(implementation, dtype, sinks, options):
+def test_matches_oracle_for_options(implementation, dtype, sinks, options):
   prefixes.check(
     prefixes.make(dtype=dtype),
     5,
@@ -66,10 +64,8 @@ def test_matches_the_oracle_for_options(implementation, dtype, sinks, options):
 @pytest.mark.parametrize(
   "sinks", [None, prefixes.SINKS], ids=["no_sinks", "sinks"]
 )
-def test_quantised_pages_match_the_oracle(
-  implementation, dtype, kv_dtype, sinks
-):
-  # On a GPU, each part takes what there is for it.
+def test_quantised_pages_match_oracle(implementation, dtype, kv_dtype, sinks):
+  # On a GPU, each part uses the implementation that supports it.
   implementation = "xla" if implementation == "xla" else None
   problem, scales = cases.quantise(prefixes.make(dtype=dtype), kv_dtype)
   prefixes.check(
@@ -80,8 +76,8 @@ def test_quantised_pages_match_the_oracle(
 @pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.FEW_RUNS)
 def test_rows_that_cannot_share_attend_all_on_their_own(implementation, dtype):
-  # Inactive, shorter by a page and by a token, of the same pages but the last,
-  # of none of them, and one that begins alike but goes on beyond the table.
+  # Rows that are inactive, shorter by a page or by a token, have other pages
+  # or only another last page, and one that is longer than the table.
   kv_lens = [0, 64, 79, 80, 100, 100, 83, 96]
   problem = cases.make(kv_lens=kv_lens, page_size=prefixes.PAGE, dtype=dtype)
   problem = prefixes.share(problem, {3: [4, 6, 7]}, 5)
@@ -100,7 +96,7 @@ def test_rows_that_cannot_share_attend_all_on_their_own(implementation, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.FEW_RUNS)
-def test_what_a_row_that_does_not_share_asks_leaves_no_trace(
+def test_queries_of_a_row_that_does_not_share_leave_no_trace(
   implementation, dtype
 ):
   problem = cases.make(
@@ -184,7 +180,7 @@ def test_batch_invariance_is_handed_to_both_parts(implementation, dtype):
   expected = prefixes.expected(problem)
   cases.assert_matches(out, lse, *expected, problem.q.dtype)
   if implementation == "xla":
-    return  # it is as invariant as its products are
+    return  # invariant if its matrix products are
   rows = np.array([41, 5, 3])
   few = dataclasses.replace(
     problem,
@@ -219,7 +215,7 @@ def test_all_shared_lengths_share_one_program():
 
 
 def test_shared_pages_are_read_only_once():
-  """The part of the group has one row of keys, and rows only their own."""
+  """The group's part reads the prefix once; the rows' part only own keys."""
   problem = prefixes.make(20, [1, 16, 17])
   _, _, _, kv_lens, table = problem.decode_args()
   split = cascade._split(

@@ -1,4 +1,4 @@
-"""What the attention ops refuse, and how they say so."""
+"""Errors of the attention ops."""
 
 import cases
 import jax.numpy as jnp

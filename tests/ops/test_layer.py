@@ -1,4 +1,4 @@
-"""One layer of a model: its tokens are written, and attend, as the oracle."""
+"""One layer of a model writes its tokens and attends as the oracle does."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from paged_jax import (
 NUM_SEQS, NUM_Q = 4, 4
 WIDE = LayerKV(2, 16)
 LAYERS = (WIDE, LayerKV(2, 16, shares=0), LayerKV(1, 8, sliding_window=5))
-# By layer; a window may be narrower than declared.
+# One dict for each layer; its window may be narrower than the declared one.
 SINKS = np.array([-1, 0.5, 2, 0], np.float32)
 SLOPES = np.array([0.5, 0.1, 1.5, 0.02], np.float32)
 OPTIONS = (
@@ -33,7 +33,7 @@ OPTIONS = (
 
 
 def _cache(layers=(WIDE,), num_pages=8):
-  """An empty cache, of NaN, that hands out its pages in a random order."""
+  """Returns an empty cache of NaN that hands out pages in a random order."""
   config = CacheConfig(
     num_pages=num_pages,
     page_size=8,
@@ -52,7 +52,7 @@ def _cache(layers=(WIDE,), num_pages=8):
 
 
 class _Sequences:
-  """What each row has been given so far, contiguous; rows grow by `add`."""
+  """K and V of each row so far, contiguous; rows grow by `add`."""
 
   def __init__(self, layer=WIDE, seed=0):
     self.rng = np.random.default_rng(seed)
@@ -61,7 +61,7 @@ class _Sequences:
     self.k, self.v = [empty] * NUM_SEQS, [empty] * NUM_SEQS
 
   def tokens(self, shape, is_token):
-    """Returns q, k and v, NaN where there is no token."""
+    """Returns q, k and v, which are NaN where there is no token."""
     heads = NUM_Q, self.layer.num_kv_heads, self.layer.num_kv_heads
     out = []
     for num_heads in heads:
@@ -75,7 +75,7 @@ class _Sequences:
     self.v[row] = np.concatenate([self.v[row], v])
 
   def expected(self, row, q, tree=None, **options):
-    """Returns the oracle's output of the last tokens of a row."""
+    """Returns the oracle's output for the last tokens of a row."""
     keys, values = self.k[row], self.v[row]
     context = len(keys) - len(q)
     scale = options.pop("scale", self.layer.head_dim**-0.5)
@@ -107,7 +107,7 @@ def _assert_close(out, expected):
   assert cases.relative_error(out, expected) < cases.TOLERANCE["float32"]
 
 
-# The flat step, of all kinds of layers.
+# The flat step, with all kinds of layers.
 
 
 @jax.jit
@@ -122,14 +122,14 @@ def _flat_step(cache, q_lens, tokens):
   return outs, step.ok, cache
 
 
-def test_layers_of_a_flat_step_are_the_oracles():
-  """Over pages' edges, on a context, with rows that have no token or no room.
+def test_layers_of_a_flat_step_match_oracle():
+  """Crosses pages, follows a context, and has rows without tokens or pages.
 
-  Two layers share keys, and the third has a group of its own.
+  Two layers share keys, and the third has its own group.
   """
   num_tokens, cache = 24, _cache(LAYERS, num_pages=(12, 8))
   own = [_Sequences(WIDE), None, _Sequences(LAYERS[2], 1)]
-  other = _Sequences(WIDE, 2)  # whose queries the second layer has
+  other = _Sequences(WIDE, 2)  # the queries of the second layer
   lens = np.zeros(NUM_SEQS, int)
   # The last step needs 10 of 8 pages: row 2 is refused; row 3 needs none.
   for q_lens in ([8, 7, 0, 1], [1, 9, 8, 5], [0, 1, 17, 2]):
@@ -165,7 +165,7 @@ def _padded_step(cache, mask, q, k, v):
   return out, cache
 
 
-def test_a_padded_batch_is_the_oracles_and_padding_leaves_no_trace():
+def test_a_padded_batch_matches_oracle_and_padding_leaves_no_trace():
   sequences, cache = _Sequences(), _cache()
   masks = [
     ["  xxxx", "xxx   ", "x x xx", "      "],
@@ -199,7 +199,7 @@ def _tree_step(cache, q_lens, q, k, v, tree):
 def test_a_tree_mask_decides_what_new_tokens_see():
   sequences, cache = _Sequences(), _cache()
   rng, num_tokens = np.random.default_rng(3), 8
-  # Four tokens of a row are more than the most: it is refused.
+  # Four tokens are more than `max_q_len`: the row is refused.
   for q_lens in ([3, 2, 0, 3], [3, 3, 0, 2], [3, 1, 4, 0]):
     row = np.repeat(np.arange(NUM_SEQS), q_lens)
     stored = np.zeros(num_tokens, bool)
@@ -248,7 +248,7 @@ def _expected_whole(q, k, v, **options):
 
 
 @pytest.mark.parametrize("options", WHOLE_OPTIONS.values(), ids=WHOLE_OPTIONS)
-def test_without_a_cache_whole_sequences_are_the_oracles(options):
+def test_without_a_cache_whole_sequences_match_oracle(options):
   q, k, v = _whole()
   attend = jax.jit(lambda q, k, v: PLAIN(q, k, v, **cases.on_device(options)))
   out, cache = attend(q, k, v)

@@ -1,4 +1,4 @@
-"""What a layer refuses, and how it says so."""
+"""Errors of `attend_layer`."""
 
 import functools
 
@@ -32,7 +32,7 @@ CONFIG = CacheConfig(
 
 @functools.cache
 def _abstract(kind="flat"):
-  """Returns the shapes of a cache and a step."""
+  """Returns the abstract shapes of a cache and a step."""
   begin = {
     "flat": lambda cache, n: begin_step(cache, n, 6),
     "padded": lambda cache, n: begin_padded(cache, jnp.ones((4, 3), bool)),
@@ -102,7 +102,7 @@ def _attend(kind="flat", with_cache=True, with_step=True, **changes):
     (dict(sinks=_f32(2)), r"sinks.shape=\(2,\)"),
     (dict(kind="tree", alibi_slopes=_f32(4)), "alibi_slopes must be None"),
     (dict(sliding_window=0), "sliding_window=0"),
-    # A cache without a step, and the other way around.
+    # A cache without a step, and a step without a cache.
     (dict(with_cache=False), "cache and step must both be given, or both be N"),
     (dict(with_step=False), "cache and step must both be given, or both be N"),
   ],

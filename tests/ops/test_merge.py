@@ -1,4 +1,4 @@
-"""Merging what queries got from parts of their keys, beside the oracle."""
+"""Merging attention over parts of the keys, compared with the oracle."""
 
 import itertools
 
@@ -15,7 +15,7 @@ SINKS = np.array([-1, 0, 2, 30], np.float32)
 
 
 def _parts(cuts, *, dtype="float32", scale=0.3, sinks=None, num_tokens=5):
-  """Returns parts of the keys between cuts, and what all keys give together.
+  """Returns output and LSE of each part between cuts, and those of all keys.
 
   The first token sees no key, the second none past the first cut.
   """
@@ -63,7 +63,7 @@ def test_parts_make_the_whole(cuts, sinks, dtype):
 def test_logits_may_be_of_any_magnitude(scale):
   parts, (expected, expected_lse) = _parts((0, 13, 40), scale=scale)
   out, lse = paged_jax.merge_attention(*parts)
-  # Of LSEs in the thousands, float32 has lost what lies below 1e-3.
+  # In float32, LSEs in the thousands have an error of up to 1e-3.
   np.testing.assert_allclose(lse, expected_lse, rtol=1e-6)
   assert cases.relative_error(out, expected) < 1e-3
 
@@ -97,7 +97,7 @@ def test_a_part_that_is_not_finite_shows():
 
 
 def _bad(**changes):
-  """Returns a good part and one with changes."""
+  """Returns a valid part and one with changes."""
   (part,), _ = _parts((0, 40))
   names = dict(zip(("out", "lse"), part, strict=True))
   for name, change in changes.items():

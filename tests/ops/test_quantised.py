@@ -1,4 +1,4 @@
-"""Attention over quantised pages, beside float64 over what they stand for."""
+"""Attention over quantised pages, compared with the dequantised float64."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from paged_jax.kv import pool as kv_pool
 pytestmark = pytest.mark.slow(quick=1)
 
 DTYPES = ("int8", "float8_e4m3fn")
-# Of the error that quantisation itself makes on normal numbers, at most.
+# Largest error that quantisation itself causes for normal numbers.
 WORST = dict(int8=0.012, float8_e4m3fn=0.045)
 
 both = pytest.mark.parametrize("kv_dtype", DTYPES)
@@ -44,7 +44,7 @@ def _ragged(problem, scales, **options):
 
 
 def _check(problem, scales, *, sinks=None, **options):
-  """Compares with the oracle; decode, if each sequence has one query."""
+  """Compares with the oracle; runs decode if each sequence has one query."""
   arrays = dataclasses.astuple(problem)
   op, judge = _ragged, oracle.ragged_paged_attention
   if len(problem.q) == problem.num_active == len(problem.kv_lens):
@@ -54,7 +54,7 @@ def _check(problem, scales, *, sinks=None, **options):
   assert out.dtype == problem.q.dtype
   assert lse.dtype == jnp.float32
   if op is _ragged and cases.ON_HOPPER and problem.q.dtype != np.float32:
-    # The kernel takes keys and values as pages of 16 bits would hold them.
+    # The kernel rounds dequantised keys and values to 16 bits.
     arrays, scales = dataclasses.astuple(cases.dequantise(problem, scales)), {}
   expected = judge(*arrays, **scales, sinks=sinks, **options)
   cases.assert_matches(out, lse, *expected, problem.q.dtype)
@@ -63,7 +63,7 @@ def _check(problem, scales, *, sinks=None, **options):
 @both
 @queries
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 1)])
-def test_decode_matches_the_oracle_for_shapes(kv_dtype, dtype, heads):
+def test_decode_matches_oracle_for_shapes(kv_dtype, dtype, heads):
   num_q_heads, num_kv_heads = heads
   for head_dim in (64, 128):
     problem = cases.make(
@@ -78,7 +78,7 @@ def test_decode_matches_the_oracle_for_shapes(kv_dtype, dtype, heads):
 
 @both
 @pytest.mark.parametrize("page_size", [8, 64, 256])
-def test_decode_matches_the_oracle_for_page_sizes(kv_dtype, page_size):
+def test_decode_matches_oracle_for_page_sizes(kv_dtype, page_size):
   edges = [page_size - 1, page_size, page_size + 1, 3 * page_size]
   problem = cases.make(kv_lens=[0, 1, *edges], page_size=page_size)
   _check(*cases.quantise(problem, kv_dtype))
@@ -87,7 +87,7 @@ def test_decode_matches_the_oracle_for_page_sizes(kv_dtype, page_size):
 @both
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_decode_matches_the_oracle_for_options(kv_dtype, dtype, options):
+def test_decode_matches_oracle_for_options(kv_dtype, dtype, options):
   problem = cases.make(kv_lens=LENS, num_q_heads=8, dtype=dtype)
   problem, scales = cases.quantise(problem, kv_dtype)
   _check(problem, scales, **options)
@@ -97,7 +97,7 @@ def test_decode_matches_the_oracle_for_options(kv_dtype, dtype, options):
 @both
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_ragged_matches_the_oracle_for_options(kv_dtype, dtype, options):
+def test_ragged_matches_oracle_for_options(kv_dtype, dtype, options):
   problem = cases.make(
     kv_lens=[0, 1, 40, 300, 70, 33],
     q_lens=[0, 1, 40, 130, 1, 16],
@@ -128,7 +128,7 @@ def test_rows_of_v_may_be_of_any_magnitude(kv_dtype, magnitude):
 def test_float16_queries_do_not_narrow_the_scales_of_v(kv_dtype):
   problem = cases.make(kv_lens=LENS, dtype="float16")
   rows = problem.v_pages.astype(np.float32) * np.float32(1e-5)
-  # One row of a thousand times the others.
+  # One row is a thousand times larger than the others.
   page, offset = problem.page_indices[-1, 3], 5
   rows[page, :, offset] *= 1000
   problem = dataclasses.replace(problem, v_pages=rows)
@@ -188,12 +188,12 @@ def test_no_wide_pool_is_ever_made(kv_dtype):
     lowered = jax.jit(run).lower(q, pages, scales, i32(8), i32(8, 64), i32(9))
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
-  # What a GPU lays out differs by some bytes; a pool of float16 has 17 million.
+  # The layout on a GPU differs by some bytes; a float16 pool has 17 million.
   assert abs(temporary_bytes(4096) - temporary_bytes(64)) < 4096
 
 
 def _error_by_length(kv_dtype, seed, page_size=16, base=80):
-  """The error of one sequence of each length modulo the page size."""
+  """Returns the error of a sequence of each length modulo the page size."""
   exact = cases.make(
     kv_lens=[base + r for r in range(page_size)],
     page_size=page_size,
@@ -252,7 +252,7 @@ def _attend_to_all(q, k, v):
 
 
 def _dequantised(pool, slots):
-  """K and V [num_tokens, 1, head_dim] of one layer, in float64."""
+  """Returns K and V [num_tokens, 1, head_dim] of one layer, in float64."""
   rows = lambda data, scales: (
     np.asarray(data, np.float64).reshape(-1, 1, data.shape[-1])
     * np.asarray(scales, np.float64).reshape(-1, 1, 1)

@@ -1,4 +1,4 @@
-"""What queries see of the tokens of their own step: trees, and all of them."""
+"""Visibility among the new tokens of a step: tree masks, and no mask at all."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ OPTIONS = {
     sinks=SINKS,
   ),
 }
-# No query, no context, new tokens across the pages' and the tiles' edges.
+# No query, no context, and new tokens across the ends of pages and tiles.
 FEW = dict(
   q_lens=[0, 1, 5, 8, 4, 7, 1, 3], kv_lens=[9, 1, 5, 20, 130, 66, 64, 300]
 )
@@ -45,7 +45,7 @@ def _make(**options):
 
 
 def _random_mask(problem, max_new=None, seed=0):
-  """Returns a mask without any order, in which some tokens see no new one."""
+  """Returns a random mask, in which some tokens see no new token."""
   rng = np.random.default_rng(seed)
   max_new = max_new or int(np.diff(problem.cu_q_lens).max())
   mask = rng.random((len(problem.q), max_new)) < rng.random((len(problem.q), 1))
@@ -54,7 +54,7 @@ def _random_mask(problem, max_new=None, seed=0):
 
 
 def _chains(problem, window):
-  """Returns the mask by which a token sees itself and those before it."""
+  """Returns the mask in which each token sees itself and those before it."""
   max_new = int(np.diff(problem.cu_q_lens).max())
   mask = np.zeros((len(problem.q), max_new), bool)
   for start, end in zip(
@@ -116,7 +116,7 @@ def test_a_tree_mask_matches_oracle(implementation, dtype, options, max_q_len):
   )
 
 
-# The window of every token begins in the tile after that of the first new one.
+# The window of every token begins one tile after the first new token's tile.
 @pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "dtype"), RUNS[::2])
 @pytest.mark.parametrize(("q_len", "max_q_len"), [(8, 8), (110, None)])
@@ -149,7 +149,7 @@ def test_holes_inactive_and_refused_sequences_are_fine(
   implementation, dtype, max_q_len
 ):
   problem = _make(
-    # The first two are what refused rows look like: tokens were not stored.
+    # As for refused rows, the tokens of the first two were not stored.
     kv_lens=[0, 3, 90, 70, 50],
     q_lens=[5, 6, 7, 4, 3],
     num_active=4,
@@ -157,7 +157,7 @@ def test_holes_inactive_and_refused_sequences_are_fine(
     dtype=dtype,
   )
   num_pages = len(problem.k_pages)
-  problem.page_indices[2, [0, 5]] = -1, num_pages  # a new token's, too
+  problem.page_indices[2, [0, 5]] = -1, num_pages  # a new token's page too
   problem.page_indices[3, 2] = num_pages + 100
   run = dict(max_q_len=max_q_len, tree_mask=_random_mask(problem, 9))
   _check(problem, implementation, **run)
@@ -181,7 +181,7 @@ def test_a_tree_over_quantised_pages_matches_oracle(
 def test_a_chain_is_causal(implementation, dtype, max_q_len, window):
   lens = FEW if max_q_len else MANY
   problem = _make(**lens, dtype=dtype, spare_tokens=1)
-  # A kernel may deal, and so sum, the two in different ways otherwise.
+  # Otherwise a kernel may split the two differently and round other sums.
   options = dict(max_q_len=max_q_len, batch_invariant=True)
   options |= dict(sliding_window=window)
   mask = _chains(problem, window)

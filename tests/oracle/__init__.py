@@ -1,6 +1,6 @@
-"""Paged attention as plainly as it can be said: NumPy, float64, one query.
+"""Paged attention in plain NumPy: float64, one query at a time.
 
-Shares no code with the library: the judge of every implementation.
+Shares no code with the library; every implementation is compared with it.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ def attend_one(
   alibi_slopes=None,
   position=None,
 ):
-  """One query token, all its heads, over a contiguous context.
+  """Attends with one query token, all its heads, to a contiguous context.
 
   q [num_q_heads, head_dim]; keys, values [context, num_kv_heads, head_dim];
   visible bool[context]; position of the query, if there are slopes. Returns out
@@ -53,7 +53,7 @@ def attend_one(
 
 
 def context_of(pages, row, kv_len, scales=None):
-  """Gathers a context [kv_len, num_kv_heads, head_dim], and what is mapped.
+  """Gathers a context [kv_len, num_kv_heads, head_dim] and its mapped[kv_len].
 
   Scales [num_pages, num_kv_heads, page_size] multiply quantised pages.
   """
@@ -91,7 +91,7 @@ def ragged_paged_attention(
   sinks=None,
   alibi_slopes=None,
 ):
-  """Every option of the public op. Returns float64 out and lse."""
+  """Supports all options of the public op. Returns float64 out and lse."""
   q = np.asarray(q, np.float64)
   k_pages = np.asarray(k_pages, np.float64)
   v_pages = np.asarray(v_pages, np.float64)
@@ -132,9 +132,9 @@ def ragged_paged_attention(
 
 
 def paged_attention(q, k_pages, v_pages, kv_lens, page_indices, **options):
-  """One query a sequence, at its last position."""
+  """Attends with one query per sequence, at its last position."""
   num_seqs = len(kv_lens)
-  # A sequence of length 0 has a query, but nothing to see.
+  # A sequence of length 0 has a query that sees no key.
   return ragged_paged_attention(
     q,
     k_pages,
@@ -152,7 +152,7 @@ def _rms_norm(x, weight, eps):
 
 
 def rotate(x, positions, theta):
-  """x [num_tokens, num_heads, head_dim]: pair i is (x[i], x[i + half])."""
+  """Rotates pairs (i, i + half) of x [num_tokens, num_heads, head_dim]."""
   half = x.shape[-1] // 2
   angle = positions[:, None] * theta ** (-np.arange(half) / half)
   cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
@@ -161,9 +161,9 @@ def rotate(x, positions, theta):
 
 
 def llama_logits(config, weights, tokens):
-  """Logits [num_tokens, vocab_size] of one sequence, recomputed from scratch.
+  """Returns logits [num_tokens, vocab_size] of one sequence, recomputed.
 
-  `weights` by their Hugging Face names, products as [out, in].
+  `weights` have their Hugging Face names; matrices are [out, in].
   """
   w = {name: np.asarray(x, np.float64) for name, x in weights.items()}
   n = len(tokens)
@@ -198,7 +198,7 @@ def llama_logits(config, weights, tokens):
 
 
 def llama_greedy(config, weights, prompt, num_new):
-  """Greedy continuation of a prompt: token ids, and each one's log-prob."""
+  """Continues a prompt greedily. Returns token ids and their logprobs."""
   tokens, logprobs = list(prompt), []
   for _ in range(num_new):
     logits = llama_logits(config, weights, tokens)[-1]

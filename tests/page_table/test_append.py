@@ -21,7 +21,7 @@ def _release(table, *rows):
 
 
 def _pages(table, row):
-  """The pages that a row names, checking that nothing follows them."""
+  """Returns the pages that a row names; checks that nothing follows them."""
   pages = np.asarray(table.page_indices[row])
   used = -(-int(table.kv_lens[row]) // table.page_size)
   assert (pages[used:] == table.num_pages).all()
@@ -29,7 +29,7 @@ def _pages(table, row):
 
 
 def _check_conservation(table):
-  """Every page is free once, or named as often as its count says."""
+  """Asserts that each page is free once, or named as often as it is counted."""
   free = np.asarray(table.free_pages)[: int(table.num_free)].tolist()
   named = [p for row in range(table.num_seqs) for p in _pages(table, row)]
   counts = np.bincount(named, minlength=table.num_pages)
@@ -86,9 +86,9 @@ def test_page_zero_is_an_ordinary_page():
 
 def test_rows_are_served_in_order_until_the_first_that_does_not_fit():
   table = page_table.init(5, 8, 5, 4)
-  table, _ = _append(table, 0, 0, 0, 4, 0)  # row 3 has room in its page
+  table, _ = _append(table, 0, 0, 0, 4, 0)  # row 3 has space in its last page
   before = table
-  # Rows want 2, 3, 1, 0, 1 pages of the 4 that are free.
+  # Rows need 2, 3, 1, 0 and 1 pages; 4 are free.
   table, ok = _append(table, 16, 24, 8, 4, 8)
   assert ok == [True, False, False, True, False]
   assert table.kv_lens.tolist() == [16, 0, 0, 8, 0]

@@ -10,7 +10,7 @@ from paged_jax import page_table
 
 
 def _table(debug=False):
-  """Rows of 20 and 9 tokens, a fork, a window, a hold and free pages."""
+  """Returns a table with a fork, a window, a hold and free pages."""
   table = page_table.init(12, 8, 4, 4, quotas=[20])
   table, _, _ = append(table, 20, 9, 0, 0)
   table, _ = change("fork", table, 1, 2)

@@ -42,7 +42,7 @@ def test_all_writers_copy_while_somebody_else_names_the_page():
   assert len(copies) == 2
   assert pages(table, 0) == pages(before, 0)
   assert counts(table, 0) == [3, 1]
-  # Now it is alone with its page, and writes in place.
+  # Now no other row names its page, and it writes in place.
   table, _, copies = append(table, 1, 0, 0, 0)
   assert copies == []
   assert_valid(table)
@@ -68,7 +68,7 @@ def test_a_full_last_page_needs_no_copy():
 def test_a_pool_short_by_one_refuses_the_row_whose_copy_does_not_fit():
   before = family(3, num_pages=3)  # one free page, two copies to make
   table, ok, copies = append(before, 1, 1, 1, 0)
-  # Row 0 moves away; row 1 finds no page; row 2 is not alone then.
+  # Row 0 copies; row 1 finds no page, so row 2 still shares with it.
   assert ok == [True, False, False, True]
   assert len(copies) == 1
   for row in (1, 2):
@@ -91,8 +91,8 @@ def test_a_copy_and_new_pages_come_together_or_not_at_all():
 
 
 def test_the_last_writer_is_refused_when_its_page_does_not_become_its_own():
-  # Row 0 asks for three pages of one, so row 1 does not get its copy; row 2
-  # would need none if row 1 moved away.
+  # Row 0 requests three pages and one is free, so row 1 does not get its copy;
+  # row 2 would need none if row 1 copied.
   table = new_table(num_pages=3)
   table, _, _ = append(table, 0, 12, 0, 0)
   table, _ = change("fork", table, 1, 2)
@@ -114,7 +114,7 @@ def test_order_decides_who_is_served():
 @pytest.mark.parametrize(
   "order", [[1, 1, 1, 1], [9, -1, -4, 4], [2**31 - 1, 1, -(2**31), 0]]
 )
-def test_an_order_that_is_none_never_hands_out_a_page_twice(order):
+def test_an_invalid_order_never_hands_out_a_page_twice(order):
   table, ok, _ = append(new_table(num_pages=4), 8, 8, 8, 8, order=order)
   assert ok == [True] * 4
   assert_valid(table)
@@ -131,8 +131,8 @@ def test_a_bound_on_new_tokens_refuses_more_and_changes_nothing_else():
   assert_same(bounded.copies, free.copies)
 
 
-def _storm(num_free, num_tokens):
-  """64 rows forked from one, on a pool with `num_free` free pages."""
+def _fork_64_times(num_free, num_tokens):
+  """Returns 64 rows with one row's pages, and `num_free` free pages."""
   used = -(-num_tokens // 8)
   table = page_table.init(num_free + used, 8, 64, 4)
   table, _, _ = append(table, num_tokens, *[0] * 63)
@@ -144,8 +144,8 @@ def _storm(num_free, num_tokens):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_free", [63, 64, 65])
-def test_a_storm_of_64_forks_diverges_with_63_copies(num_free):
-  before = _storm(num_free, 12)
+def test_64_forks_diverge_with_63_copies(num_free):
+  before = _fork_64_times(num_free, 12)
   table, ok, copies = append(before, *[1] * 64)
   assert all(ok)
   last = pages(before, 0)[1]
@@ -158,10 +158,10 @@ def test_a_storm_of_64_forks_diverges_with_63_copies(num_free):
 
 
 @pytest.mark.slow
-def test_a_storm_on_62_pages_refuses_two_rows():
-  before = _storm(62, 12)
+def test_64_forks_on_62_pages_refuse_two_rows():
+  before = _fork_64_times(62, 12)
   table, ok, copies = append(before, *[1] * 64)
-  # Row 62 finds no page for its copy, so that row 63 is not alone.
+  # Row 62 finds no page for its copy, so row 63 still shares its page.
   assert ok == [True] * 62 + [False] * 2
   assert len(copies) == 62
   for row in (62, 63):
@@ -173,8 +173,8 @@ def test_a_storm_on_62_pages_refuses_two_rows():
 
 @pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(("num_free", "served"), [(63, 63), (64, 64), (65, 64)])
-def test_a_storm_at_a_page_boundary_takes_a_page_each(num_free, served):
-  before = _storm(num_free, 16)
+def test_64_forks_at_a_page_boundary_take_a_page_each(num_free, served):
+  before = _fork_64_times(num_free, 16)
   table, ok, copies = append(before, *[1] * 64)
   assert sum(ok) == served
   assert ok == sorted(ok, reverse=True)

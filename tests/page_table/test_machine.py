@@ -1,7 +1,7 @@
-"""Random programs of all transitions, beside the plain model.
+"""Random programs of all transitions, compared with the plain model.
 
-`PAGED_JAX_PROGRAMS=100000 pytest tests/page_table/test_machine.py` runs as
-many.
+`PAGED_JAX_PROGRAMS=100000 pytest tests/page_table/test_machine.py` runs
+100000 programs.
 """
 
 import os
@@ -24,9 +24,9 @@ from paged_jax import page_table
 PROGRAMS = int(os.environ.get("PAGED_JAX_PROGRAMS", "2000"))
 
 MOST_ROWS = 8
-# Pages that stay free before a step, in turn.
+# Pages that are left free before each step, in turn.
 LEAVE = (0, 0, 1, 0, 0, 2, 0)
-# Pools that a few rows fill: num_pages, page_size, num_seqs, width.
+# Pools that a few rows can fill.
 SHAPES = (
   dict(num_pages=1, page_size=8, num_seqs=2, width=2),
   dict(num_pages=4, page_size=8, num_seqs=5, width=3),
@@ -66,14 +66,14 @@ class Pages(PagesAndModel, RuleBasedStateMachine):
 
   @invariant()
   def the_pool_is_nearly_full(self):
-    """Rows take what the last step left, but for a page or two at times."""
+    """Gives rows all pages that are free, except one or two at times."""
     left = self.model.num_free() - LEAVE[self.num_steps % len(LEAVE)]
     self.num_steps += 1
     counts, page_size = [], self.model.page_size
     for row in self.model.rows:
       pages = max(0, min(left, self.model.width - len(row.pages)))
       pages = min(pages, MOST_NEW // page_size - 1)
-      # From anywhere in the last page to anywhere in the new one.
+      # Lengths start and end at varying offsets in a page.
       some = self.num_steps * 5 % page_size
       room = len(row.pages) * page_size - len(row.tokens)
       counts.append(room + pages * page_size - some if pages else 0)
@@ -186,7 +186,7 @@ class Pages(PagesAndModel, RuleBasedStateMachine):
     pages = [min(page, self.num_pages + 1) for (page,) in pages]
     if whole and self.cached:
       named = self.cached[0][0]
-      pages = [*named, *named[:2]]  # some twice
+      pages = [*named, *named[:2]]  # some pages twice
     padded = pages + [self.num_pages] * (self.model.width + 3 - len(pages))
     ok = self._change("drop", np.asarray(padded, np.int32))
     assert ok == self.model.drop(padded)

@@ -20,8 +20,8 @@ def _table(num_pages=8, **options):
 def test_a_quota_short_by_one_refuses_append():
   table = _table(tenants=[0, 0, 1, 0], quotas=[2, page_table.NO_QUOTA])
   before, _, _ = append(table, 4, 0, 0, 0)
-  # Row 0 asks for two pages of the one left: row 3 is blocked, row 1 needs
-  # nothing, row 2 is somebody else's.
+  # Row 0 requests two pages and one is left, which blocks row 3. Row 1 needs
+  # none, and row 2 belongs to another tenant.
   after, ok, _ = append(before, 13, 0, 24, 1)
   assert ok == [False, True, True, False]
   for row in (0, 3):

@@ -58,7 +58,7 @@ def test_truncate_never_frees_a_page_that_another_row_names():
   assert ok is True
   assert int(table.num_free) == HOLE - 3
   assert counts(table, 1) == [2, 1, 1]
-  # Both rows let go of the same two pages in one call: they go back once.
+  # Both rows drop the same two pages in one call: they are freed once.
   table, ok = change("truncate", table, [1, 0], [8, 0])
   assert ok == [True, True]
   assert int(table.num_free) == HOLE - 1
@@ -145,14 +145,14 @@ def test_a_window_that_covers_everything_changes_nothing():
 
 def test_a_row_is_not_cut_to_where_its_window_is_not_whole():
   table, _, _ = append(_table(), 60, 0, 0)
-  table = _leave(table, 16)  # 40 tokens are gone; 56 are whole
+  table = _leave(table, 16)  # 40 tokens are gone; at 56 the window is whole
   for new_len in (0, 39, 40, 55):
     after, ok = change("truncate", table, 0, new_len)
     assert ok is False
     assert_same(after, table)
   table, ok = change("truncate", table, 0, 56)
   assert ok is True
-  # All that a query at the last or the next position sees is there.
+  # All keys that a query at the last or the next position sees are mapped.
   kept = np.asarray(
     page_table.slots(table, i32(*[0] * 16), i32(*range(40, 56)))
   )
@@ -169,7 +169,7 @@ def test_holes_have_no_slots_and_rows_grow_above_them():
   positions = jnp.arange(64, dtype=jnp.int32)
   slots = page_table.slots(table, jnp.zeros_like(positions), positions)
   assert (np.asarray(slots) == HOLE * 8).tolist() == [True] * 40 + [False] * 24
-  # Forks take the holes along.
+  # Forks have the same holes.
   table, _ = change("fork", table, 0, 2)
   _, ok = change("truncate", table, 2, 40)
   assert ok is False

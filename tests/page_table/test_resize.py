@@ -21,7 +21,7 @@ NOTHING = 12
 
 
 def _scattered():
-  """Rows 0 and 1 share pages; in use are pages 4, 5, 6, 8 and 9 of 12."""
+  """Returns a table that uses pages 4, 5, 6, 8 and 9 of 12; two rows share."""
   table = page_table.init(12, 8, 4, 5)
   table, _, _ = append(table, 32, 20, 8, 12)
   table, _ = change("hold", table, pages(table, 3)[:1])
@@ -34,7 +34,7 @@ def _scattered():
 
 
 def _pool(num_pages):
-  """A pool whose pages hold their own numbers."""
+  """Returns a pool whose pages hold their own numbers."""
   shape = dict(num_layers=2, num_kv_heads=1, page_size=8, head_dim=1)
   pool = kv_pool.init(num_pages, **shape, dtype=jnp.float32)
   number = jnp.arange(num_pages, dtype=jnp.float32).reshape(-1, 1, 1, 1, 1)
@@ -65,7 +65,7 @@ def test_compact_moves_pages_to_the_lowest_numbers(max_copies):
   assert rounds == (1 if max_copies is None else -(-4 // max_copies))
   assert [_contents(table, pool, row) for row in (0, 1)] == contents
   assert counts(table, 1) == [2, 2, 1]
-  # What is handed out next is the lowest free page.
+  # The lowest free page is handed out next.
   table, _, _ = append(table, 0, 0, 1, 0)
   assert pages(table, 2) == [num_used]
 
@@ -160,7 +160,7 @@ def test_a_page_that_rows_fill_differently_wastes_least():
 
 
 def _every_transition(table, num_new):
-  """A step that goes through all transitions that keep the shapes."""
+  """Applies all transitions that keep the shapes."""
   appended = page_table.append(table, num_new)
   table, oks = appended.table, [appended.ok]
 

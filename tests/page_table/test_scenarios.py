@@ -1,7 +1,7 @@
-"""What serving engines expect of their page manager, as known scenarios.
+"""Known scenarios of the page managers of serving engines.
 
-They are those of vLLM's suite of its KV cache manager and of the documentation
-of Hugging Face's continuous batching, as far as they concern pages. Page sizes
+They come from vLLM's tests of its KV cache manager and from the documentation
+of continuous batching by Hugging Face, as far as they concern pages. Page sizes
 below 8 are scaled up, with the lengths.
 """
 
@@ -32,7 +32,7 @@ def _adopt(table, row, entries, kv_len):
 
 
 def _two_prompts():
-  """A has 55 tokens; B shares the first 48, and has 5 more."""
+  """Returns A with 55 tokens, and B with the first 48 of them and 5 others."""
   table = page_table.init(10, 16, 3, 10)
   table, _, _ = append(table, 55, 0, 0)
   prefix = pages(table, 0)[:3]
@@ -67,7 +67,7 @@ def test_hit_on_pages_of_ended_sequences():
   assert_valid(table)
 
 
-def test_a_miss_takes_every_page_once_the_cache_lets_go():
+def test_a_miss_takes_every_page_after_the_cache_drops_its_holds():
   table, prefix = _two_prompts()
   table = release(table, 0, 1)
   refused, ok, _ = append(table, 0, 0, 160)
@@ -102,7 +102,7 @@ def test_decode_growth_takes_a_page_only_at_a_boundary():
 
 
 def test_partial_page_copy_on_write():
-  """A ends in the middle of a page; B continues it, and A's stays as it was."""
+  """A ends in the middle of a page; B continues it in a copy."""
   table, _, _ = append(page_table.init(6, 8, 2, 4), 12, 0)
   kept = pages(table, 0)
   table, _ = change("hold", table, kept)
@@ -120,7 +120,7 @@ def test_partial_page_copy_on_write():
 
 
 def test_fork_n_copies_only_the_last_page():
-  """A parent of four pages, the last not full, and two children."""
+  """The parent has four pages, the last not full, and two children."""
   table, _, _ = append(page_table.init(16, 8, 3, 4), 28, 0, 0)
   parent = pages(table, 0)
   table, _ = change("fork", table, [0, 0], [1, 2])
@@ -161,8 +161,8 @@ def test_divergent_writes_never_show_in_siblings():
 
 
 @pytest.mark.parametrize(
-  # One token later than where it counts from the next query: the last query
-  # may be yet to come.
+  # Pages are freed one token later than by a count from the next query, since
+  # the last token may still be a query.
   ("computed", "freed"),
   [(16, 0), (20, 0), (24, 1), (31, 1), (32, 2), (48, 4)],
 )

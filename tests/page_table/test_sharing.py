@@ -142,7 +142,7 @@ def test_adopt_refuses_what_is_not_a_prefix_in_use():
     (1, [a, b, 8], -1),
     (1, [a, b, 8], 2**31 - 1),
     (1, [8, b, 8], 16),
-    (1, [8, b, 8], 16, 8),  # a hole that ends where it may not be any more
+    (1, [8, b, 8], 16, 8),  # a hole that ends too late, at min_lens
     (1, [a, 8, 8], 16, 16),
     (1, [a, b, 8], 16, 17),
     (1, [a, b, 8], 16, -1),

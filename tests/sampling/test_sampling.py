@@ -17,7 +17,7 @@ def _softmax(logits):
 
 
 def _draw(params, num=4000, logits=LOGITS):
-  """Draws `num` tokens, as the successive tokens of one sequence."""
+  """Draws `num` successive tokens of one sequence."""
   arrays = sampling.stack([params])
   row = jnp.asarray(logits)[None]
   draw = lambda i: sampling.sample(row, arrays, i[None])[0]
@@ -25,7 +25,7 @@ def _draw(params, num=4000, logits=LOGITS):
 
 
 def _assert_distribution(tokens, expected):
-  """Within five standard deviations of each frequency."""
+  """Asserts that frequencies are within five standard deviations."""
   expected = np.asarray(expected)
   counts = np.bincount(tokens, minlength=expected.size)
   assert not counts[expected == 0].any()
@@ -59,12 +59,12 @@ def test_top_p_keeps_the_fewest_that_reach_it():
 
 
 def test_top_p_counts_probability_within_top_k():
-  # Of the two kept by top-k the first has 0.73: 0.7 is reached by it alone.
+  # The first of the two tokens that top-k keeps has 0.73, more than top_p.
   tokens = _draw(SamplingParams(temperature=1.0, top_k=2, top_p=0.7))
   assert (tokens == 0).all()
 
 
-def test_min_p_keeps_a_share_of_the_top_probability():
+def test_min_p_is_relative_to_the_top_probability():
   ratio = np.exp(LOGITS[2] - LOGITS[0])  # 0.22
   for min_p, kept in [(ratio * 1.01, 2), (ratio * 0.99, 3), (1.0, 1)]:
     expected = np.append(_softmax(LOGITS[:kept]), np.zeros(5 - kept))
@@ -72,7 +72,7 @@ def test_min_p_keeps_a_share_of_the_top_probability():
     _assert_distribution(tokens, expected)
 
 
-def test_a_row_draws_the_same_whatever_its_batchmates():
+def test_a_draw_does_not_depend_on_other_rows():
   params = SamplingParams(temperature=0.9, top_k=4, seed=7)
   others = [
     SamplingParams(),

@@ -41,7 +41,7 @@ IDS = st.integers(0, tiny_gguf.VOCAB_SIZE - 1)
     # Digits stand alone, so the blanks before them stay together.
     ("smollm", "  123", ["ĠĠ", "1", "2", "3"]),
     ("gpt-2", "  123", ["Ġ", "Ġ", "123"]),
-    # Groups of three digits from the left; a newline joins no word.
+    # Digits form groups of three from the left; a newline joins no word.
     ("llama-bpe", "1234\n", ["123", "4", "Ċ"]),
     ("default", "1234", ["123", "4"]),
     ("gpt-2", "hello!", ["hello", "!"]),
@@ -177,7 +177,7 @@ def test_stream_never_hands_out_half_a_character(text):
   ids = TINY.encode(text)
   pieces = [stream.push([token_id]) for token_id in ids]
   assert stream.finish() == ""
-  # A replacement character that the text does not have would be a half.
+  # Half a character would be shown as a replacement character.
   assert "".join(pieces).count("\ufffd") == text.count("\ufffd")
 
 

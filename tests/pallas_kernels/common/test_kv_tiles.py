@@ -1,4 +1,4 @@
-"""Which tiles are visited and what is seen, beside a mask of all positions."""
+"""Visited tiles and visible keys, compared with a mask of all positions."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ KV_LENS = (-1, 0, 1, 64, 65, 128, 333, 639, 640, 1000)
 
 
 def _seen(kv_len, sliding_window, num_sink_tokens):
-  """Tells which positions the query at the end sees."""
+  """Returns the mask of positions that the last query sees."""
   position = np.arange(CAPACITY)
   seen = position < kv_len
   if sliding_window is not None:
@@ -53,7 +53,7 @@ def test_tiles_visit_each_seen_position_once(
       [_seen(kv_len - i, sliding_window, num_sink_tokens) for i in queries]
     )
     by_some = expected.any(0)
-    # No tile is visited in vain.
+    # Each visited tile has a key that some query sees.
     assert num_visited == by_some.reshape(-1, BLOCK_KV).any(1).sum()
     visits = np.zeros(CAPACITY, int)
     positions, sees, seen, sees_all = tiles
@@ -75,7 +75,7 @@ def test_tiles_visit_each_seen_position_once(
 def test_tiles_visit_what_queries_with_a_mask_see(
   sliding_window, num_sink_tokens, num_new
 ):
-  num_seen = np.array([0, 1, num_new])  # new tokens, of each query
+  num_seen = np.array([0, 1, num_new])  # new tokens that each query sees
   fewest = 0 if sliding_window is None else min(num_seen[0], sliding_window)
   sees_new = np.random.default_rng(0).random((3, CAPACITY)) < 0.5
   sees_new[:, ::3] = False

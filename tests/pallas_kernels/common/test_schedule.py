@@ -1,4 +1,4 @@
-"""How tiles are split between programs, beside lists."""
+"""The split of tiles over programs, compared with plain lists."""
 
 import jax
 import jax.numpy as jnp
@@ -9,37 +9,37 @@ from pallas_kernels.common import schedule
 from pallas_kernels.common.schedule import TileRanges
 
 
-def _line_up(num_tiles, num_kv_heads):
-  """Returns (sequence, KV head, place in the item, its tiles) of every tile."""
+def _list_tiles(num_tiles, num_kv_heads):
+  """Returns (sequence, KV head, index in item, tiles of item) for each tile."""
   return [
-    (seq, head, place, tiles)
-    for seq, tiles in enumerate(num_tiles)
+    (seq, head, index, num_item_tiles)
+    for seq, num_item_tiles in enumerate(num_tiles)
     for head in range(num_kv_heads)
-    for place in range(tiles)
+    for index in range(num_item_tiles)
   ]
 
 
 @pytest.mark.parametrize("num_programs", [1, 2, 7, 40])
-def test_shares_cover_every_tile_once_and_evenly(num_programs):
+def test_ranges_cover_every_tile_once_and_evenly(num_programs):
   most = 100
   traces = []
 
   @jax.jit
   def split(num_tiles):
     traces.append(num_tiles)
-    line = TileRanges(num_tiles, num_programs)
+    ranges = TileRanges(num_tiles, num_programs)
     programs = jnp.arange(num_programs + 1, dtype=jnp.int32)
     tiles = jnp.arange(most, dtype=jnp.int32)
-    return line.start(programs), line.program_of(tiles)
+    return ranges.start(programs), ranges.program_of(tiles)
 
   for num_tiles in range(most + 1):
     starts, program_of = map(np.asarray, split(np.int32(num_tiles)))
-    shares = np.diff(starts)
+    sizes = np.diff(starts)
     assert starts[0] == 0
     assert starts[-1] == num_tiles
-    assert set(shares) <= {num_tiles // num_programs, shares[0]}
-    assert 0 <= shares[0] - shares[-1] <= 1
-    owners = np.repeat(np.arange(num_programs), shares)
+    assert set(sizes) <= {num_tiles // num_programs, sizes[0]}
+    assert 0 <= sizes[0] - sizes[-1] <= 1
+    owners = np.repeat(np.arange(num_programs), sizes)
     np.testing.assert_array_equal(program_of[:num_tiles], owners)
   assert len(traces) == 1
 
@@ -62,14 +62,14 @@ def test_splits_have_the_first_tile_of_each_program(num_kv_heads, num_programs):
   for num_tiles in batches:
     num_tiles = np.asarray(num_tiles, np.int32)
     splits = split(num_tiles)
-    line = _line_up(num_tiles, num_kv_heads)
+    tiles = _list_tiles(num_tiles, num_kv_heads)
     assert splits.starts.tolist() == [0, *np.cumsum(num_tiles)]
     firsts = np.asarray(splits.firsts)
-    shares = [len(x) for x in np.array_split(line, num_programs)]
-    assert firsts[:, 0].tolist() == [0, *np.cumsum(shares)]
-    assert firsts[-1, 0] == len(line)
+    sizes = [len(x) for x in np.array_split(tiles, num_programs)]
+    assert firsts[:, 0].tolist() == [0, *np.cumsum(sizes)]
+    assert firsts[-1, 0] == len(tiles)
     for first, *rest in firsts:
-      assert first == len(line) or tuple(rest) == line[first]
+      assert first == len(tiles) or tuple(rest) == tiles[first]
   assert len(traces) == 1
 
 
@@ -93,13 +93,13 @@ def test_fixed_splits_cut_an_item_by_its_own_length(num_programs):
   rng = np.random.default_rng(0)
   for most in (1, 4, 5, 63, 64, 65, 2000):
     num_tiles = rng.integers(1, most, 6, endpoint=True)
-    line = _line_up(num_tiles, 3)
+    tiles = _list_tiles(num_tiles, 3)
     starts = np.asarray(split(jnp.asarray(num_tiles, jnp.int32)).firsts)[:, 0]
     assert starts[0] == 0
-    assert starts[-1] == len(line)
-    sizes = [max(4, -(-tiles // 16)) for _, _, _, tiles in line]
+    assert starts[-1] == len(tiles)
+    split_sizes = [max(4, -(-num // 16)) for _, _, _, num in tiles]
     for start in starts[:-1]:
-      assert start == len(line) or line[start][2] % sizes[start] == 0
-    shares = np.diff(starts)
-    assert (shares >= 0).all()
-    assert shares.max() <= -(-len(line) // num_programs) + max(sizes) - 1
+      assert start == len(tiles) or tiles[start][2] % split_sizes[start] == 0
+    sizes = np.diff(starts)
+    assert (sizes >= 0).all()
+    assert sizes.max() <= -(-len(tiles) // num_programs) + max(split_sizes) - 1

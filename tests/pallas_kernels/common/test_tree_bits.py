@@ -1,4 +1,4 @@
-"""Masks as bits, beside the masks themselves."""
+"""Tree masks as bits of words, compared with the masks."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 
 from pallas_kernels.common import tree_bits
 
-CU_Q_LENS = [0, 3, 3, 10, 40, 45]  # the last is of nobody, as are 2 more tokens
+CU_Q_LENS = [0, 3, 3, 10, 40, 45]  # the last is inactive; 2 tokens follow
 NUM_ACTIVE, NUM_TOKENS = 4, 47
 
 
@@ -20,7 +20,7 @@ def _make(max_new):
 
 
 def _bits(words, num_bits):
-  """Unpacks the last axis."""
+  """Unpacks the words of the last axis."""
   shifts = np.arange(32)
   bits = np.asarray(words)[..., None] >> shifts & 1 != 0
   return bits.reshape(*words.shape[:-1], -1)[..., :num_bits]
@@ -90,7 +90,7 @@ def test_few_words_have_all_of_it(max_new, window):
 def test_aligned_words_have_the_bits_from_any_on(size):
   rng = np.random.default_rng(2)
   bits = rng.random((5, 70)) < 0.5
-  packed = np.zeros((5, 5), np.uint32)  # of zeros, three words, of zeros
+  packed = np.zeros((5, 5), np.uint32)  # three words between words of zeros
   for nth in range(70):
     packed[1 + nth // 32] |= bits[:, nth].astype(np.uint32) << np.uint32(
       nth % 32

@@ -1,4 +1,4 @@
-"""What the warps of a memory warpgroup share."""
+"""Copies of the producer warpgroup, by warp."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import pytest
 from pallas_kernels.common import gpu, warps
 
 
-# As many chunks and columns of Q as there may be, and fewer than warps.
+# The largest numbers of chunks and of columns of Q, and fewer than warps.
 @pytest.mark.parametrize("num_chunks", [1, 2, 3, 16])
 @pytest.mark.parametrize("num_columns", [1, 4])
 def test_each_chunk_is_copied_by_one_warp(num_chunks, num_columns):

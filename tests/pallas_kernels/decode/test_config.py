@@ -1,4 +1,4 @@
-"""What the decode kernel takes, and that it lowers: no GPU needed."""
+"""Limits and configs of the decode kernel, and its lowering without a GPU."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def _lower(
   has_alibi=False,
   **options,
 ):
-  """Lowers the kernel to Hopper, which needs no GPU."""
+  """Lowers the kernel for Hopper; no GPU is needed."""
   page = heads[1], page_size, head_dim
   pages = jax.ShapeDtypeStruct((99, *page), kv_dtype or dtype)
   scales = None
@@ -71,7 +71,7 @@ def _lower(
   )
 
 
-# Few items and many, whose default is another; 8, 32 and 64 columns.
+# Few and many items have different default configs; 8, 32 and 64 columns.
 @pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   ("head_dim", "num_seqs", "heads", "page_size", "dtype"),
@@ -186,7 +186,7 @@ def test_few_query_tokens_lower_to_hopper(head_dim, heads, max_q_len, options):
   assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_a_config_of_ones_own_lowers_to_hopper():
+def test_a_given_config_lowers_to_hopper():
   text = _lower(
     heads=(32, 1),
     head_dim=64,
@@ -249,6 +249,6 @@ def test_default_config_fits_and_fills_the_device(head_dim, dtype):
     needed = decode_config.smem_bytes(config, group, head_dim, dtype)
     assert needed <= limits.SMEM_LIMIT
     assert config.num_programs in (100, 200)
-    # The hardware takes 1 KiB more for each program.
+    # The hardware reserves 1 KiB more for each program.
     each = config.num_programs // 100
     assert each * (needed + 1024) <= limits.SM_SMEM

@@ -1,7 +1,7 @@
-"""Where the decode kernel's threads find 8-bit numbers, step by step in NumPy.
+"""The decode kernel's loads of 8-bit numbers, simulated in NumPy.
 
-The definitions of `ldmatrix`, of wgmma's operands and accumulators, and of the
-swizzles of TMA are those of NVIDIA's PTX ISA.
+`ldmatrix`, the operands and accumulators of wgmma, and the swizzles of TMA are
+defined as in NVIDIA's PTX ISA.
 """
 
 import numpy as np
@@ -20,9 +20,9 @@ shapes = pytest.mark.parametrize(
 
 
 def _memory(tile):
-  """A tile as TMA leaves it: columns of the swizzle's width, one by one.
+  """Returns the bytes of a tile in shared memory, in the order of TMA.
 
-  A copy's tiles of 8 rows by `width` bytes follow each other along the row.
+  TMA writes tiles of 8 rows by `width` bytes, one after the other along a row.
   """
   keys, head_dim = tile.shape
   if not fragments.transforms(head_dim):
@@ -39,12 +39,12 @@ def _memory(tile):
 
 
 def _ldmatrix(memory, addresses, num, is_transposed):
-  """Bytes [num, thread, 4] of matrices of 8 rows, which 8 lanes point at."""
+  """Returns bytes [num, thread, 4] of matrices; 8 lanes address the rows."""
   words = np.empty((num, 128, 4), memory.dtype)
   for warp in range(4):
     for i in range(num):
       lanes = 32 * warp + 8 * i + np.arange(8)
-      # The hardware reads 8 rows at once if they are in different banks.
+      # The hardware reads 8 rows at once only if they are in different banks.
       assert len(set(addresses[lanes] // 16 % 8)) == 8
       rows = np.stack([memory[a : a + 16] for a in addresses[lanes]])
       pairs = rows.reshape(8, 8, 2)
@@ -55,7 +55,7 @@ def _ldmatrix(memory, addresses, num, is_transposed):
 
 
 def _load(tile, shape, place, loads, is_transposed):
-  """The operand that wgmma sees in the registers of the threads."""
+  """Returns the wgmma operand that the threads have in registers."""
   memory, operand = _memory(tile), np.full(shape, -1, int)
   row, column = place(THREADS)
   for load in loads:

@@ -1,4 +1,4 @@
-"""The decode kernel: on a Hopper GPU as it is, elsewhere interpreted."""
+"""The decode kernel: compiled on a Hopper GPU, elsewhere interpreted."""
 
 import dataclasses
 import functools
@@ -82,7 +82,7 @@ def test_slopes_of_any_size_and_distance_leave_no_nan():
   problem.page_indices[2, 18:] = len(problem.k_pages)
   slopes = [3e38, -3e38, 2.0**95, -1e30]
   out, lse = decode_runs.run(problem, alibi_slopes=slopes)
-  # One key weighs all: the nearest, or the farthest.
+  # A single key has all the weight: the nearest, or the farthest.
   expected, _ = oracle.paged_attention(
     *dataclasses.astuple(problem)[:5], **cases.PLAIN, alibi_slopes=slopes
   )
@@ -93,7 +93,7 @@ def test_slopes_of_any_size_and_distance_leave_no_nan():
     assert np.isfinite(x[1:].astype(np.float32)).all()
 
 
-# In comments: the shares of the tiles of sequences a, b and c.
+# Comments show the range of each program, as tiles of sequences a, b and c.
 @pytest.mark.parametrize(
   ("num_programs", "many_kv_lens"),
   [
@@ -113,12 +113,14 @@ def test_slopes_of_any_size_and_distance_leave_no_nan():
       [
         (192, 192, 192),  # aa|ab|b|b|c|c|c
         (400, 1, 0),  # aa|aa|a|a|a|b|c: more partials than are loaded at once
-        (5, 30, 64),  # a|b|c and four programs that have nothing to do
+        (5, 30, 64),  # a|b|c and four programs without tiles
       ],
     ),
   ],
 )
-def test_any_dealing_of_tiles_matches_oracle(num_programs, many_kv_lens):
+def test_any_split_of_tiles_over_programs_matches_oracle(
+  num_programs, many_kv_lens
+):
   options = decode_runs.SHARED | dict(config=Config(64, 2, num_programs))
   for kv_lens in many_kv_lens:
     decode_runs.check(decode_runs.make_shared(*kv_lens), **options)
@@ -128,7 +130,7 @@ def test_any_dealing_of_tiles_matches_oracle(num_programs, many_kv_lens):
   ("kv_lens", "num_kv_heads", "num_programs"),
   [([200, 70], 2, 5), ([570], 1, 9)],  # aaa|aAA|AA|bb|BB and a|a|a|a|a|a|a|a|a
 )
-def test_any_dealing_of_heads_matches_oracle(
+def test_any_split_of_heads_over_programs_matches_oracle(
   kv_lens, num_kv_heads, num_programs
 ):
   problem = decode_runs.make(kv_lens, num_kv_heads=num_kv_heads)
@@ -174,7 +176,7 @@ def test_keys_left_of_the_window_leave_no_trace():
   cases.assert_same_bits(clean, decode_runs.run(problem, **options))
 
 
-# Columns of a tile past the group hold the next queries.
+# Columns of a tile after the group hold the next group's queries.
 def test_queries_of_others_leave_no_trace():
   problem = decode_runs.make_shared(70, 330, 70)
   clean = decode_runs.run(problem, **decode_runs.SHARED)
@@ -211,7 +213,7 @@ def test_the_order_of_pages_does_not_matter():
   )
 
 
-def test_row_in_one_share_does_not_depend_on_its_batchmates():
+def test_row_in_one_range_does_not_depend_on_other_rows():
   together = decode_runs.run(
     decode_runs.make_shared(400, 64, 64), **decode_runs.SHARED
   )  # aaa|aaa|abc
@@ -302,8 +304,8 @@ def test_dtypes_must_agree():
 @pytest.mark.skipif(
   cases.ON_HOPPER, reason="only the interpreter looks for races"
 )
-# Of a tile of one chunk, a warp copies K, another V, a third Q. Not for 8-bit
-# pages: the interpreter takes a load that a copy follows for a race.
+# In tiles of one chunk, different warps copy K, V and Q. 8-bit pages are left
+# out: the interpreter reports a race if a copy follows a load.
 @pytest.mark.parametrize(
   ("head_dim", "page_size"), [(64, 16), (80, 16), (64, 64)]
 )
@@ -312,7 +314,8 @@ def test_no_memory_is_reused_before_it_was_read(head_dim, page_size, capfd):
     [70, 200, 0], head_dim=head_dim, page_size=page_size
   )
   config = Config(64, 2, 2)  # three tiles for each of two programs
-  # Here, and only here, threads stand for the warps that copy (`warps`).
+  # Only in this test do threads of the interpreter stand for the warps that
+  # copy (`warps`).
   interpret = plgpu.InterpretGPUParams(detect_races=True)
   run = functools.partial(decode_runs.run, problem, config=config)
   each_warp = run(interpret=interpret)

@@ -1,4 +1,4 @@
-"""The decode kernel over pages of 8-bit numbers, as `test_paged_decode`."""
+"""The decode kernel with quantised pages; see also `test_kernel`."""
 
 import dataclasses
 
@@ -68,7 +68,7 @@ def test_values_of_any_size_weigh_as_they_should():
   data, v_scales = cases.quantise_rows(rows * sizes[..., None], "int8")
   problem, scales = cases.quantise(problem, "int8")
   problem.v_pages = data
-  problem.q = problem.q.astype(jnp.bfloat16)  # in whose range the output lies
+  problem.q = problem.q.astype(jnp.bfloat16)  # its range holds the output
   decode_runs.check(problem, scales=scales | dict(v_scales=v_scales))
 
 
@@ -81,7 +81,7 @@ def test_values_that_are_all_zero_count_in_the_denominator():
   decode_runs.check(problem, scales=scales)
 
 
-# The weights of the first tile's values, and of the second's, are 2^140 apart.
+# The value scales of the first tile and of the second differ by a factor 2^140.
 @pytest.mark.parametrize("num_programs", [1, 3])
 def test_the_denominator_keeps_keys_whose_values_are_zero(num_programs):
   problem, scales = cases.quantise(

@@ -1,4 +1,4 @@
-"""A few query tokens a sequence, by the decode kernel; interpreted on a CPU."""
+"""The decode kernel with a few query tokens per sequence."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from pallas_kernels.decode.config import Config
 
 pytestmark = pytest.mark.slow
 
-# A fresh sequence, no query, page boundaries, no tokens, several tiles.
+# A new sequence, no query, page boundaries, no tokens, several tiles.
 Q_LENS = [3, 0, 1, 4, 0, 4]
 KV_LENS = [3, 20, 16, 17, 0, 150]
 
@@ -39,7 +39,7 @@ def _run(problem, *, max_q_len=4, sinks=None, tree_mask=None, **options):
 def _check(problem, *, sinks=None, max_q_len=4, **options):
   out, lse = _run(problem, max_q_len=max_q_len, sinks=sinks, **options)
   judged = cases.PLAIN | options
-  judged.pop("batch_invariant", None)  # is not about the result
+  judged.pop("batch_invariant", None)  # the oracle has no such option
   expected = oracle.ragged_paged_attention(
     *dataclasses.astuple(problem), sinks=sinks, **judged
   )
@@ -89,7 +89,7 @@ def test_matches_oracle_with_options(options):
 @pytest.mark.parametrize("kv_dtype", limits.QUANTISED_DTYPES)
 def test_quantised_pages_in_fixed_splits_match_oracle(kv_dtype):
   problem = cases.make(
-    kv_lens=[3, 20, 16, 17, 0, 550],  # 9 tiles: 3 parts
+    kv_lens=[3, 20, 16, 17, 0, 550],  # 9 tiles: 3 splits
     q_lens=Q_LENS,
     dtype="bfloat16",
     num_active=6,
@@ -109,7 +109,7 @@ def test_quantised_pages_in_fixed_splits_match_oracle(kv_dtype):
 
 
 def _random_mask(problem, max_new, seed=0):
-  """Returns a mask without any order; some tokens see no new one."""
+  """Returns a random mask, in which some tokens see no new token."""
   rng = np.random.default_rng(seed)
   mask = rng.random((len(problem.q), max_new)) < 0.5
   mask[::5] = False
@@ -129,7 +129,7 @@ def _random_mask(problem, max_new, seed=0):
 )
 def test_a_tree_matches_oracle(max_q_len, max_new, options):
   problem = cases.make(
-    # New tokens in two tiles, and at the beginning of one; none is stored.
+    # New tokens in two tiles, at the start of a tile, and none stored.
     kv_lens=[3, 20, 16, 66, 0, 150, 68],
     q_lens=[3, 0, 1, 4, 3, 4, 4],
     num_q_heads=6,
@@ -166,7 +166,7 @@ def test_a_new_token_that_none_sees_leaves_no_trace(kv_dtype, window):
   mask[:4, [0, 2]], mask[4:7, 2], mask[7:, 0] = False, False, False
   unseen = [(0, 62), (0, 64), (1, 63), (2, 16)]
   if window:
-    # The last that the sequence does not see of its context.
+    # The last context token that the window hides.
     num_seen = [mask[a:b].sum(1).min() for a, b in [(0, 4), (4, 7), (7, 11)]]
     context = [62, 61, 16]
     unseen += [

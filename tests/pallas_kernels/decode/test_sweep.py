@@ -1,6 +1,6 @@
-"""The decode kernel on a Hopper GPU, over sampled combinations of options.
+"""The decode kernel on a Hopper GPU, with sampled combinations of options.
 
-Each of the programs is compiled once, for eight batches of other lengths.
+Each program is compiled once and runs eight batches of different lengths.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from pallas_kernels.decode import config as decode_config
 pytestmark = pytest.mark.gpu
 
 NUM_PROGRAMS, NUM_BATCHES, NUM_SEQS = 56, 8, 5
-MOST = 700  # tokens of a sequence
+MOST = 700  # longest sequence
 KV_DTYPES = None, None, "int8", "float8_e4m3fn"
 GROUPS = (1, 2, 3, 4, 7, 8, 9, 16, 32, 64)
 
@@ -88,7 +88,7 @@ def _problem(shapes, max_q_len, rng):
 
 
 def _without_pages(problem, window, num_sink_tokens, max_q_len):
-  """Makes holes of the pages that no query sees."""
+  """Unmaps the pages that no query sees."""
   size = problem.k_pages.shape[2]
   for row, kv_len in zip(problem.page_indices, problem.kv_lens, strict=True):
     first = max(int(kv_len) - (max_q_len - 1) - window, 0) // size
@@ -112,7 +112,7 @@ def _shuffled(problem, scales, rng):
 
 
 @pytest.mark.parametrize("seed", range(NUM_PROGRAMS))
-def test_sampled_options_match_the_oracle(seed):
+def test_sampled_options_match_oracle(seed):
   shapes, options, max_q_len, rng, sampled = _sample(seed)
   num_heads, arrays = shapes["num_q_heads"], {}
   if sampled["has_sinks"]:
@@ -158,7 +158,7 @@ def test_a_pool_of_more_than_2_to_the_31_elements():
     kv_lens=[700, 3], num_q_heads=4, num_kv_heads=1, dtype="bfloat16"
   )
   few, *page = problem.k_pages.shape
-  first = 2**31 // int(np.prod(page)) + 5  # where the pages are moved to
+  first = 2**31 // int(np.prod(page)) + 5  # the pages move here
 
   @jax.jit
   def high(pages):

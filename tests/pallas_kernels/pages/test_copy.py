@@ -1,4 +1,4 @@
-"""The kernel that copies pages: interpreted, or on a Hopper GPU as it is."""
+"""The kernel that copies pages: compiled on a Hopper GPU, else interpreted."""
 
 import math
 
@@ -11,7 +11,7 @@ import pytest
 from pallas_kernels.pages import copy as page_copy
 from pallas_kernels.pages import limits
 
-# The data and the scales of K and V, or the data alone.
+# Data and scales of K and V, or data only.
 QUANTISED = [((3, 3, 8, 64), None), ((3, 3, 8), "float32")]
 PAGES = {
   "bfloat16": [((1, 1, 8, 64), "bfloat16")],
@@ -28,7 +28,7 @@ PAGES = {
 
 
 def _pools(kinds, num_pages, seed=0):
-  """K and V of each kind, every byte random."""
+  """Returns K and V of each kind, of random bytes."""
   rng = np.random.default_rng(seed)
   return [
     np.frombuffer(
@@ -44,7 +44,8 @@ def _pools(kinds, num_pages, seed=0):
 @pytest.mark.parametrize("kinds", PAGES.values(), ids=PAGES)
 def test_copies_pages_of_every_pool(kinds):
   pools = _pools(kinds, 7)
-  # A page twice, the ends of the pool, and no page in four ways.
+  # Copies a page twice, uses the first and last page, and has four kinds of
+  # invalid pages.
   src = np.asarray([4, 7, 4, 0, 6, 3, 2], np.int32)
   dst = np.asarray([5, 7, 0, -1, 1, 8, 6], np.int32)
   made = [(4, 5), (4, 0), (6, 1)]

@@ -1,4 +1,4 @@
-"""The kernel that writes tokens: interpreted, or on a Hopper GPU as it is."""
+"""The kernel that writes tokens: compiled on a Hopper GPU, else interpreted."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from pallas_kernels.pages import write as page_write
 
 NUM_PAGES, NUM_LAYERS = 5, 2
 # num_kv_heads, page_size, head_dim, dtype. Rows are 4 to 64 vectors of 16
-# bytes, in the last two kinds vectors of 8 and of 4 bytes.
+# bytes; the last two kinds have vectors of 8 and 4 bytes.
 KINDS = {
   "bfloat16": (2, 16, 128, "bfloat16"),
   "float16": (3, 8, 80, "float16"),
@@ -28,7 +28,7 @@ kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 def _random(rng, shape, dtype):
-  """Numbers of random bits, most of them NaN in one of many ways."""
+  """Returns numbers of random bits, most of them NaN with different bits."""
   dtype = jnp.dtype(dtype)
   num_bytes = math.prod(shape) * dtype.itemsize
   some = np.asarray([0x7F, 0xFF, 0xC1, 0x02], np.uint8)
@@ -37,7 +37,7 @@ def _random(rng, shape, dtype):
 
 
 def _arrays(kind, num_tokens, num_pages=NUM_PAGES, seed=0):
-  """Pools and tokens: K and V, and scales of what has 8 bits."""
+  """Returns pools and tokens: K and V, and scales for 8-bit dtypes."""
   num_kv_heads, page_size, head_dim, dtype = kind
   rng = np.random.default_rng(seed)
   pool = num_pages, NUM_LAYERS, num_kv_heads, page_size
@@ -52,7 +52,7 @@ def _arrays(kind, num_tokens, num_pages=NUM_PAGES, seed=0):
 
 
 def _slots(kind, num_tokens, num_pages=NUM_PAGES, seed=0):
-  """Slots all over the pool, first and last among them, some out of range."""
+  """Returns random slots, with the first and last and some out of range."""
   num_slots = num_pages * kind[1]
   rng = np.random.default_rng(seed)
   inner = 1 + rng.permutation(num_slots - 2)
@@ -63,7 +63,7 @@ def _slots(kind, num_tokens, num_pages=NUM_PAGES, seed=0):
 
 
 def _expected(pools, tokens, slots, layer):
-  """Writes one token after the other, in NumPy."""
+  """Returns the pools after NumPy wrote one token after the other."""
   result = []
   for pool, rows in zip(pools, tokens, strict=True):
     bits = f"u{pool.itemsize}"
@@ -115,7 +115,7 @@ def test_any_number_of_tokens_in_any_layer(num_tokens, layer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pieces", [1, 2, 3, 4])
-def test_threads_may_have_several_pieces(pieces):
+def test_threads_may_have_several_vectors(pieces):
   for name in ("float16", "float8"):
     _assert_written(KINDS[name], 40, vectors_per_thread=pieces)
 
@@ -146,7 +146,7 @@ def test_pools_may_have_more_than_2_to_the_31_elements(dtype):
   page, num_tokens = (2, 8, 16, 128), 300
   num_pages = 2**31 // math.prod(page) + 1000
   _, tokens = _arrays((8, 16, 128, dtype), num_tokens)
-  # The bits of a scale are not 0 either.
+  # No byte of the tokens and scales is 0.
   pools = tuple(
     jax.jit(jnp.zeros, static_argnums=(0, 1))(
       (num_pages, *page[: x.ndim + 1]), x.dtype
@@ -197,7 +197,7 @@ def test_is_one_kernel_for_a_gpu_that_writes_in_place(kind):
   text = lowered.as_text()
   assert text.count("custom_call @mosaic_gpu") == 1
   (call,) = (line for line in text.splitlines() if "@mosaic_gpu" in line)
-  # All outputs are pools, and each is the operand that it was written to.
+  # All outputs are pools, and each aliases its operand.
   assert call.count("output_operand_alias<") == len(pools)
   assert text.count("tf.aliasing_output") == len(pools)
 

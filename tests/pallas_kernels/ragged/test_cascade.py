@@ -1,4 +1,4 @@
-"""Both parts of cascade attention by the kernels: run, interpreted, lowered."""
+"""Cascade attention by the kernels: compiled, interpreted, or lowered only."""
 
 import cases
 import jax
@@ -23,7 +23,7 @@ RAGGED_CONFIG = ragged_config.Config(64, 2, num_programs=3, splits=True)
 
 
 def _with_kernels(monkeypatch):
-  """Makes the ops call the kernels: on a GPU as they are, else interpreted."""
+  """Makes the ops call the kernels: compiled on a GPU, else interpreted."""
   how = dict(interpret=cases.INTERPRET)
 
   def decode(q, kv, arrays, spec, implementation):
@@ -43,7 +43,7 @@ def _with_kernels(monkeypatch):
   monkeypatch.setattr(cascade, "attend_ragged", ragged)
 
 
-def test_kernels_match_the_oracle(monkeypatch):
+def test_kernels_match_oracle(monkeypatch):
   _with_kernels(monkeypatch)
   kv_lens = [80, 130, 0, 97, 64, 200, 161]
   problem = cases.make(
@@ -62,7 +62,7 @@ def test_kernels_match_the_oracle(monkeypatch):
 @pytest.mark.parametrize(
   ("num_shared", "heads"), [(128, (32, 8)), (515, (8, 2)), (515, (2, 2))]
 )
-def test_kernels_match_the_oracle_for_real_sizes(num_shared, heads):
+def test_kernels_match_oracle_for_real_sizes(num_shared, heads):
   own_lens = np.random.default_rng(0).integers(0, 300, 24).tolist()
   problem = prefixes.make(
     num_shared,
@@ -76,7 +76,7 @@ def test_kernels_match_the_oracle_for_real_sizes(num_shared, heads):
 
 
 def _lowered(monkeypatch, kv_dtype, **options):
-  """Returns the program for a Hopper GPU, which it takes none to make."""
+  """Returns the program lowered for Hopper; no GPU is needed."""
   monkeypatch.setattr(devices, "why_not_hopper", lambda: None)
   pages = jax.ShapeDtypeStruct((99, 8, 16, 128), kv_dtype)
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)

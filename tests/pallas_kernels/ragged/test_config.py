@@ -1,4 +1,4 @@
-"""What the ragged kernel takes, and that it lowers: no GPU needed."""
+"""Limits and configs of the ragged kernel, and its lowering without a GPU."""
 
 import dataclasses
 import itertools
@@ -36,7 +36,7 @@ def _lower(
   has_alibi=False,
   **options,
 ):
-  """Lowers the kernel to Hopper, which needs no GPU."""
+  """Lowers the kernel for Hopper; no GPU is needed."""
   shape = 99, heads[1], page_size, head_dim
   pages = jax.ShapeDtypeStruct(shape, kv_dtype or dtype)
   scales = kv_dtype and jax.ShapeDtypeStruct(shape[:3], jnp.float32)
@@ -72,7 +72,7 @@ def _lower(
   )
 
 
-# Many items and few, whose default splits them.
+# Many items, and few, which the default config splits.
 @pytest.mark.slow(quick=1)
 @pytest.mark.parametrize(
   ("head_dim", "num_tokens", "heads", "page_size", "dtype"),
@@ -118,7 +118,7 @@ def test_quantised_pages_lower_to_hopper(head_dim, kv_dtype):
 @pytest.mark.slow(quick=2)
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_shared_memory_is_priced_as_it_is_asked_for(
+def test_smem_bytes_is_the_requested_shared_memory(
   head_dim, kv_dtype, monkeypatch
 ):
   monkeypatch.setattr(mosaic, "_SMEM_SIZE_BOUND", 0)

@@ -1,4 +1,4 @@
-"""The ragged kernel: on a Hopper GPU as it is, elsewhere interpreted."""
+"""The ragged kernel: compiled on a Hopper GPU, elsewhere interpreted."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def test_sequences_past_num_active_leave_no_trace():
   )
 
 
-# Of 64 rows, tiles of K: aaaaaaa, then aaa bb c, or the like.
+# Items of 64 rows with several KV tiles: aaaaaaa, aaa bb c and similar.
 @pytest.mark.parametrize(
   ("kv_lens", "q_lens", "num_programs"),
   [
@@ -145,15 +145,15 @@ def test_every_query_sees_all_keys_if_not_causal(config):
 
 
 def _random_mask(problem, max_new):
-  """Returns a mask without any order, in which some tokens see no new one."""
+  """Returns a random mask, in which some tokens see no new token."""
   rng = np.random.default_rng(0)
   mask = rng.random((len(problem.q), max_new)) < rng.random((len(problem.q), 1))
   mask[::5] = False
   return mask
 
 
-# Fewer columns than query tokens, one word of bits and several; tiles that
-# have a part of the context, and that have none.
+# Fewer columns than query tokens, one word of bits and several; tiles with and
+# without a part of the context.
 @pytest.mark.parametrize(
   ("max_new", "config", "options"),
   [
@@ -166,7 +166,7 @@ def _random_mask(problem, max_new):
   ],
 )
 def test_a_tree_matches_oracle(max_new, config, options):
-  # The last is what a refused row looks like: its tokens were not stored.
+  # As for a refused row, the tokens of the last sequence were not stored.
   problem = ragged_runs.make(
     kv_lens=[20, 1, 70, 200, 64, 163, 3], q_lens=[0, 1, 7, 63, 64, 65, 9]
   )
@@ -225,7 +225,7 @@ def test_a_new_token_that_none_sees_leaves_no_trace(window):
     start, end = problem.cu_q_lens[seq : seq + 2]
     mask[start:end, [column for column in columns if column < 66]] = False
     unseen += [(seq, context[seq] + column) for column in columns]
-    if window:  # the last that the sequence does not see of its context
+    if window:  # the last context token that the window hides
       seen = mask[start:end, : end - start].sum(1).min()
       unseen.append((seq, context[seq] + seen - 1 - window))
   runs = []
@@ -264,7 +264,7 @@ def test_unused_memory_leaves_no_trace(poison):
   cases.assert_same_bits(clean, poisoned)
 
 
-# In the second, sink tokens and the window lie in one tile.
+# In the second case, sink tokens and the window are in one tile.
 @pytest.mark.parametrize(("kv_len", "window"), [(300, 100), (64, 15)])
 def test_keys_left_of_the_window_leave_no_trace(kv_len, window):
   problem = ragged_runs.make(kv_lens=[kv_len], q_lens=[30], spare_tokens=0)
@@ -345,7 +345,8 @@ def test_a_window_must_be_causal():
 @pytest.mark.parametrize("config", [ragged_runs.SMALL, ragged_runs.SPLIT])
 def test_no_memory_is_reused_before_it_was_read(config, capfd):
   problem = ragged_runs.make(kv_lens=[150, 9, 70], q_lens=[70, 9, 1])
-  # Here, and only here, threads stand for the warps that copy (`warps`).
+  # Only in this test do threads of the interpreter stand for the warps that
+  # copy (`warps`).
   interpret = plgpu.InterpretGPUParams(detect_races=True)
   each_warp = ragged_runs.run(problem, config=config, interpret=interpret)
   cases.assert_same_bits(each_warp, ragged_runs.run(problem, config=config))

@@ -1,4 +1,4 @@
-"""The ragged kernel over pages of 8-bit numbers, as `test_ragged_kernel`."""
+"""The ragged kernel with quantised pages; see also `test_kernel`."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Tiles of queries, beside the tokens that they should hold."""
+"""Query tiles, compared with the tokens that they should hold."""
 
 import jax
 import jax.numpy as jnp

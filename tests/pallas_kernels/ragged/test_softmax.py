@@ -1,4 +1,4 @@
-"""The softmax of many queries, whose maximum grows only by much."""
+"""The softmax of the ragged kernel, whose maximum grows only past a slack."""
 
 import dataclasses
 
@@ -18,10 +18,10 @@ SLACK = ragged_softmax._SLACK
 
 
 def _growing(growth, dtype):
-  """A Problem in which greatest scores grow by `growth` a tile, in base 2.
+  """Returns a Problem whose maximum scores grow by `growth` per tile, base 2.
 
-  Those of the first query head do, of the others less, or they fall; of some
-  tokens, which fill the rows of a warp, none do.
+  Scores of the first query head do; those of other heads grow less, or fall.
+  Scores of some tokens, which fill the rows of a warp, do not change.
   """
   problem = cases.make(
     kv_lens=[210, 140], q_lens=[70, 3], num_q_heads=4, dtype=dtype
@@ -37,8 +37,8 @@ def _growing(growth, dtype):
   return dataclasses.replace(problem, q=q, k_pages=k)
 
 
-# By less than what the maximum may be behind, so that it grows every other
-# tile; by more; and so that P would leave float16 if it did not grow.
+# Growth by less than the slack, so that the maximum grows every other tile; by
+# more; and by so much that P would overflow float16 if the maximum stayed.
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL, SPLIT])
 @pytest.mark.parametrize("growth", [0.6 * SLACK, 1.1 * SLACK, 20])
@@ -49,9 +49,9 @@ def test_scores_that_grow_match_oracle(growth, config):
 
 
 def _weigh(before, scores):
-  """Folds a tile of scores into a maximum and the sum of one key that has it.
+  """Folds a tile of scores into the state of one key per row.
 
-  Of both there is one for each row.
+  `before` has the maximum of each row.
   """
   m = jnp.asarray(before, jnp.float32)
   ones = jnp.isfinite(m).astype(jnp.float32)
@@ -78,7 +78,7 @@ def test_the_maximum_grows_only_past_the_slack():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("before", [-np.inf, 0])
-def test_what_is_no_number_stays_none(before, bad):
+def test_nan_and_inf_stay_nan(before, bad):
   scores = np.zeros((1, 8))
   scores[0, 3] = bad
   m, l, _, p = _weigh([before], scores)
