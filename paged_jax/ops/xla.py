@@ -201,7 +201,7 @@ def _attend(
   *,
   tile_tokens: int,
 ) -> tuple[Array, Array]:
-  """Returns the output f32[num_q_tiles, block_q, num_q_heads, head_dim], LSE."""
+  """Returns f32[num_q_tiles, block_q, num_q_heads, head_dim] outputs, LSE."""
   num_q_tiles, block_q, num_q_heads, head_dim = queries.q.shape
   group = num_q_heads // kv.num_kv_heads
   pages_per_tile = max(1, tile_tokens // kv.page_size)
