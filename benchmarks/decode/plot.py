@@ -1,10 +1,10 @@
-"""The picture of the cost of decode attention over the page size."""
+"""Draws the time of decode attention over the page size."""
 
 import pathlib
 
 import numpy as np
 
-# Of page_sizes: colour, marker and name.
+# Colour, marker and label of each batch in `page_sizes`.
 BATCHES = {
   "same": ("#1f5fa8", "o", "{} x {:,} tokens"),
   "ragged": ("#b5482a", "s", "{} x {:,} to {:,} tokens"),
@@ -34,7 +34,7 @@ def plot(record: dict, path: pathlib.Path) -> pathlib.Path:
     waste = [side["waste_percent"] for side in sides.values()]
     label = label.format(*np.atleast_1d(settings[name]).tolist())
     label += f": {min(us):.0f} to {max(us):.0f} us"
-    # Hollow, so that lines that meet can be told apart.
+    # Hollow markers keep lines that meet distinct.
     style = dict(color=color, marker=marker, markerfacecolor="white")
     left.plot(list(sides), us, label=label, **style)
     right.plot(list(sides), waste, **style)

@@ -166,7 +166,7 @@ def _batch_invariant() -> str:
 
 
 def plain() -> str:
-  """Returns what docs/support.md says of plain JAX: a table and its origin."""
+  """Returns the block on plain JAX in docs/support.md: a table, its origin."""
   record = read("h200/decode")
   rows = []
   for name, sides in record["batches"].items():

@@ -7,10 +7,10 @@ def line(title: str, side: dict, columns: dict[str, str], *, width: int) -> str:
   """Returns the figures of a case, or its error, after a title.
 
   Args:
-    title: What was timed.
-    side: Its figures, or its error.
-    columns: How a figure is shown, by its name, for those to show.
-    width: Of the title.
+    title: Name of the case.
+    side: Figures of the case, or its error.
+    columns: Format of each figure to show, by its name.
+    width: Width of the title.
   """
   title = f"{title[: width - 1]:{width}}"
   if "error" in side:

@@ -68,22 +68,22 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """The cases, and the number of turns."""
+  """Sizes of the cases and of their loops."""
 
   config: LlamaConfig = models.LLAMA_8B
-  implementation: str = "mosaic_gpu"  # of mixed; the model chooses, as ever
+  implementation: str = "mosaic_gpu"  # in `mixed`; the model chooses its own
   page_size: int = 16
   num_prompts: int = 16
   prompt_len: int = 4096
-  chunks: tuple[int, ...] = (8192, 65_536)  # tokens of a step
+  chunks: tuple[int, ...] = (8192, 65_536)  # tokens per step
   model_calls: int = 3
-  ceiling: int = 8192  # of rows and columns
+  ceiling: int = 8192  # rows and columns of each matrix
   chunk_lens: tuple[int, ...] = (2048, 2048)
   chunk_contexts: tuple[int, ...] = (2048, 2048)
   num_decodes: int = 64
-  decode_len: int = 4096  # its own token included
-  steps: int = 200  # of a loop
-  calls: int = 5  # of a loop
+  decode_len: int = 4096  # includes the query token
+  steps: int = 200  # steps of a loop
+  calls: int = 5  # calls of a loop
 
 
 FULL = Sizes()
@@ -116,7 +116,7 @@ SMALL = Sizes(
 
 
 def main() -> None:
-  """Times everything, prints the figures and writes them."""
+  """Times all cases, prints the figures and writes the record."""
   args, environment = command.start_on_gpu(
     "prefill",
     __doc__,
@@ -130,7 +130,7 @@ def main() -> None:
 
 
 def figures(sizes: Sizes) -> Iterator[dict]:
-  """Yields all figures so far, or errors, after each part; prints them."""
+  """Yields the record with all figures so far, after each part; prints them."""
   record: dict = {"settings": settings(sizes)}
   for part in (ceiling, mixed):
     record[part.__name__] = attempt(part, sizes)
@@ -147,7 +147,7 @@ def figures(sizes: Sizes) -> Iterator[dict]:
 
 
 def settings(sizes: Sizes) -> dict:
-  """Returns what the figures mean."""
+  """Returns the description of each figure."""
   return dataclasses.asdict(sizes) | dict(
     meaning=dict(
       us="microseconds of a call: of a loop of steps calls, divided by them",
@@ -173,7 +173,7 @@ def ceiling(sizes: Sizes) -> dict:
   shape = sizes.ceiling, sizes.ceiling
   x, w = (models.normal(jax.random.key(seed), shape, 1.0) for seed in range(2))
 
-  # It waits for the step before, or the compiler would take it only once.
+  # Waits for the previous step, so that XLA cannot hoist it out of the loop.
   def step(_, state, w):
     x, _ = lax.optimization_barrier(state)
     return x, jnp.dot(x, w)
@@ -195,7 +195,7 @@ def ceiling(sizes: Sizes) -> dict:
 
 
 def mixed(sizes: Sizes) -> dict:
-  """Times decodes and chunks of prompts in one call, and each kind apart."""
+  """Times decodes and prompt chunks, in one call and in one call for each."""
   case, num_chunks = mixed_case(sizes), len(sizes.chunk_lens)
   both = queries.make(case)
   chunks, decodes = split(both, num_chunks)
@@ -224,7 +224,7 @@ def mixed(sizes: Sizes) -> dict:
 
 
 def mixed_case(sizes: Sizes) -> Case:
-  """Returns chunks of prompts, and the sequences that decode after them."""
+  """Returns prompt chunks, followed by sequences that decode."""
   count, context = sizes.num_decodes, sizes.decode_len - 1
   return Case(
     q_lens=sizes.chunk_lens + (1,) * count,
@@ -236,7 +236,7 @@ def mixed_case(sizes: Sizes) -> Case:
 
 
 def split(batch: Batch, num_first: int) -> tuple[Batch, Batch]:
-  """Returns the first sequences of a batch, and the others, which decode."""
+  """Returns the first sequences of a batch, and the decoding sequences."""
   starts, _ = batch.more
   end = int(starts[num_first])
   first = dataclasses.replace(
@@ -266,7 +266,7 @@ def _timed(
 
 
 def model(sizes: Sizes) -> Iterator[tuple[str, dict]]:
-  """Yields sizes of chunks, and the figures of prompts in such chunks."""
+  """Yields each chunk size, and the figures of prompts in chunks of it."""
   llama = models.random_model(sizes.config)
   expected: list[np.ndarray] = []
   for chunk in sizes.chunks:
@@ -307,7 +307,7 @@ def _prefill(
 
 
 def prompts(sizes: Sizes) -> tuple[PagedCache, jax.Array, jax.Array]:
-  """Returns a cache that the prompts fill, their tokens and their lengths."""
+  """Returns an empty cache for the prompts, their tokens and their lengths."""
   config, count = sizes.config, sizes.num_prompts
   layer = LayerKV(config.num_kv_heads, config.head_dim)
   cache_config = CacheConfig(
@@ -325,7 +325,7 @@ def prompts(sizes: Sizes) -> tuple[PagedCache, jax.Array, jax.Array]:
 
 
 def model_flops(sizes: Sizes) -> float:
-  """Returns those of all prompts, from their tokens to the logits."""
+  """Returns the FLOPs of the model on all prompts, including the logits."""
   config, count = sizes.config, sizes.num_prompts
   hidden, heads = config.hidden_size, config.num_q_heads
   qkv_and_o = 2 * (heads + config.num_kv_heads) * config.head_dim * hidden

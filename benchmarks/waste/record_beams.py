@@ -1,4 +1,4 @@
-"""Records which beam came of which, in real beam searches on the demo model.
+"""Records the parents of beams, in real beam searches on the demo model.
 
 Width 4, by the sum of log-probabilities, without a length penalty: each step
 keeps the best 4 of all continuations of the 4 beams. Tokens that end a reply
@@ -7,9 +7,9 @@ batch over one paged cache, whose rows `kv.cache.permute` reorders.
 
   python -m benchmarks.waste.record_beams
 
-takes the demo model and writes benchmarks/data/beam_parents.json, which
-`benchmarks.waste` replays. What the best beams score is checked against one
-pass of the model over their whole text.
+writes benchmarks/data/beam_parents.json, which `benchmarks.waste` replays. The
+scores of the best beams are compared with those of one pass of the model over
+their whole text.
 """
 
 import functools
@@ -84,8 +84,8 @@ def main() -> None:
     "model": path.name,
     "search": "width 4, sum of log-probabilities, no end tokens",
     "prompt_lens": [len(prompt) for prompt in prompts],
-    # Of each prompt, step and beam: the beam of the step before. In the first
-    # step all come of beam 0, which is the prompt.
+    # Parent beam in the previous step, by prompt, step and beam. In the first
+    # step, all parents are beam 0, which is the prompt.
     "parents": parents.tolist(),
   }
   PATH.write_text(json.dumps(record) + "\n")
