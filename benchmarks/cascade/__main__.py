@@ -33,6 +33,7 @@ from benchmarks.harness.attention import (
 )
 from benchmarks.harness.batches import Batch, Sizes
 from benchmarks.harness.cases import attempt, failures
+from pallas_kernels.common.rounding import cdiv
 
 PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy", *rival.NAMES]
 # Rates of an H200: random 4 KB pages, and bfloat16 products of 8192^3.
@@ -227,16 +228,17 @@ def make(sizes: Sizes, case: Case) -> Batch:
   lens = [case.num_shared] * case.num_groups + [case.num_own] * case.num_seqs
   apart = batches.make(sizes, np.array(lens))
   size = case.num_seqs // case.num_groups
-  num_pages = -(-np.array([case.num_shared, case.num_own]) // case.page_size)
-  prefixes = apart.tables[:, : case.num_groups, : num_pages[0]]
-  owns = apart.tables[:, case.num_groups :, : num_pages[1]]
+  num_shared = cdiv(case.num_shared, case.page_size)
+  num_own = cdiv(case.num_own, case.page_size)
+  prefixes = apart.tables[:, : case.num_groups, :num_shared]
+  owns = apart.tables[:, case.num_groups :, :num_own]
   tables = jnp.concatenate([jnp.repeat(prefixes, size, axis=1), owns], axis=2)
   return dataclasses.replace(
     apart,
     q=batches.random_queries(sizes, case.num_seqs),
     kv_lens=jnp.full(case.num_seqs, case.num_shared + case.num_own, jnp.int32),
     tables=tables,
-    more=(jnp.int32(num_pages[0]), jnp.asarray(case.groups)),
+    more=(jnp.int32(num_shared), jnp.asarray(case.groups)),
   )
 
 

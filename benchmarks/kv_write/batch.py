@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.common.rounding import cdiv
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -58,7 +60,7 @@ def make(sizes: Sizes, num_seqs: int, num_new: int) -> Batch:
   """Returns a batch; the same sizes give the same batch."""
   rng, page_size = np.random.default_rng(0), sizes.page_size
   starts = rng.integers(page_size, size=num_seqs)
-  pages_per_seq = -(-(page_size - 1 + num_new) // page_size)
+  pages_per_seq = cdiv(page_size - 1 + num_new, page_size)
   num_pages = num_seqs * pages_per_seq + sizes.spare_pages
   order = rng.permutation(num_pages).astype(np.int32)
   tables = order[: num_seqs * pages_per_seq].reshape(num_seqs, pages_per_seq)

@@ -52,6 +52,7 @@ from paged_jax.kv.config import CacheConfig
 from paged_jax.kv.layout import LayerKV
 from paged_jax.models.config import LlamaConfig
 from paged_jax.models.llama import Llama
+from pallas_kernels.common.rounding import cdiv
 
 PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "flax", "numpy"]
 # A 32-layer model 256 wide: weights that change by 0.2 % give 0.03, one other
@@ -311,7 +312,7 @@ def prompts(sizes: Sizes) -> tuple[PagedCache, jax.Array, jax.Array]:
   config, count = sizes.config, sizes.num_prompts
   layer = LayerKV(config.num_kv_heads, config.head_dim)
   cache_config = CacheConfig(
-    num_pages=count * -(-sizes.prompt_len // sizes.page_size),
+    num_pages=count * cdiv(sizes.prompt_len, sizes.page_size),
     page_size=sizes.page_size,
     num_seqs=count,
     max_len=sizes.prompt_len,

@@ -32,6 +32,7 @@ from paged_jax.kv.cache import PagedCache
 from paged_jax.kv.config import CacheConfig
 from paged_jax.kv.step import begin_step
 from paged_jax.models import contract, llama
+from pallas_kernels.common.rounding import cdiv
 
 TEXT = DATA / "darwin_origin_of_species_1872_chapter_3.txt"
 BASELINE = "bfloat16"
@@ -100,7 +101,7 @@ def token_losses(
   """
   inputs, targets = np.array(tokens[:-1]), np.array(tokens[1:])
   config = CacheConfig(
-    num_pages=-(-len(inputs) // PAGE_SIZE),
+    num_pages=cdiv(len(inputs), PAGE_SIZE),
     page_size=PAGE_SIZE,
     num_seqs=1,
     max_len=len(inputs),

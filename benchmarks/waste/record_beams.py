@@ -27,6 +27,7 @@ from paged_jax.kv.cache import PagedCache
 from paged_jax.kv.config import CacheConfig
 from paged_jax.kv.step import begin_step
 from paged_jax.models import llama
+from pallas_kernels.common.rounding import round_up
 
 WIDTH = 4
 NUM_NEW = 96
@@ -104,7 +105,7 @@ def search(
   cache = _new_cache(model, num_prompts * WIDTH)
   lens = np.zeros(num_prompts * WIDTH, np.int32)
   lens[::WIDTH] = [len(prompt) for prompt in prompts]
-  flat = np.zeros(-(-lens.sum() // CHUNK) * CHUNK, np.int32)
+  flat = np.zeros(round_up(int(lens.sum()), CHUNK), np.int32)
   flat[: lens.sum()] = np.concatenate(prompts)
   prefill = jax.jit(read, static_argnames="chunk", donate_argnames="cache")
   cache, logits = prefill(

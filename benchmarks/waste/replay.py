@@ -15,6 +15,7 @@ import numpy as np
 
 from paged_jax import page_table
 from paged_jax.page_table import PageTable
+from pallas_kernels.common.rounding import cdiv
 
 Figures = dict[str, np.ndarray]  # i64[num_steps] by name
 
@@ -150,7 +151,7 @@ def _table(
   num_pages: int, page_size: int, num_rows: int, ends: jax.Array
 ) -> PageTable:
   """Returns an empty table whose rows hold the longest sequence."""
-  width = -(-int(ends.max()) // page_size)
+  width = cdiv(int(ends.max()), page_size)
   return page_table.init(num_pages, page_size, num_rows, width)
 
 
