@@ -89,12 +89,16 @@ SMALL_CASES = {"small": Case(6, 64, 20, num_groups=2, heads=(4, 2))}
 def main() -> None:
   """Times all cases, prints the figures and writes the record."""
   args, environment = command.start_on_gpu("cascade", __doc__, PACKAGES)
-  records = figures(SMALL_CASES if args.small else CASES, small=args.small)
-  record = results.keep("cascade", records, args, environment)
+  record = results.keep(
+    "cascade",
+    records(SMALL_CASES if args.small else CASES, small=args.small),
+    args,
+    environment,
+  )
   command.finish(failures(record["cases"], RIVAL))
 
 
-def figures(cases: dict[str, Case], *, small: bool) -> Iterator[dict]:
+def records(cases: dict[str, Case], *, small: bool) -> Iterator[dict]:
   """Yields the record with all figures so far, after each case; prints them."""
   record: dict = {"roof": ROOF, "cases": {}}
   for name, case in cases.items():

@@ -62,8 +62,9 @@ COLUMNS = {
 def main() -> None:
   """Times all cases, writes the record and prints a table of the figures."""
   args, environment = command.start_on_gpu("decode", __doc__, PACKAGES)
-  records = figures(SMALL if args.small else FULL)
-  record = results.keep("decode", records, args, environment)
+  record = results.keep(
+    "decode", records(SMALL if args.small else FULL), args, environment
+  )
   if not args.small:
     path = args.out / "h200" / "decode.svg"
     try:
@@ -74,22 +75,22 @@ def main() -> None:
   command.finish(failures(record, RIVAL))
 
 
-def figures(sizes: Sizes) -> Iterator[dict]:
+def records(sizes: Sizes) -> Iterator[dict]:
   """Yields the record with all figures so far, after each part."""
   record: dict = {
     "settings": settings(sizes),
     "ceiling": attempt(parts.ceiling, sizes),
   }
-  reads = [side.get("gb_per_s", 0) for _, side in walk(record["ceiling"])]
+  reads = [figures.get("gb_per_s", 0) for _, figures in walk(record["ceiling"])]
   record["read_gb_per_s"] = max(reads)
   for part in PARTS:
     begin = time.perf_counter()
     record[part.__name__] = attempt(part, sizes)
     print(f"{part.__name__}: {time.perf_counter() - begin:.1f} s", flush=True)
-    for _, side in walk(record):
-      if "gb_per_s" in side and record["read_gb_per_s"]:
-        side["percent_of_ceiling"] = (
-          100 * side["gb_per_s"] / record["read_gb_per_s"]
+    for _, figures in walk(record):
+      if "gb_per_s" in figures and record["read_gb_per_s"]:
+        figures["percent_of_ceiling"] = (
+          100 * figures["gb_per_s"] / record["read_gb_per_s"]
         )
     yield record
 

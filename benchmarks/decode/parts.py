@@ -60,7 +60,7 @@ def ceiling(sizes: Sizes) -> dict:
       if not bool(jnp.array_equal(most, expected)):
         raise RuntimeError("the maximum is wrong")
 
-    side = device_loop.measure(
+    figures = device_loop.measure(
       step,
       jnp.full_like(expected, -2),
       sizes.ceiling_steps,
@@ -68,7 +68,7 @@ def ceiling(sizes: Sizes) -> dict:
       verify,
       inputs=(x,),
     )
-    return side | {"gb_per_s": x.nbytes / side["us"]["min"] / 1e3}
+    return figures | {"gb_per_s": x.nbytes / figures["us"]["min"] / 1e3}
 
   rows = sizes.ceiling_elements // 8192, 8192
   return {
@@ -82,9 +82,9 @@ def loop_alone(sizes: Sizes) -> dict:
   """Times a loop that reads a page table instead of calling attention."""
   lens = same(sizes.same)
   batch = make(sizes, lens)
-  side, _ = timed(sizes, batch, no_attention, lens.sum(), check=None)
-  del side["gb_per_s"]  # it reads no keys
-  return side
+  figures, _ = timed(sizes, batch, no_attention, lens.sum(), check=None)
+  del figures["gb_per_s"]  # it reads no keys
+  return figures
 
 
 def waste_percent(lens: np.ndarray, page_size: int) -> float:
@@ -103,12 +103,12 @@ def page_sizes(sizes: Sizes) -> dict:
 
   def all_sizes(lens: np.ndarray) -> dict:
     expected = reference(decode(sizes, "xla"), make(sizes, lens))
-    sides = {}
+    by_size = {}
     for size in sizes.page_sizes:
-      side = attempt(one, lens, size, expected)
+      figures = attempt(one, lens, size, expected)
       waste = {"waste_percent": waste_percent(lens, size)}
-      sides[str(size)] = side | waste
-    return sides
+      by_size[str(size)] = figures | waste
+    return by_size
 
   return {
     "same": attempt(all_sizes, same(sizes.same)),
@@ -192,25 +192,25 @@ def quantised(sizes: Sizes) -> dict:
     if dtype != wide_name:
       batch = in_8_bits(batch, dtype)
     expected = reference(attend("xla"), batch)
-    side, _ = timed(
+    figures, _ = timed(
       sizes,
       batch,
       attend(sizes.implementation),
       lens.sum(),
       functools.partial(relative_error, expected),
     )
-    del side["gb_per_s"]  # counts the bytes of bfloat16
-    return side
+    del figures["gb_per_s"]  # counts the bytes of bfloat16
+    return figures
 
   lens = same(sizes.same)
   wide_name = jnp.dtype(DTYPE).name
   names = wide_name, "int8", "float8_e4m3fn"
-  figures = {name: attempt(one, name) for name in names}
-  wide = figures[wide_name]
-  for side in figures.values():
-    if "us" in side and "us" in wide:
-      side["speedup"] = wide["us"]["median"] / side["us"]["median"]
-  return figures
+  by_dtype = {name: attempt(one, name) for name in names}
+  wide = by_dtype[wide_name]
+  for figures in by_dtype.values():
+    if "us" in figures and "us" in wide:
+      figures["speedup"] = wide["us"]["median"] / figures["us"]["median"]
+  return by_dtype
 
 
 def rows_apart(sizes: Sizes) -> dict:
@@ -234,9 +234,9 @@ def rows_apart(sizes: Sizes) -> dict:
   if len(traces) != 1:
     raise RuntimeError(f"the loop was compiled {len(traces)} times")
   num_tokens = lens.sum() + len(lens) * (steps - 1) / 2  # mean of all steps
-  side = dict(us=spread_p99(us), steps=steps, calls=len(us))
-  return side | dict(
-    gb_per_s=gb_per_s(sizes, num_tokens, side),
+  figures = dict(us=spread_p99(us), steps=steps, calls=len(us))
+  return figures | dict(
+    gb_per_s=gb_per_s(sizes, num_tokens, figures),
     relative_error=error,
     traces=len(traces),
   )

@@ -127,9 +127,9 @@ def _options(record: dict) -> str:
   return table(
     ["case", "us a call", "GB/s of K and V"],
     [
-      [label.format(name), us(side), number(side.get("gb_per_s"))]
+      [label.format(name), us(figures), number(figures.get("gb_per_s"))]
       for part, label in labels.items()
-      for name, side in record[part].items()
+      for name, figures in record[part].items()
     ],
   )
 

@@ -61,9 +61,9 @@ def timed(
   guess = num_bytes(sizes, num_tokens) / GUESS + CALL_COST
   steps = max(1, round(sizes.loop_us / guess / (50 if slow else 1)))
   num_loops = sizes.slow_loops if slow else sizes.num_loops
-  side, out = measured(batch, attend, steps, num_loops, check)
-  side["gb_per_s"] = gb_per_s(sizes, num_tokens, side)
-  return side, out
+  figures, out = measured(batch, attend, steps, num_loops, check)
+  figures["gb_per_s"] = gb_per_s(sizes, num_tokens, figures)
+  return figures, out
 
 
 def measured(
@@ -81,7 +81,7 @@ def measured(
     if check is not None:
       error["relative_error"] = check(state[1])
 
-  side = device_loop.measure(
+  figures = device_loop.measure(
     loop_step(attend, batch, num_steps),
     loop_start(batch),
     num_steps,
@@ -89,7 +89,7 @@ def measured(
     verify,
     inputs=loop_inputs(batch),
   )
-  return side | error, outputs[0]
+  return figures | error, outputs[0]
 
 
 def loop_step(attend, batch: Batch, num_steps: int, *, grows: bool = False):
@@ -149,6 +149,6 @@ def _largest_error(expected, out):
   return jnp.max(length(out - expected) / length(expected))
 
 
-def gb_per_s(sizes: Sizes, num_tokens: float, side: dict) -> float:
+def gb_per_s(sizes: Sizes, num_tokens: float, figures: dict) -> float:
   """Returns the GB/s at which keys and values are read, by the median."""
-  return num_bytes(sizes, num_tokens) / side["us"]["median"] / 1e3
+  return num_bytes(sizes, num_tokens) / figures["us"]["median"] / 1e3

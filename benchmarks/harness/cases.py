@@ -23,15 +23,15 @@ def walk(
   if "error" in record or isinstance(record.get("us"), dict):
     yield path, record
     return
-  for name, side in record.items():
-    if name != "settings" and isinstance(side, dict):
-      yield from walk(side, (*path, name))
+  for name, figures in record.items():
+    if name != "settings" and isinstance(figures, dict):
+      yield from walk(figures, (*path, name))
 
 
 def failures(record: dict, *may_fail: str) -> list[str]:
   """Returns the names of failed cases, except those in `may_fail`."""
   return [
     ", ".join(path)
-    for path, side in walk(record)
-    if "error" in side and not (path and path[-1] in may_fail)
+    for path, figures in walk(record)
+    if "error" in figures and not (path and path[-1] in may_fail)
   ]

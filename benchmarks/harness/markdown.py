@@ -56,9 +56,9 @@ def number(value: float | None) -> str:
   return f"{value:,.{digits}f}"
 
 
-def us(side: dict) -> str:
+def us(figures: dict) -> str:
   """Returns the median time of a case, in microseconds."""
-  return number(side["us"]["median"])
+  return number(figures["us"]["median"])
 
 
 def span(values: Sequence[float], digits: int = 0) -> str:

@@ -55,12 +55,13 @@ COLUMNS = {
 def main() -> None:
   """Times all cases, prints the figures and writes the record."""
   args, environment = command.start_on_gpu("kv_write", __doc__, PACKAGES)
-  records = figures(SMALL if args.small else FULL)
-  record = results.keep("kv_write", records, args, environment)
+  record = results.keep(
+    "kv_write", records(SMALL if args.small else FULL), args, environment
+  )
   command.finish(failures(record, RIVAL))
 
 
-def figures(sizes: Sizes) -> Iterator[dict]:
+def records(sizes: Sizes) -> Iterator[dict]:
   """Yields the record with all figures so far, after each case; prints them."""
   record: dict = {"settings": settings(sizes), "write": {}, "pieces": {}}
   print(f"{'':52}{'us':>9}{'GB/s':>7}{'of copy':>9}")
@@ -68,12 +69,12 @@ def figures(sizes: Sizes) -> Iterator[dict]:
     batch = make(sizes, num_seqs, num_new)
     name = f"{len(batch.slots)} tokens"
     record["write"][name], record["pieces"][name] = {}, {}
-    for part, side_name, measure in ways(sizes):
-      side = attempt(measure, sizes, batch)
-      record[part][name][side_name] = side
-      compare(side, record["write"][name][COPY])
-      title = f"{part}, {name}, {side_name}"
-      print(line(title, side, COLUMNS, width=52), flush=True)
+    for part, way, measure in ways(sizes):
+      figures = attempt(measure, sizes, batch)
+      record[part][name][way] = figures
+      compare(figures, record["write"][name][COPY])
+      title = f"{part}, {name}, {way}"
+      print(line(title, figures, COLUMNS, width=52), flush=True)
       yield record
 
 
@@ -103,10 +104,10 @@ def settings(sizes: Sizes) -> dict:
   )
 
 
-def compare(side: dict, copy: dict) -> None:
+def compare(figures: dict, copy: dict) -> None:
   """Adds the percentage of the plain copy's speed to the figures of a case."""
-  if "gb_per_s" in side and "gb_per_s" in copy:
-    side["percent_of_copy"] = 100 * side["gb_per_s"] / copy["gb_per_s"]
+  if "gb_per_s" in figures and "gb_per_s" in copy:
+    figures["percent_of_copy"] = 100 * figures["gb_per_s"] / copy["gb_per_s"]
 
 
 def plain_copy(sizes: Sizes, batch: Batch) -> dict:
@@ -172,7 +173,7 @@ def written(
     return pool
 
   row = layout.page_bytes(1, sizes.num_kv_heads, 1, sizes.head_dim, dtype)
-  side = measured(
+  figures = measured(
     sizes,
     step,
     start,
@@ -181,8 +182,8 @@ def written(
     inputs=(batch.k, batch.v, slots),
     large=start.k.size,
   )
-  device_loop.check_in_place(side)
-  return side
+  device_loop.check_in_place(figures)
+  return figures
 
 
 def measured(
@@ -191,12 +192,14 @@ def measured(
   """Returns the figures of a loop whose steps write to every layer."""
   guess = (num_bytes / GUESS + WRITE_COST) * sizes.num_layers
   steps = max(1, round(sizes.loop_us / guess))
-  side = device_loop.measure(
+  figures = device_loop.measure(
     step, start, steps, sizes.num_loops, verify, **options
   )
-  side["us"] = {name: us / sizes.num_layers for name, us in side["us"].items()}
-  side["gb_per_s"] = num_bytes / side["us"]["median"] / 1e3
-  return side
+  figures["us"] = {
+    name: us / sizes.num_layers for name, us in figures["us"].items()
+  }
+  figures["gb_per_s"] = num_bytes / figures["us"]["median"] / 1e3
+  return figures
 
 
 def check(batch: Batch, pool: kv_pool.KVPool) -> None:

@@ -45,7 +45,7 @@ PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy"]
 def main() -> None:
   """Times all cases, prints a table of the figures and writes the record."""
   args, environment = command.start_on_gpu("page_table", __doc__, PACKAGES)
-  record = figures(SMALL if args.small else FULL)
+  record = run(SMALL if args.small else FULL)
   check_memory(record)
   if not args.small:
     record["environment"] = environment
@@ -53,7 +53,7 @@ def main() -> None:
     print("written to", path)
 
 
-def figures(sizes: Sizes) -> dict:
+def run(sizes: Sizes) -> dict:
   """Returns the record, and prints the figures of each part."""
   record: dict = {"settings": settings(sizes), "append": {}}
   heads = f"{'min':>10}{'median':>10}{'p99':>10}{'max':>10}"

@@ -125,12 +125,13 @@ def main() -> None:
     flags={"all-chunks": "time the model with more sizes of chunks"},
   )
   full = ALL_CHUNKS if args.all_chunks else FULL
-  records = figures(SMALL if args.small else full)
-  record = results.keep("prefill", records, args, environment)
+  record = results.keep(
+    "prefill", records(SMALL if args.small else full), args, environment
+  )
   command.finish(failures(record))
 
 
-def figures(sizes: Sizes) -> Iterator[dict]:
+def records(sizes: Sizes) -> Iterator[dict]:
   """Yields the record with all figures so far, after each part; prints them."""
   record: dict = {"settings": settings(sizes)}
   for part in (ceiling, mixed):
@@ -139,11 +140,11 @@ def figures(sizes: Sizes) -> Iterator[dict]:
     yield record
   most = record["ceiling"].get("tflop_per_s")
   record["model"] = {}
-  for chunk, side in model(sizes):
-    if most and "tflop_per_s" in side:
-      side["percent_of_ceiling"] = 100 * side["tflop_per_s"] / most
-    record["model"][chunk] = side
-    print(table({"model": {chunk: side}}), flush=True)
+  for chunk, figures in model(sizes):
+    if most and "tflop_per_s" in figures:
+      figures["percent_of_ceiling"] = 100 * figures["tflop_per_s"] / most
+    record["model"][chunk] = figures
+    print(table({"model": {chunk: figures}}), flush=True)
     yield record
 
 
@@ -183,7 +184,7 @@ def ceiling(sizes: Sizes) -> dict:
     rows = (x[:8].astype(jnp.float32), w.astype(jnp.float32))
     relative_error(jnp.matmul(*rows, precision="highest"), state[1][:8])
 
-  side = device_loop.measure(
+  figures = device_loop.measure(
     step,
     (x, jnp.zeros_like(x)),
     sizes.steps,
@@ -191,8 +192,8 @@ def ceiling(sizes: Sizes) -> dict:
     verify,
     inputs=(w,),
   )
-  side["tflop_per_s"] = 2 * sizes.ceiling**3 / side["us"]["median"] / 1e6
-  return side
+  figures["tflop_per_s"] = 2 * sizes.ceiling**3 / figures["us"]["median"] / 1e6
+  return figures
 
 
 def mixed(sizes: Sizes) -> dict:
@@ -211,17 +212,17 @@ def mixed(sizes: Sizes) -> dict:
   )
   expected = reference(plain, both)
   end = len(chunks.q)
-  sides = {
+  cases = {
     "loop": attempt(_timed, sizes, decodes, no_attention, None),
     "chunks": attempt(_timed, sizes, chunks, ragged, expected[:end]),
     "decodes": attempt(_timed, sizes, decodes, decode, expected[end:]),
     "mixed": attempt(_timed, sizes, both, ragged, expected),
   }
-  if not failures(sides):
-    us = {name: side["us"]["median"] for name, side in sides.items()}
+  if not failures(cases):
+    us = {name: figures["us"]["median"] for name, figures in cases.items()}
     apart = us["chunks"] + us["decodes"] - us["loop"]
-    sides["mixed"]["mixed_to_sum"] = us["mixed"] / apart
-  return sides
+    cases["mixed"]["mixed_to_sum"] = us["mixed"] / apart
+  return cases
 
 
 def mixed_case(sizes: Sizes) -> Case:
@@ -291,7 +292,7 @@ def _prefill(
       jnp.asarray(expected[0]), state[1], at_most=MAX_ERROR_OF_LOGITS
     )
 
-  side = device_loop.measure(
+  figures = device_loop.measure(
     step,
     (cache, logits),
     1,
@@ -301,10 +302,10 @@ def _prefill(
     large=cache.groups[0].pool.k.size,
     goes_on=True,
   )
-  us = side["us"]["median"]
-  side["tokens_per_s"] = tokens.size / us * 1e6
-  side["tflop_per_s"] = model_flops(sizes) / us / 1e6
-  return side | error
+  us = figures["us"]["median"]
+  figures["tokens_per_s"] = tokens.size / us * 1e6
+  figures["tflop_per_s"] = model_flops(sizes) / us / 1e6
+  return figures | error
 
 
 def prompts(sizes: Sizes) -> tuple[PagedCache, jax.Array, jax.Array]:

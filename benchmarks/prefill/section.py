@@ -83,8 +83,8 @@ def _mixed() -> str:
 def _quantised() -> str:
   rows = []
   for name, configs in read("h200/ragged")["cases"].items():
-    side, *_ = configs.values()  # of the default Config
-    rows.append([name, us(side), number(side["tflop_per_s"])])
+    figures, *_ = configs.values()  # of the default Config
+    rows.append([name, us(figures), number(figures["tflop_per_s"])])
   return table(["prompt", "us", "TFLOP/s"], rows)
 
 
@@ -106,11 +106,11 @@ def model() -> str:
       [
         [
           f"{int(chunk):,}",
-          number(side["tokens_per_s"]),
-          number(side["tflop_per_s"]),
-          f"{side['percent_of_ceiling']:.1f} %",
+          number(figures["tokens_per_s"]),
+          number(figures["tflop_per_s"]),
+          f"{figures['percent_of_ceiling']:.1f} %",
         ]
-        for chunk, side in record["model"].items()
+        for chunk, figures in record["model"].items()
       ],
     ),
     origin("h200/prefill", "benchmarks.prefill"),

@@ -94,18 +94,22 @@ SMALL_CASES = {
 def main() -> None:
   """Times all cases, prints the figures and writes the record."""
   args, environment = command.start_on_gpu("ragged", __doc__, PACKAGES)
-  records = figures(SMALL_CASES if args.small else CASES, small=args.small)
-  record = results.keep("ragged", records, args, environment)
+  record = results.keep(
+    "ragged",
+    records(SMALL_CASES if args.small else CASES, small=args.small),
+    args,
+    environment,
+  )
   command.finish(failures(record["cases"]))
 
 
-def figures(cases: dict[str, Case], *, small: bool) -> Iterator[dict]:
+def records(cases: dict[str, Case], *, small: bool) -> Iterator[dict]:
   """Yields the record with all figures so far, after each case; prints them."""
   record: dict = {"cases": {}}
   for name, case in cases.items():
-    record["cases"][name] = sides = attempt(timed, case, small=small)
-    for path, side in walk(sides):
-      text = line(name, side, COLUMNS, width=40)
+    record["cases"][name] = by_config = attempt(timed, case, small=small)
+    for path, figures in walk(by_config):
+      text = line(name, figures, COLUMNS, width=40)
       print(text, *path, sep="  ", flush=True)
     yield record
 
@@ -137,11 +141,13 @@ def timed(case: Case, *, small: bool) -> dict:
   expected = reference(plain(case), batch)
   guess = case.flops / GUESS + CALL_COST
   steps = 1 if small else max(1, round(LOOP_US / guess))
-  sides = {}
+  by_config = {}
   for config in configs(case):
     attend = plain(case) if small else kernel(case, config)
-    sides[str(config)] = attempt(_timed, case, batch, attend, steps, expected)
-  return sides
+    by_config[str(config)] = attempt(
+      _timed, case, batch, attend, steps, expected
+    )
+  return by_config
 
 
 def plain(case: Case) -> Callable[..., jax.Array]:
@@ -185,9 +191,9 @@ def kernel(case: Case, config: Config) -> Callable[..., jax.Array]:
 
 def _timed(case: Case, batch: Batch, attend, steps: int, expected) -> dict:
   check = functools.partial(relative_error, expected)
-  side, _ = measured(batch, attend, steps, NUM_LOOPS, check)
-  side["tflop_per_s"] = case.flops / side["us"]["median"] / 1e6
-  return side
+  figures, _ = measured(batch, attend, steps, NUM_LOOPS, check)
+  figures["tflop_per_s"] = case.flops / figures["us"]["median"] / 1e6
+  return figures
 
 
 if __name__ == "__main__":
