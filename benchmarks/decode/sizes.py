@@ -30,7 +30,7 @@ class Sizes(batches.Sizes):
   query_lens: tuple[int, ...] = (1, 2, 4, 8)
   growing: tuple[int, int, int] = (64, 128, 8192)
   growing_steps: int = 1000
-  ceiling_elements: int = 2**30  # of float32
+  ceiling_elements: int = 2**30  # elements of float32
   ceiling_steps: int = 100
 
 

@@ -150,9 +150,9 @@ def check_memory(record: dict) -> None:
       device_loop.check_in_place(figures)
 
 
-def table(part: str, sides: dict[str, dict]) -> str:
+def table(part: str, cases: dict[str, dict]) -> str:
   """Returns the figures of a part as lines of text."""
-  return lines({part: sides}, COLUMNS, width=60)
+  return lines({part: cases}, COLUMNS, width=60)
 
 
 if __name__ == "__main__":

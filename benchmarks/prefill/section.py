@@ -68,15 +68,15 @@ def _rivals(first: rivals.Run, again: rivals.Run) -> str:
 
 
 def _mixed() -> str:
-  sides = read("h200/prefill")["mixed"]
+  cases = read("h200/prefill")["mixed"]
   names = {
     "loop": "the loop alone",
     "chunks": "the prompts",
     "decodes": "the others",
     "mixed": "all, in one call",
   }
-  rows = [[label, us(sides[name])] for name, label in names.items()]
-  share = f"{sides['mixed']['mixed_to_sum']:.3f}"
+  rows = [[label, us(cases[name])] for name, label in names.items()]
+  share = f"{cases['mixed']['mixed_to_sum']:.3f}"
   return table(["calls", "us"], [*rows, ["one call / both calls", share]])
 
 
