@@ -1,1 +1,1 @@
-"""Benchmarks, a folder each, and what they share."""
+"""Benchmarks, a folder each, and the modules that they share."""

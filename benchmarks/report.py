@@ -1,7 +1,7 @@
 """Writes docs/performance.md, and tables in README.md and docs/support.md.
 
-Every figure comes from a JSON file in benchmarks/results. A subject is one
-function, which returns a section of docs/performance.md, in `SUBJECTS`.
+Every figure comes from a JSON file in benchmarks/results. `SUBJECTS` lists the
+functions that return the sections of docs/performance.md.
 
   python -m benchmarks.report             the texts; needs no package
   python -m benchmarks.report --pictures  the pictures, too; needs matplotlib
@@ -65,7 +65,7 @@ SPEED = {
 
 
 def main() -> None:
-  """Writes the page and the tables, and the pictures if they are asked for."""
+  """Writes the page and the tables, and with `--pictures` the pictures."""
   parser = argparse.ArgumentParser(
     prog="python -m benchmarks.report", description=__doc__.splitlines()[0]
   )
@@ -93,7 +93,7 @@ def page() -> str:
 
 
 def others(text: str) -> str:
-  """Returns a section on the results that no other names; "" without any."""
+  """Returns a section on results without a section; "" if there are none."""
   names = [
     str(path.relative_to(RESULTS).with_suffix(""))
     for path in sorted(RESULTS.glob("*/*.json"))
@@ -113,11 +113,11 @@ def blocks() -> tuple[tuple[pathlib.Path, str, str], ...]:
 
 
 def with_block(text: str, name: str, block: str) -> str:
-  """Returns the text of a file with a block of it made anew.
+  """Returns the text of a file with one block replaced.
 
   Args:
-    text: Of the file.
-    name: What stands in the comments before and after the block.
+    text: Text of the file.
+    name: Name of the block, in the comments before and after it.
     block: The new text of the block.
 
   Raises:
@@ -133,7 +133,7 @@ def with_block(text: str, name: str, block: str) -> str:
 
 
 def speed() -> str:
-  """Returns what README.md says of speed: a sentence and a table."""
+  """Returns the speed block of README.md: a paragraph and a table."""
   run, longs = rivals.run(rivals.AGAIN), rivals.long_batches()
   rows = []
   for label, case in SPEED.items():
@@ -148,7 +148,7 @@ def speed() -> str:
 
 
 def draw() -> None:
-  """Draws all pictures anew from their results."""
+  """Draws all pictures from their results."""
   from benchmarks.decode.plot import plot
   from benchmarks.waste import plot as waste_plot
 

@@ -1,1 +1,1 @@
-"""What attention of sequences that share a prefix costs on a GPU."""
+"""Times attention of sequences that share a prefix, on a GPU."""

@@ -33,9 +33,10 @@ from benchmarks.harness.attention import (
 )
 from benchmarks.harness.batches import Batch, Sizes
 from benchmarks.harness.cases import attempt, failures
+from pallas_kernels.common.rounding import cdiv
 
 PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy", *rival.NAMES]
-# Of an H200: random 4 KB pages, and bfloat16 products of 8192^3.
+# Rates of an H200: random 4 KB pages, and bfloat16 products of 8192^3.
 ROOF = dict(bytes_per_us=4.6e6, flop_per_us=6.87e8)
 RIVAL = "FlashInfer"
 COLUMNS = {
@@ -47,28 +48,28 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Groups of sequences, each with a prefix of its own."""
+  """Groups of sequences, with one shared prefix for each group."""
 
-  num_seqs: int  # of all groups
+  num_seqs: int  # sequences of all groups
   num_shared: int  # tokens of a prefix
-  num_own: int  # tokens of each sequence after it
+  num_own: int  # tokens of each sequence after its prefix
   num_groups: int = 1
   page_size: int = 16
   heads: tuple[int, int] = (32, 8)
 
   @property
   def num_tokens(self) -> int:
-    """Tokens that are stored."""
+    """Number of stored tokens."""
     return self.num_groups * self.num_shared + self.num_seqs * self.num_own
 
   @property
   def num_seen(self) -> int:
-    """Tokens that all queries see."""
+    """Number of visible tokens, summed over all queries."""
     return self.num_seqs * (self.num_shared + self.num_own)
 
   @property
   def groups(self) -> np.ndarray:
-    """Sequences before each group, and all of them."""
+    """Offsets of the groups, as in `cu_group_lens`."""
     size = self.num_seqs // self.num_groups
     return np.arange(0, self.num_seqs + 1, size, dtype=np.int32)
 
@@ -86,15 +87,19 @@ SMALL_CASES = {"small": Case(6, 64, 20, num_groups=2, heads=(4, 2))}
 
 
 def main() -> None:
-  """Times everything, prints the figures and writes them."""
+  """Times all cases, prints the figures and writes the record."""
   args, environment = command.start_on_gpu("cascade", __doc__, PACKAGES)
-  records = figures(SMALL_CASES if args.small else CASES, small=args.small)
-  record = results.keep("cascade", records, args, environment)
+  record = results.keep(
+    "cascade",
+    records(SMALL_CASES if args.small else CASES, small=args.small),
+    args,
+    environment,
+  )
   command.finish(failures(record["cases"], RIVAL))
 
 
-def figures(cases: dict[str, Case], *, small: bool) -> Iterator[dict]:
-  """Yields all figures so far, or errors, after each case; prints them."""
+def records(cases: dict[str, Case], *, small: bool) -> Iterator[dict]:
+  """Yields the record with all figures so far, after each case; prints them."""
   record: dict = {"roof": ROOF, "cases": {}}
   for name, case in cases.items():
     print(name, flush=True)
@@ -111,9 +116,9 @@ def line(name: str, side: dict, at_least_us: float) -> str:
 
 
 def measured(case: Case, *, small: bool) -> dict:
-  """Returns the figures of a case, and prints each side's as it comes.
+  """Returns the figures of a case, and prints those of each side.
 
-  Attends by plain JAX if small.
+  Uses plain JAX if small.
   """
   sizes = dataclasses.replace(
     batches.SMALL if small else batches.FULL,
@@ -150,7 +155,7 @@ def measured(case: Case, *, small: bool) -> dict:
 
 
 def speedup(sides: dict) -> float | None:
-  """Returns how many times the cascade is as fast as without it."""
+  """Returns the speedup of the cascade over `paged_attention`."""
   us = [sides[name].get("us") for name in ("paged", "cascade")]
   if None in us:
     return None
@@ -158,7 +163,7 @@ def speedup(sides: dict) -> float | None:
 
 
 def at_least_us(sizes: Sizes, case: Case) -> dict[str, float]:
-  """Returns what each side takes at the speeds of `ROOF`."""
+  """Returns the microseconds of each side at the rates of `ROOF`."""
   read = lambda num: batches.num_bytes(sizes, num) / ROOF["bytes_per_us"]
   flop = 4 * sizes.head_dim * sizes.num_q_heads * case.num_seqs
   products = flop * case.num_shared / ROOF["flop_per_us"]
@@ -190,7 +195,7 @@ def _cascade(sizes: Sizes):
 
 
 def _shared(sizes: Sizes, case: Case):
-  """Returns attention to the prefixes alone."""
+  """Returns attention to the prefixes only."""
 
   def attend(q, k_pages, v_pages, _, table, num_shared_pages, groups):
     return paged_jax.ragged_paged_attention(
@@ -209,7 +214,7 @@ def _shared(sizes: Sizes, case: Case):
 
 
 def _own(sizes: Sizes, case: Case):
-  """Returns attention to what follows the prefixes alone."""
+  """Returns attention to the tokens after the prefixes only."""
   first = case.num_shared // case.page_size
 
   def attend(q, k_pages, v_pages, kv_lens, table, *_):
@@ -220,23 +225,24 @@ def _own(sizes: Sizes, case: Case):
 
 
 def make(sizes: Sizes, case: Case) -> Batch:
-  """Returns the sequences of a case, a query for each.
+  """Returns the sequences of a case, with one query for each.
 
-  `more` is how many pages they share, and where groups begin.
+  `more` holds the number of shared pages and the offsets of the groups.
   """
   lens = [case.num_shared] * case.num_groups + [case.num_own] * case.num_seqs
   apart = batches.make(sizes, np.array(lens))
   size = case.num_seqs // case.num_groups
-  num_pages = -(-np.array([case.num_shared, case.num_own]) // case.page_size)
-  prefixes = apart.tables[:, : case.num_groups, : num_pages[0]]
-  owns = apart.tables[:, case.num_groups :, : num_pages[1]]
+  num_shared = cdiv(case.num_shared, case.page_size)
+  num_own = cdiv(case.num_own, case.page_size)
+  prefixes = apart.tables[:, : case.num_groups, :num_shared]
+  owns = apart.tables[:, case.num_groups :, :num_own]
   tables = jnp.concatenate([jnp.repeat(prefixes, size, axis=1), owns], axis=2)
   return dataclasses.replace(
     apart,
     q=batches.random_queries(sizes, case.num_seqs),
     kv_lens=jnp.full(case.num_seqs, case.num_shared + case.num_own, jnp.int32),
     tables=tables,
-    more=(jnp.int32(num_pages[0]), jnp.asarray(case.groups)),
+    more=(jnp.int32(num_shared), jnp.asarray(case.groups)),
   )
 
 

@@ -1,4 +1,4 @@
-"""The cascade of FlashInfer, where it is installed: its figures."""
+"""Times the cascade of FlashInfer, if it is installed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from benchmarks.harness.timing import spread_p99
 
 NAMES = ["flashinfer-python", "torch"]
 WORKSPACE_BYTES = 640 * 2**20
-LEAST_US = 5000  # of the calls that are timed together
+LEAST_US = 5000  # least microseconds of the calls that are timed together
 NUM_REPLAYS = 11
 
 
@@ -21,17 +21,17 @@ def measure(
 ) -> dict:
   """Verifies and times `MultiLevelCascadeAttentionWrapper` on a batch.
 
-  Its plan is made before and not timed. Calls with all tables in turn are
-  recorded in a graph, whose replays are timed by events of the GPU.
+  The plans are made before and are not timed. Calls with all tables in turn
+  are captured in a CUDA graph, whose replays are timed by events on the GPU.
 
   Args:
     case: A `Case` of the benchmark.
-    batch: Its sequences.
-    check: From the output of the first table to its error; raises one if it
-      is wrong.
+    batch: Sequences of the case.
+    check: Maps the output with the first table to its error, and raises a
+      RuntimeError if it is wrong.
 
   Raises:
-    ImportError: If it is not installed.
+    ImportError: If FlashInfer is not installed.
   """
   import torch
 
@@ -55,7 +55,7 @@ def measure(
 
 
 def _planned(case, table: np.ndarray, workspace):
-  """Returns a wrapper for one table, which knows it."""
+  """Returns a wrapper that is planned for one table."""
   import flashinfer
   import torch
 
@@ -90,7 +90,7 @@ def _planned(case, table: np.ndarray, workspace):
 
 
 def _replays(torch, calls: list[Callable]) -> tuple[list[float], int]:
-  """Returns the microseconds of a call, of each replay, and its calls."""
+  """Returns microseconds of a call in each replay, and calls of a replay."""
   begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
   def us(run) -> float:

@@ -22,14 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks.compare import cases
+from benchmarks.compare.calls import Call
+from benchmarks.compare.cases import all_cases
 from benchmarks.compare.checkout import Checkout
 from benchmarks.harness import command, results
 from benchmarks.harness.cases import attempt, failures
 from benchmarks.harness.table import line
 
 NUM_TURNS = 5
-LOOP_US = 60_000.0  # of a loop, about
+LOOP_US = 60_000.0  # approximate time of a loop
 WARM_UP_SECONDS = 0.5
 PACKAGES = ["jax", "jaxlib"]
 COLUMNS = {
@@ -41,7 +42,7 @@ COLUMNS = {
 
 
 def main() -> None:
-  """Compares, and writes what was found."""
+  """Compares the checkouts and writes the results."""
   args, where = command.start_on_gpu(
     "compare",
     __doc__,
@@ -50,16 +51,18 @@ def main() -> None:
   )
   record = results.keep("compare", _records(args, where), args, where)
   other = [
-    name for name, side in record["cases"].items() if not side.get("same_bits")
+    name
+    for name, figures in record["cases"].items()
+    if not figures.get("same_bits")
   ]
   command.finish(failures(record) + [f"other bits: {name}" for name in other])
 
 
 def _records(args: argparse.Namespace, where: dict) -> Iterator[dict]:
-  """Yields all figures so far, after each case."""
+  """Yields the record with all figures so far, after each case."""
   before, after = Checkout(args.folder), Checkout()
   figures = _kept(where) if args.only and not args.small else {}
-  for name, make in cases.all_cases(small=args.small).items():
+  for name, make in all_cases(small=args.small).items():
     if args.only and args.only not in name:
       continue
     figures[name] = attempt(_compare, make, before, after, args.small)
@@ -74,14 +77,14 @@ def _kept(where: dict) -> dict[str, dict]:
 
 
 def _compare(
-  make: Callable[[], cases.Case],
+  make: Callable[[], Call],
   before: Checkout,
   after: Checkout,
   small: bool,
 ) -> dict:
-  """Returns whether outputs are the same bits, and the times of both."""
-  case = make()
-  sides = [_Side(case, each, small) for each in (before, after)]
+  """Returns the times of both checkouts, and whether outputs are equal."""
+  call = make()
+  sides = [_Side(call, each, small) for each in (before, after)]
   outputs = [jax.tree.leaves(side.output) for side in sides]
   same = all(
     np.asarray(a).tobytes() == np.asarray(b).tobytes()
@@ -109,17 +112,17 @@ def _compare(
 
 
 class _Side:
-  """One checkout's loop of a case.
+  """The loop of a case in one checkout.
 
   Attributes:
     output: The state after a loop.
   """
 
-  def __init__(self, case: cases.Case, checkout: Checkout, small: bool):
+  def __init__(self, call: Call, checkout: Checkout, small: bool):
     with checkout.active():
-      run = case.bind(checkout)
-    self._inputs, self._state = case.inputs, case.state
-    self._steps = 2 if small else max(2, round(LOOP_US / case.guess_us))
+      run = call.bind(checkout)
+    self._inputs, self._state = call.inputs, call.state
+    self._steps = 2 if small else max(2, round(LOOP_US / call.guess_us))
 
     def loop(state, inputs):
       step = lambda i, s: run(lax.optimization_barrier(s), inputs, i)
@@ -131,11 +134,11 @@ class _Side:
     self.output = self._run()[1]
 
   def time(self) -> float:
-    """Returns microseconds of a call, in a loop."""
+    """Returns the microseconds of a call, in one run of the loop."""
     return self._run()[0] / self._steps * 1e6
 
   def _run(self):
-    """Returns the seconds of a loop, and the state after it."""
+    """Runs the loop; returns its seconds, and the state after it."""
     state = jax.block_until_ready(jax.tree.map(jnp.copy, self._state))
     begin = time.perf_counter()
     state = jax.block_until_ready(self._loop(state, self._inputs))

@@ -1,4 +1,4 @@
-"""Another checkout of this project, beside the one that runs."""
+"""Imports another checkout of this project beside the current one."""
 
 import contextlib
 import importlib
@@ -13,17 +13,17 @@ PACKAGES = ("paged_jax", "pallas_kernels")
 
 
 class Checkout:
-  """The packages of a folder, which is imported beside the current one.
+  """The packages of a folder, imported beside those of the current one.
 
-  Modules of both have the same names, so `sys.modules` holds those of one
-  folder at a time: whatever imports or traces runs inside `active`.
+  Modules of both have the same names, so `sys.modules` holds the modules of one
+  folder at a time: import and trace only inside `active`.
   """
 
   def __init__(self, folder: str | None = None):
     """Imports the packages.
 
     Args:
-      folder: The other checkout; None is the one that runs.
+      folder: Folder of the other checkout; None for the current one.
     """
     self._path = None if folder is None else str(pathlib.Path(folder).resolve())
     self._modules: dict[str, types.ModuleType] = {}
@@ -32,22 +32,22 @@ class Checkout:
 
   @contextlib.contextmanager
   def active(self) -> Generator[None]:
-    """Makes the names of the packages those of this checkout."""
+    """Lets `sys.modules` hold the modules of this checkout."""
     if self._path is None:
       yield
       return
-    outer = _taken_out()
+    outer = _pop_modules()
     sys.modules.update(self._modules)
     sys.path.insert(0, self._path)
     try:
       yield
     finally:
       sys.path.remove(self._path)
-      self._modules = _taken_out()
+      self._modules = _pop_modules()
       sys.modules.update(outer)
 
   def module(self, *names: str) -> types.ModuleType:
-    """Returns the first of some modules that the checkout has."""
+    """Returns the first of the modules that exists in the checkout."""
     with self.active():
       for name in names:
         with contextlib.suppress(ModuleNotFoundError):
@@ -55,12 +55,12 @@ class Checkout:
     raise ModuleNotFoundError(f"the checkout has none of {names}.")
 
   def compile(self, run: Callable, *args, **options) -> jax.stages.Compiled:
-    """Compiles a function of this checkout's ops, with jit's options."""
+    """Compiles a function that calls the checkout's ops, with jit's options."""
     with self.active():
       return jax.jit(run, **options).lower(*args).compile()
 
 
-def _taken_out() -> dict[str, types.ModuleType]:
-  """Takes the modules of the packages out of `sys.modules`."""
+def _pop_modules() -> dict[str, types.ModuleType]:
+  """Removes the packages' modules from `sys.modules`, and returns them."""
   names = [n for n in sys.modules if n.split(".")[0] in PACKAGES]
   return {name: sys.modules.pop(name) for name in names}

@@ -7,7 +7,7 @@ def compare() -> str:
   """Returns the section on the code before and after it was reorganised."""
   record = read("h200/compare")
   cases = record["cases"]
-  num_same = sum(side["same_bits"] for side in cases.values())
+  num_same = sum(figures["same_bits"] for figures in cases.values())
   return section(
     "Before and after the packages were reorganised",
     f"""The ops of two checkouts, timed in turns in one process: the medians of
@@ -19,11 +19,11 @@ def compare() -> str:
       [
         [
           name,
-          number(side["before_us"]),
-          number(side["after_us"]),
-          f"{side['ratio']:.3f}",
+          number(figures["before_us"]),
+          number(figures["after_us"]),
+          f"{figures['ratio']:.3f}",
         ]
-        for name, side in cases.items()
+        for name, figures in cases.items()
       ],
     ),
     origin("h200/compare", "benchmarks.compare FOLDER"),

@@ -1,1 +1,1 @@
-"""What decode attention costs on a GPU."""
+"""Times decode attention on a GPU."""

@@ -8,7 +8,7 @@
   queries     1 to 8 query tokens per sequence, as in speculative decoding
   rows_apart  1,000 steps of growing sequences: one program, no transfer
   batches     1 to 256 sequences, compared with plain JAX and with the Triton
-              kernel that comes with JAX
+              kernel in JAX
 
 Pages lie at random places of a larger pool, whose unused pages hold NaN.
 Successive calls use page tables without common pages, so that no call finds its
@@ -38,7 +38,7 @@ from benchmarks.harness.cases import attempt, failures, walk
 from benchmarks.harness.table import lines
 
 PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy", "matplotlib"]
-# The rival comes last: what faults on a GPU takes the process with it.
+# The rival comes last, because a fault on the GPU ends the process.
 PARTS = (
   parts.loop_alone,
   parts.page_sizes,
@@ -60,10 +60,11 @@ COLUMNS = {
 
 
 def main() -> None:
-  """Times everything, writes the figures and prints a table of them."""
+  """Times all cases, writes the record and prints a table of the figures."""
   args, environment = command.start_on_gpu("decode", __doc__, PACKAGES)
-  records = figures(SMALL if args.small else FULL)
-  record = results.keep("decode", records, args, environment)
+  record = results.keep(
+    "decode", records(SMALL if args.small else FULL), args, environment
+  )
   if not args.small:
     path = args.out / "h200" / "decode.svg"
     try:
@@ -74,28 +75,28 @@ def main() -> None:
   command.finish(failures(record, RIVAL))
 
 
-def figures(sizes: Sizes) -> Iterator[dict]:
-  """Yields all figures so far, or errors, after each part."""
+def records(sizes: Sizes) -> Iterator[dict]:
+  """Yields the record with all figures so far, after each part."""
   record: dict = {
     "settings": settings(sizes),
     "ceiling": attempt(parts.ceiling, sizes),
   }
-  reads = [side.get("gb_per_s", 0) for _, side in walk(record["ceiling"])]
+  reads = [figures.get("gb_per_s", 0) for _, figures in walk(record["ceiling"])]
   record["read_gb_per_s"] = max(reads)
   for part in PARTS:
     begin = time.perf_counter()
     record[part.__name__] = attempt(part, sizes)
     print(f"{part.__name__}: {time.perf_counter() - begin:.1f} s", flush=True)
-    for _, side in walk(record):
-      if "gb_per_s" in side and record["read_gb_per_s"]:
-        side["percent_of_ceiling"] = (
-          100 * side["gb_per_s"] / record["read_gb_per_s"]
+    for _, figures in walk(record):
+      if "gb_per_s" in figures and record["read_gb_per_s"]:
+        figures["percent_of_ceiling"] = (
+          100 * figures["gb_per_s"] / record["read_gb_per_s"]
         )
     yield record
 
 
 def settings(sizes: Sizes) -> dict:
-  """Returns what the figures mean."""
+  """Returns the description of each figure."""
   return dataclasses.asdict(sizes) | dict(
     meaning=dict(
       us="microseconds of a call: of a loop of steps calls, divided by them",

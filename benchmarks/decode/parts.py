@@ -35,7 +35,7 @@ from benchmarks.harness.batches import (
 from benchmarks.harness.cases import attempt
 from benchmarks.harness.timing import call_us, spread_p99
 
-RIVAL = "pallas.ops.gpu.paged_attention"  # of JAX
+RIVAL = "pallas.ops.gpu.paged_attention"  # a module of JAX
 MAX_RIVAL_ERROR = 5e-2  # the rival merges in bfloat16
 
 
@@ -52,7 +52,7 @@ def ceiling(sizes: Sizes) -> dict:
     )()
     expected = jnp.max(x, axis=-1)
 
-    # It depends on the step before, or the compiler would take it only once.
+    # Depends on the previous step, so that XLA cannot hoist it out of the loop.
     def step(_, most, x):
       return jnp.max(jnp.maximum(x, most[..., None]), axis=-1)
 
@@ -60,7 +60,7 @@ def ceiling(sizes: Sizes) -> dict:
       if not bool(jnp.array_equal(most, expected)):
         raise RuntimeError("the maximum is wrong")
 
-    side = device_loop.measure(
+    figures = device_loop.measure(
       step,
       jnp.full_like(expected, -2),
       sizes.ceiling_steps,
@@ -68,7 +68,7 @@ def ceiling(sizes: Sizes) -> dict:
       verify,
       inputs=(x,),
     )
-    return side | {"gb_per_s": x.nbytes / side["us"]["min"] / 1e3}
+    return figures | {"gb_per_s": x.nbytes / figures["us"]["min"] / 1e3}
 
   rows = sizes.ceiling_elements // 8192, 8192
   return {
@@ -79,16 +79,16 @@ def ceiling(sizes: Sizes) -> dict:
 
 
 def loop_alone(sizes: Sizes) -> dict:
-  """Times what surrounds the calls, reading a page table in their place."""
+  """Times a loop that reads a page table instead of calling attention."""
   lens = same(sizes.same)
   batch = make(sizes, lens)
-  side, _ = timed(sizes, batch, no_attention, lens.sum(), check=None)
-  del side["gb_per_s"]  # it reads no keys
-  return side
+  figures, _ = timed(sizes, batch, no_attention, lens.sum(), check=None)
+  del figures["gb_per_s"]  # it reads no keys
+  return figures
 
 
 def waste_percent(lens: np.ndarray, page_size: int) -> float:
-  """Returns the slots without a token, of the pages of the sequences."""
+  """Returns the percentage of slots without a token in the sequences' pages."""
   slots = (-(-lens // page_size) * page_size).sum()
   return 100 * (1 - float(lens.sum() / slots))
 
@@ -103,12 +103,12 @@ def page_sizes(sizes: Sizes) -> dict:
 
   def all_sizes(lens: np.ndarray) -> dict:
     expected = reference(decode(sizes, "xla"), make(sizes, lens))
-    sides = {}
+    by_size = {}
     for size in sizes.page_sizes:
-      side = attempt(one, lens, size, expected)
+      figures = attempt(one, lens, size, expected)
       waste = {"waste_percent": waste_percent(lens, size)}
-      sides[str(size)] = side | waste
-    return sides
+      by_size[str(size)] = figures | waste
+    return by_size
 
   return {
     "same": attempt(all_sizes, same(sizes.same)),
@@ -118,7 +118,7 @@ def page_sizes(sizes: Sizes) -> dict:
 
 
 def window(sizes: Sizes) -> dict:
-  """Times a window of a long context, beside the window's length alone."""
+  """Times a window of a long context, and a context of the window's length."""
   num_seqs, num_tokens, width = sizes.window
   options = dict(sliding_window=width, num_sink_tokens=sizes.num_sink_tokens)
   short, long = same((num_seqs, width)), same((num_seqs, num_tokens))
@@ -137,7 +137,7 @@ def window(sizes: Sizes) -> dict:
 
 
 def queries(sizes: Sizes) -> dict:
-  """Times several query tokens a sequence."""
+  """Times several query tokens per sequence."""
 
   def attend(implementation: str, query_len: int) -> Callable:
     def call(q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens):
@@ -172,7 +172,7 @@ def queries(sizes: Sizes) -> dict:
 
 
 def quantised(sizes: Sizes) -> dict:
-  """Times pages of 8-bit numbers, beside those of bfloat16."""
+  """Times quantised pages, and pages of bfloat16."""
 
   def attend(implementation: str) -> Callable:
     def call(q, k_pages, v_pages, kv_lens, page_indices, *scales):
@@ -192,29 +192,29 @@ def quantised(sizes: Sizes) -> dict:
     if dtype != wide_name:
       batch = in_8_bits(batch, dtype)
     expected = reference(attend("xla"), batch)
-    side, _ = timed(
+    figures, _ = timed(
       sizes,
       batch,
       attend(sizes.implementation),
       lens.sum(),
       functools.partial(relative_error, expected),
     )
-    del side["gb_per_s"]  # counts the bytes of bfloat16
-    return side
+    del figures["gb_per_s"]  # counts the bytes of bfloat16
+    return figures
 
   lens = same(sizes.same)
   wide_name = jnp.dtype(DTYPE).name
   names = wide_name, "int8", "float8_e4m3fn"
-  figures = {name: attempt(one, name) for name in names}
-  wide = figures[wide_name]
-  for side in figures.values():
-    if "us" in side and "us" in wide:
-      side["speedup"] = wide["us"]["median"] / side["us"]["median"]
-  return figures
+  by_dtype = {name: attempt(one, name) for name in names}
+  wide = by_dtype[wide_name]
+  for figures in by_dtype.values():
+    if "us" in figures and "us" in wide:
+      figures["speedup"] = wide["us"]["median"] / figures["us"]["median"]
+  return by_dtype
 
 
 def rows_apart(sizes: Sizes) -> dict:
-  """Times sequences of many lengths that grow, in one program."""
+  """Times growing sequences of many lengths, in one program."""
   lens, steps = log_uniform(sizes.growing), sizes.growing_steps
   batch = make(sizes, lens, num_new=steps - 1)
   step, traces = loop_step(decode(sizes), batch, steps, grows=True), []
@@ -233,17 +233,17 @@ def rows_apart(sizes: Sizes) -> dict:
     us = call_us(lambda: run(start, inputs), sizes.num_loops, steps)
   if len(traces) != 1:
     raise RuntimeError(f"the loop was compiled {len(traces)} times")
-  num_tokens = lens.sum() + len(lens) * (steps - 1) / 2  # of a step, on average
-  side = dict(us=spread_p99(us), steps=steps, calls=len(us))
-  return side | dict(
-    gb_per_s=gb_per_s(sizes, num_tokens, side),
+  num_tokens = lens.sum() + len(lens) * (steps - 1) / 2  # mean of all steps
+  figures = dict(us=spread_p99(us), steps=steps, calls=len(us))
+  return figures | dict(
+    gb_per_s=gb_per_s(sizes, num_tokens, figures),
     relative_error=error,
     traces=len(traces),
   )
 
 
 def batches(sizes: Sizes) -> dict:
-  """Times batches of many shapes, beside the rivals."""
+  """Times batches of many shapes, and the rivals on the same batches."""
 
   def one(num_seqs: int, num_tokens: int) -> dict:
     lens = same((num_seqs, num_tokens))
@@ -261,7 +261,7 @@ def batches(sizes: Sizes) -> dict:
 
 
 def _rival(sizes: Sizes, batch: Batch, num_tokens: int, expected) -> dict:
-  """Times the Triton kernel of JAX, as it comes, on pools of its layout."""
+  """Times the unchanged Triton kernel in JAX, on pools in its layout."""
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     from jax.experimental.pallas.ops.gpu import paged_attention as module

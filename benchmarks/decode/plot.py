@@ -1,10 +1,10 @@
-"""The picture of the cost of decode attention over the page size."""
+"""Draws the time of decode attention over the page size."""
 
 import pathlib
 
 import numpy as np
 
-# Of page_sizes: colour, marker and name.
+# Colour, marker and label of each batch in `page_sizes`.
 BATCHES = {
   "same": ("#1f5fa8", "o", "{} x {:,} tokens"),
   "ragged": ("#b5482a", "s", "{} x {:,} to {:,} tokens"),
@@ -23,21 +23,21 @@ def plot(record: dict, path: pathlib.Path) -> pathlib.Path:
   figure, left, right = picture.two_axes("decode")
   settings, parts = record["settings"], record["page_sizes"]
   for name, (color, marker, label) in BATCHES.items():
-    sides = {
-      int(size): side
-      for size, side in parts.get(name, {}).items()
-      if "us" in side
+    by_size = {
+      int(size): figures
+      for size, figures in parts.get(name, {}).items()
+      if "us" in figures
     }
-    if not sides:
+    if not by_size:
       continue
-    us = [side["us"]["median"] for side in sides.values()]
-    waste = [side["waste_percent"] for side in sides.values()]
+    us = [figures["us"]["median"] for figures in by_size.values()]
+    waste = [figures["waste_percent"] for figures in by_size.values()]
     label = label.format(*np.atleast_1d(settings[name]).tolist())
     label += f": {min(us):.0f} to {max(us):.0f} us"
-    # Hollow, so that lines that meet can be told apart.
+    # Hollow markers keep lines that meet distinct.
     style = dict(color=color, marker=marker, markerfacecolor="white")
-    left.plot(list(sides), us, label=label, **style)
-    right.plot(list(sides), waste, **style)
+    left.plot(list(by_size), us, label=label, **style)
+    right.plot(list(by_size), waste, **style)
   left.set_title("Time of decode attention")
   left.set_ylabel("time of a call (us)")
   right.set_title("Memory wasted in last pages")

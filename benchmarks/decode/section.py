@@ -127,9 +127,9 @@ def _options(record: dict) -> str:
   return table(
     ["case", "us a call", "GB/s of K and V"],
     [
-      [label.format(name), us(side), number(side.get("gb_per_s"))]
+      [label.format(name), us(figures), number(figures.get("gb_per_s"))]
       for part, label in labels.items()
-      for name, side in record[part].items()
+      for name, figures in record[part].items()
     ],
   )
 
@@ -166,7 +166,7 @@ def _batch_invariant() -> str:
 
 
 def plain() -> str:
-  """Returns what docs/support.md says of plain JAX: a table and its origin."""
+  """Returns the block on plain JAX in docs/support.md: a table, its origin."""
   record = read("h200/decode")
   rows = []
   for name, sides in record["batches"].items():

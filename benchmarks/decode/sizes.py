@@ -1,4 +1,4 @@
-"""What decode attention is timed on: sizes, and lengths of sequences."""
+"""Sizes of the benchmark of decode attention, and lengths of sequences."""
 
 import dataclasses
 
@@ -10,13 +10,13 @@ from benchmarks.harness.data import requests
 
 @dataclasses.dataclass(frozen=True)
 class Sizes(batches.Sizes):
-  """The cases, and the number of turns."""
+  """Sizes of the cases and of their loops."""
 
   page_sizes: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
   same: tuple[int, int] = (64, 8192)  # sequences, tokens of each
   ragged: tuple[int, int, int] = (128, 128, 16384)  # sequences, log-uniform
   chats: int = 256  # sequences
-  window: tuple[int, int, int] = (16, 131072, 4096)  # and tokens that are seen
+  window: tuple[int, int, int] = (16, 131072, 4096)  # the last: visible tokens
   num_sink_tokens: int = 16
   batches: tuple[tuple[int, int], ...] = (
     (1, 8192),
@@ -30,7 +30,7 @@ class Sizes(batches.Sizes):
   query_lens: tuple[int, ...] = (1, 2, 4, 8)
   growing: tuple[int, int, int] = (64, 128, 8192)
   growing_steps: int = 1000
-  ceiling_elements: int = 2**30  # of float32
+  ceiling_elements: int = 2**30  # elements of float32
   ceiling_steps: int = 100
 
 
@@ -66,5 +66,5 @@ def log_uniform(batch: tuple[int, int, int]) -> np.ndarray:
 
 
 def chats(num_seqs: int) -> np.ndarray:
-  """Returns lengths like those of chats, prompt and answer, at their end."""
+  """Returns lengths of complete chats: prompt and answer."""
   return np.add(*requests())[:num_seqs]

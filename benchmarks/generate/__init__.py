@@ -1,1 +1,1 @@
-"""Greedy generation on the demo model beside transformers."""
+"""Compares greedy generation of the demo model with transformers."""

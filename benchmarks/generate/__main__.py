@@ -29,11 +29,11 @@ BATCHES = (1, 8)
 PROMPT_LEN = 64
 NUM_NEW = 128
 ROUNDS = 2
-CALLS = 3  # in a round, after one that warms up
+CALLS = 3  # timed calls of a round, after a warm-up call
 
 
 def main() -> None:
-  """Times both sides in turn and writes the ratios."""
+  """Times both sides in turn and writes the record."""
   parser = command.parser("generate", __doc__)
   parser.add_argument("--model", default="demo", help="`demo` or a GGUF file")
   parser.add_argument("--rival-python", help="interpreter with transformers")
@@ -70,7 +70,7 @@ def _settings(model: str) -> dict:
 
 
 def _run(python: str, side: str, path: str, batch: int) -> dict:
-  """Runs one side in its own process; returns what it printed last."""
+  """Runs one side in its own process, and returns its figures."""
   call = [python, "-m", "benchmarks.generate.side", side, path, str(batch)]
   sizes = [str(n) for n in (PROMPT_LEN, NUM_NEW, CALLS)]
   run = subprocess.run(

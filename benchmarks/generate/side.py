@@ -1,7 +1,7 @@
-"""One side of the benchmark, in a process of its own. Prints JSON.
+"""Times one side of the benchmark, in its own process. Prints JSON.
 
-Arguments: side, model file, batch, prompt length, new tokens, calls. Imports
-nothing of paged_jax on the rival's side, and nothing of PyTorch on ours.
+Arguments: side, model file, batch, prompt length, new tokens, calls. The
+rival's side does not import paged_jax, and ours does not import PyTorch.
 """
 
 import json
@@ -22,7 +22,7 @@ def main() -> None:
     "transformers": (_load_transformers, ["torch", "transformers", "numpy"]),
   }[side]
   generate = load(path)
-  # Ordinary tokens, none of the control tokens at the start of the list.
+  # Leaves out control tokens, which are at the start of the vocabulary.
   prompts = np.random.default_rng(0).integers(1000, 40_000, (batch, prompt_len))
   token_ids = generate(prompts, num_new)
   _reset_peak()
@@ -94,7 +94,7 @@ def _load_transformers(path: str):
 
 def _reset_peak() -> None:
   with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # forgets the highest resident set so far
+    file.write("5")  # resets the peak of resident memory
 
 
 def _peak_kb() -> int:

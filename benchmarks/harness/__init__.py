@@ -1,1 +1,1 @@
-"""What the benchmarks share: timing, batches, results."""
+"""Modules that the benchmarks share: timing, batches, results."""

@@ -1,4 +1,4 @@
-"""Loops of attention: their time, and the error of what they return."""
+"""Loops of attention calls: their times, and the errors of their outputs."""
 
 import functools
 from collections.abc import Callable
@@ -13,14 +13,15 @@ from benchmarks.harness import device_loop
 from benchmarks.harness.batches import Batch, Sizes, num_bytes
 
 MAX_ERROR = 1e-2
-GUESS = 4e6  # bytes read in a microsecond, to choose how often to call
-CALL_COST = 10  # microseconds of a call at least, to the same end
+# Estimates, to choose the number of calls in a loop.
+GUESS = 4e6  # bytes read in a microsecond
+CALL_COST = 10  # least microseconds of a call
 
 
 def decode(
   sizes: Sizes, implementation: str | None = None, **options
 ) -> Callable[..., Any]:
-  """Returns decode attention, by that of `sizes` if none is named."""
+  """Returns decode attention, with `sizes.implementation` if None."""
   return functools.partial(
     paged_jax.paged_attention,
     implementation=implementation or sizes.implementation,
@@ -29,7 +30,7 @@ def decode(
 
 
 def no_attention(q, k_pages, v_pages, kv_lens, page_indices):
-  """Takes the place of attention: reads a page table, and no keys."""
+  """Reads a page table and no keys, to time a loop without attention."""
   num_pages = jnp.sum(page_indices, axis=1) + kv_lens
   return jnp.where(num_pages[:, None, None] < 0, jnp.zeros_like(q), q)
 
@@ -46,22 +47,23 @@ def timed(
   """Verifies and times calls of an op, in a loop of about `sizes.loop_us`.
 
   Args:
-    sizes: Of the benchmark.
-    batch: What to attend.
-    attend: From query, pools, lengths, a table and `batch.more` to the output.
-    num_tokens: Keys that are seen, of all sequences.
-    check: From the last output to its error; raises one if it is wrong.
-    slow: Whether the loop is to have a fiftieth of the steps.
+    sizes: Sizes of the benchmark.
+    batch: The sequences and queries.
+    attend: Maps query, pools, lengths, a table and `batch.more` to the output.
+    num_tokens: Visible keys of all sequences.
+    check: Maps the last output to its error, and raises a RuntimeError if it is
+      wrong. None checks nothing.
+    slow: Whether the loop has only a fiftieth of the steps.
 
   Returns:
-    The figures, and the output of the last step, of the first table.
+    The figures, and the output of the last step, which uses the first table.
   """
   guess = num_bytes(sizes, num_tokens) / GUESS + CALL_COST
   steps = max(1, round(sizes.loop_us / guess / (50 if slow else 1)))
   num_loops = sizes.slow_loops if slow else sizes.num_loops
-  side, out = measured(batch, attend, steps, num_loops, check)
-  side["gb_per_s"] = gb_per_s(sizes, num_tokens, side)
-  return side, out
+  figures, out = measured(batch, attend, steps, num_loops, check)
+  figures["gb_per_s"] = gb_per_s(sizes, num_tokens, figures)
+  return figures, out
 
 
 def measured(
@@ -71,7 +73,7 @@ def measured(
   num_calls: int,
   check: Callable[[jax.Array], float] | None,
 ) -> tuple[dict, jax.Array]:
-  """Verifies and times calls of a loop of an op; see `timed`."""
+  """Verifies and times a loop of an op, with given numbers; see `timed`."""
   outputs, error = [], {}
 
   def verify(state):
@@ -79,7 +81,7 @@ def measured(
     if check is not None:
       error["relative_error"] = check(state[1])
 
-  side = device_loop.measure(
+  figures = device_loop.measure(
     loop_step(attend, batch, num_steps),
     loop_start(batch),
     num_steps,
@@ -87,15 +89,15 @@ def measured(
     verify,
     inputs=loop_inputs(batch),
   )
-  return side | error, outputs[0]
+  return figures | error, outputs[0]
 
 
 def loop_step(attend, batch: Batch, num_steps: int, *, grows: bool = False):
-  """Returns a step of a loop; its last is of the first table."""
+  """Returns the step of a loop whose last step uses the first table."""
   num_tables = len(batch.tables)
 
   def step(i, state, k_pages, v_pages, kv_lens, tables, *more):
-    # The output of the step before must be there before the next begins.
+    # A step does not begin before the output of the previous step is there.
     q, _ = lax.optimization_barrier(state)
     turn = lax.rem(num_steps - 1 - i, num_tables)
     table = lax.dynamic_index_in_dim(tables, turn, keepdims=False)
@@ -111,13 +113,13 @@ def loop_start(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def loop_inputs(batch: Batch) -> tuple:
-  """Returns what every step reads besides its state."""
+  """Returns the arrays that every step reads besides its state."""
   pools = batch.k_pages, batch.v_pages
   return (*pools, batch.kv_lens, batch.tables, *batch.more)
 
 
 def reference(attend: Callable[..., Any], batch: Batch) -> jax.Array:
-  """Returns the output of the first table."""
+  """Returns the output with the first table."""
 
   @jax.jit
   def run(q, k_pages, v_pages, kv_lens, tables, *more):
@@ -129,13 +131,13 @@ def reference(attend: Callable[..., Any], batch: Batch) -> jax.Array:
 def relative_error(
   expected: jax.Array, out: jax.Array, *, at_most: float = MAX_ERROR
 ) -> float:
-  """Returns the largest of any head's output, relative to its length.
+  """Returns the largest relative error (2-norm) of any head's output.
 
   Raises:
-    RuntimeError: If it is not below `at_most`.
+    RuntimeError: If the error is not below `at_most`.
   """
   error = float(_largest_error(expected, out))
-  if not error < at_most:  # as if it is NaN
+  if not error < at_most:  # true for NaN, too
     raise RuntimeError(f"the output is wrong: {error=:.3g}")
   return error
 
@@ -147,6 +149,6 @@ def _largest_error(expected, out):
   return jnp.max(length(out - expected) / length(expected))
 
 
-def gb_per_s(sizes: Sizes, num_tokens: float, side: dict) -> float:
-  """Returns how fast keys and values are read, in the median time."""
-  return num_bytes(sizes, num_tokens) / side["us"]["median"] / 1e3
+def gb_per_s(sizes: Sizes, num_tokens: float, figures: dict) -> float:
+  """Returns the GB/s at which keys and values are read, by the median."""
+  return num_bytes(sizes, num_tokens) / figures["us"]["median"] / 1e3

@@ -15,17 +15,17 @@ DTYPE = jnp.bfloat16
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """Of heads and pages, and of the loops that attend."""
+  """Sizes of heads, pages and timing loops."""
 
   implementation: str = "mosaic_gpu"
   num_q_heads: int = 32
   num_kv_heads: int = 8
   head_dim: int = 128
   page_size: int = 16
-  loop_us: float = 100_000  # of a loop, about: the host waits 1 ms for its end
+  loop_us: float = 100_000  # about; the host sees the end of a loop 1 ms late
   num_loops: int = 5
-  slow_loops: int = 3  # of plain JAX, of fewer calls: it is slow
-  apart_bytes: int = 2**29  # read before a page is read again, at least
+  slow_loops: int = 3  # of plain JAX, which is slow, with fewer calls each
+  apart_bytes: int = 2**29  # least bytes read before a page is read again
 
 
 FULL = Sizes()
@@ -43,7 +43,7 @@ SMALL = Sizes(
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """Sequences in a pool, by several page tables in turn."""
+  """Sequences in a pool, with several page tables that are used in turn."""
 
   q: jax.Array  # [num_tokens, num_q_heads, head_dim]
   k_pages: jax.Array  # [num_pages, num_kv_heads, page_size, head_dim]
@@ -62,13 +62,13 @@ def make(
 ) -> Batch:
   """Returns sequences in pages at random places, and a query for each.
 
-  Sequences hold the same whatever the size of pages.
+  The tokens of a sequence do not depend on the page size.
 
   Args:
-    sizes: Of the benchmark.
+    sizes: Sizes of the benchmark.
     lens: i64[num_seqs], tokens of each sequence.
-    page_size: Of the pool; that of `sizes` if None.
-    num_new: Tokens that each sequence has room for besides.
+    page_size: Page size of the pool; `sizes.page_size` if None.
+    num_new: Further tokens for which each sequence has room.
   """
   page_size = page_size or sizes.page_size
   num_seqs, most = len(lens), int(lens.max()) + num_new
@@ -98,7 +98,7 @@ def make(
 
 
 def in_8_bits(batch: Batch, dtype: str) -> Batch:
-  """Returns the same in pages of 8-bit numbers; their scales come last."""
+  """Returns the batch with quantised pages; `more` ends with their scales."""
   narrow = jax.jit(functools.partial(quantise, dtype=dtype))
   k_pages, k_scales = narrow(batch.k_pages)
   v_pages, v_scales = narrow(batch.v_pages)
@@ -112,7 +112,10 @@ def in_8_bits(batch: Batch, dtype: str) -> Batch:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _pool(starts, page_size, num_kv_heads, head_dim, salt):
-  """Returns pages that hold what their tokens' numbers say, or NaN."""
+  """Returns pages of pseudo-random values, and NaN in free pages.
+
+  Values depend on the token, head and column, and on `salt`.
+  """
   shape = len(starts), num_kv_heads, page_size, head_dim
   slots = lax.broadcasted_iota(jnp.int32, (shape[0], page_size), 1)
   tokens = (starts[:, None] + slots).astype(jnp.uint32)
@@ -128,28 +131,28 @@ def _pool(starts, page_size, num_kv_heads, head_dim, salt):
 
 
 def _mix(bits):
-  """Mixes 32 bits; murmur3's last steps."""
+  """Mixes 32 bits, like the last steps of murmur3."""
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
     bits = (bits ^ (bits >> jnp.uint32(shift))) * jnp.uint32(factor)
   return bits ^ (bits >> jnp.uint32(16))
 
 
 def uniform(bits):
-  """Returns f32 in [-1, 1) that look random.
+  """Returns pseudo-random f32 in [-1, 1).
 
-  A generator of random numbers would need several times a pool's memory.
+  `jax.random` would need several times the memory of a pool.
   """
   bits = _mix(bits) >> jnp.uint32(8)
   return bits.astype(jnp.float32) * jnp.float32(2**-23) - jnp.float32(1)
 
 
 def random_queries(sizes: Sizes, count: int) -> jax.Array:
-  """Returns `count` query tokens, normally distributed."""
+  """Returns `count` query tokens of normally distributed numbers."""
   shape = count, sizes.num_q_heads, sizes.head_dim
   return jnp.asarray(np.random.default_rng(0).normal(size=shape), DTYPE)
 
 
 def num_bytes(sizes: Sizes, num_tokens: float) -> float:
-  """Returns the bytes of the keys and values of as many tokens."""
+  """Returns the bytes of the keys and values of `num_tokens` tokens."""
   token = sizes.num_kv_heads * sizes.head_dim * jnp.dtype(DTYPE).itemsize
   return 2 * token * float(num_tokens)

@@ -1,4 +1,4 @@
-"""The command of a benchmark: its arguments, and how it ends."""
+"""The command line of a benchmark: its arguments and its exit status."""
 
 import argparse
 import json
@@ -11,11 +11,11 @@ from benchmarks.harness.results import RESULTS, environment
 
 
 def parser(name: str, doc: str) -> argparse.ArgumentParser:
-  """Returns what reads the arguments of a benchmark.
+  """Returns the argument parser of a benchmark.
 
   Args:
-    name: Of the benchmark.
-    doc: What it says about itself; its first line is shown.
+    name: Name of the benchmark.
+    doc: Module docstring of the benchmark; its first line is shown.
   """
   return argparse.ArgumentParser(
     prog=f"python -m benchmarks.{name}", description=doc.splitlines()[0]
@@ -30,20 +30,21 @@ def start_on_gpu(
   flags: dict[str, str] | None = None,
   values: dict[str, str] | None = None,
 ) -> tuple[argparse.Namespace, dict]:
-  """Reads the arguments of a benchmark whose figures are of a GPU.
+  """Parses the arguments of a GPU benchmark, and prints its environment.
 
-  It ends with an error where there is none, but for `--small`.
+  Exits with an error without a GPU, unless `--small` is given.
 
   Args:
-    name: As for `parser`.
-    doc: The same.
-    packages: As for `environment`.
-    flags: More options, without a value, and what they are for.
-    values: More arguments: those that start with a dash may be left out.
+    name: Name of the benchmark.
+    doc: Module docstring of the benchmark.
+    packages: Names of the packages whose versions are recorded.
+    flags: Help texts of further options without a value, by name.
+    values: Help texts of further arguments with a value, by name. Names that
+      start with a dash are optional.
 
   Returns:
-    The arguments `small`, `out` and those of `flags` and `values`, and the
-    environment, which it prints.
+    The arguments `small` and `out` and those in `flags` and `values`, and the
+    environment, as returned by `results.environment`.
   """
   options = parser(name, doc)
   options.add_argument(
@@ -66,6 +67,6 @@ def start_on_gpu(
 
 
 def finish(failed: list[str]) -> None:
-  """Ends the process with an error if anything has failed."""
+  """Exits with an error if any case has failed."""
   if failed:
     sys.exit(f"failed: {'; '.join(failed)}")

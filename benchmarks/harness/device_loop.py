@@ -1,4 +1,4 @@
-"""Times what takes microseconds: many steps in one compiled loop."""
+"""Times ops that take microseconds, as the steps of one compiled loop."""
 
 import math
 import time
@@ -25,20 +25,23 @@ def measure(
   large: int | None = None,
   goes_on: bool = False,
 ) -> dict:
-  """Verifies what a loop does, then times it.
+  """Verifies the result of a loop, then times the loop.
 
   Args:
-    step: From the number of the step, the state and the inputs to the next
+    step: Maps the number of the step, the state and the inputs to the next
       state.
-    start: The state that every call starts from; a copy of it is donated.
-    num_steps: Steps of one call.
-    num_calls: Calls to time.
-    verify: Raises an error if the state after one call is wrong.
-    inputs: Arrays that the compiler must not know the values of.
-    large: Elements from which on an array is one of those that `memory` is
-      about; nothing is said about memory if left out.
-    goes_on: Whether a call starts from where the last ended, and `start`
-      itself is donated to the first.
+    start: The state before each call, which gets a copy of it.
+    num_steps: Number of steps in a call.
+    num_calls: Number of calls to time.
+    verify: Raises a RuntimeError if the state after one call is wrong.
+    inputs: Arrays whose values must not be compiled into the program.
+    large: Arrays of at least this many elements are reported by `memory`; None
+      reports nothing.
+    goes_on: Whether each call continues from the state of the previous one.
+      `start` itself is then donated to the first call.
+
+  Returns:
+    The figures: times, numbers of steps and calls, and those of `memory`.
   """
   program = compiled(step, start, num_steps, inputs)
   figures = {} if large is None else memory(program, start, large)
@@ -65,9 +68,9 @@ def measure(
 def compiled(
   step: Callable[..., State], start: State, num_steps: int, inputs: tuple = ()
 ) -> jax.stages.Compiled:
-  """Returns a program that takes the steps; see `measure`.
+  """Returns the compiled loop of `measure`.
 
-  It is compiled here, once: called with other shapes, it raises.
+  It is compiled once, here; it raises an error if called with other shapes.
   """
 
   def run(state: State, inputs: tuple) -> State:
@@ -77,24 +80,24 @@ def compiled(
 
 
 def copy(state: State) -> State:
-  """Returns a copy, to be donated."""
+  """Returns a copy of the state, which can be donated."""
   return jax.block_until_ready(jax.tree.map(jnp.copy, state))
 
 
 def memory(program: jax.stages.Compiled, start: State, large: int) -> dict:
-  """Returns what memory a program needs beside its state.
+  """Returns the memory that a program needs.
 
   Args:
-    program: As from `compiled`.
-    start: The state that it was compiled for.
-    large: Elements from which on arrays of the state are large.
+    program: The program, as returned by `compiled`.
+    start: The state for which it was compiled.
+    large: Least number of elements of a large array.
 
   Returns:
-    Bytes of the state, of what is returned in its place, and of temporary
-    memory, and how many instructions copy a large array.
+    The bytes of the state, of outputs that reuse its memory and of temporary
+    memory, and the number of instructions that copy a large array of the state.
 
   Raises:
-    RuntimeError: If the program cannot be read.
+    RuntimeError: If the compiler does not show its program.
   """
   leaves = jax.tree.leaves(start)
   shapes = {leaf.shape for leaf in leaves if leaf.size >= large}
@@ -119,7 +122,7 @@ def check_in_place(figures: dict) -> None:
   """Raises a RuntimeError if a loop does not update its state in place.
 
   Args:
-    figures: As from `measure` with `large`.
+    figures: Figures, as returned by `measure` with `large`.
   """
   if figures["large_copies"] or (
     figures["in_place_bytes"] < figures["state_bytes"]

@@ -1,4 +1,4 @@
-"""Sections, paragraphs and tables of a page that is made from results.
+"""Makes sections, paragraphs and tables of a page from results.
 
 Imports nothing but the standard library.
 """
@@ -10,16 +10,16 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.harness.results import RESULTS
 
-_SPACE = "\0"  # in code, while lines are broken
+_SPACE = "\0"  # replaces spaces in code while lines are wrapped
 
 
 def read(name: str) -> dict:
-  """Returns a result by its name, such as `h200/decode`."""
+  """Returns a record by its name, such as `h200/decode`."""
   return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def section(title: str, *blocks: str) -> str:
-  """Returns a section; tables and pictures stay, and text is wrapped."""
+  """Returns a section; wraps its text, but not tables and pictures."""
   kept = [
     block if block.startswith(("|", "!")) else paragraph(block)
     for block in blocks
@@ -38,13 +38,13 @@ def paragraph(text: str) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-  """Returns a table, its first column on the left and the others right."""
+  """Returns a table; the first column is left-aligned, the others right."""
   rule = ["---", *["---:"] * (len(heads) - 1)]
   return "\n".join(f"| {' | '.join(row)} |" for row in [heads, rule, *rows])
 
 
 def picture(name: str, caption: str) -> str:
-  """Returns the picture of a result, by the result's name."""
+  """Returns a link to the picture of a result, by the result's name."""
   return f"![{caption}](../benchmarks/results/{name}.svg)"
 
 
@@ -56,13 +56,13 @@ def number(value: float | None) -> str:
   return f"{value:,.{digits}f}"
 
 
-def us(side: dict) -> str:
+def us(figures: dict) -> str:
   """Returns the median time of a case, in microseconds."""
-  return number(side["us"]["median"])
+  return number(figures["us"]["median"])
 
 
 def span(values: Sequence[float], digits: int = 0) -> str:
-  """Returns the least and the most of some numbers."""
+  """Returns the range of some numbers, as text."""
   return f"{min(values):,.{digits}f} to {max(values):,.{digits}f}"
 
 
@@ -84,6 +84,6 @@ def files(*names: str) -> str:
 
 
 def origin(name: str, command: str) -> str:
-  """Returns where a result comes from: device, versions, command and file."""
+  """Returns the origin of a result: device, versions, command and file."""
   where = machine(read(name)["environment"])
   return f"{where}. `python -m {command}` writes {files(name)}."

@@ -1,4 +1,4 @@
-"""Models of random parameters, of the shapes that people use."""
+"""Models with random parameters, in the shapes of published models."""
 
 import functools
 
@@ -39,7 +39,7 @@ SMOLLM_135M = LlamaConfig(
 
 
 def random_model(config: LlamaConfig) -> Llama:
-  """Returns a model of random parameters, made on the device."""
+  """Returns a model with random parameters, made on the device."""
   build = lambda: Llama(config, rngs=nnx.Rngs(0))
   graphdef, state = nnx.split(nnx.eval_shape(build))
   for i, (_, variable) in enumerate(nnx.to_flat_state(state)):
@@ -47,7 +47,7 @@ def random_model(config: LlamaConfig) -> Llama:
     if len(shape) == 1:
       variable.set_value(jnp.ones(shape, DTYPE))
     else:
-      # With more, rounding grows from layer to layer.
+      # With a larger deviation, rounding errors grow from layer to layer.
       std = shape[0] ** -0.5
       variable.set_value(normal(jax.random.key(i), shape, std))
   return nnx.merge(graphdef, state)
@@ -55,5 +55,5 @@ def random_model(config: LlamaConfig) -> Llama:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def normal(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
-  """Returns normal numbers in `DTYPE`."""
+  """Returns normally distributed numbers in `DTYPE`."""
   return std * jax.random.normal(key, shape, DTYPE)

@@ -1,4 +1,4 @@
-"""Pictures of figures over the page size, two side by side."""
+"""Pictures of two plots over the page size."""
 
 import pathlib
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 
 
 def two_axes(name: str) -> tuple[Figure, Axes, Axes]:
-  """Returns a picture, and its left and right half.
+  """Returns a picture, and its left and right axes.
 
-  The same picture, byte for byte, comes of the same figures.
+  The same figures give the same file, byte for byte.
 
   Args:
-    name: Of the benchmark.
+    name: Name of the benchmark.
   """
   mpl.rcParams.update({"svg.hashsalt": name, "font.size": 10})
   figure = Figure(figsize=(9.6, 3.9), layout="constrained")
@@ -23,7 +23,7 @@ def two_axes(name: str) -> tuple[Figure, Axes, Axes]:
 
 
 def over_page_size(axes: Axes, page_sizes: Sequence[int]) -> None:
-  """Gives one half its axis of page sizes."""
+  """Sets the horizontal axis to page sizes."""
   axes.set_xscale("log", base=2)
   axes.set_xticks(page_sizes, [str(size) for size in page_sizes])
   axes.set_xlabel("page size (tokens)")

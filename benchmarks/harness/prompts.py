@@ -1,4 +1,4 @@
-"""Prompts that are read in chunks, and the logits after them."""
+"""Reads prompts in chunks, and returns the logits after them."""
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,15 @@ def read(
 ) -> tuple[PagedCache, Float[Array, "num_seqs vocab_size"]]:
   """Reads the prompts of a batch, in the chunks of `loop.prefill`.
 
-  It samples nothing: there is one product for the logits of all prompts, after
-  the last chunk.
+  It samples nothing. The logits of all prompts are computed once, after the
+  last chunk.
 
   Args:
     model: The model.
     cache: Empty, with room for all prompts.
     tokens: i32[num_tokens], all prompts, padded to a multiple of `chunk`.
     lens: i32[num_seqs], tokens of each prompt.
-    chunk: Tokens a step.
+    chunk: Tokens of a step.
 
   Returns:
     The next cache, and the logits after the last token of each prompt.

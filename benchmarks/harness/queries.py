@@ -11,7 +11,7 @@ from benchmarks.harness.batches import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A batch: query tokens and context before them of each sequence."""
+  """A batch: the query tokens and the context of each sequence."""
 
   q_lens: tuple[int, ...]
   contexts: tuple[int, ...]
@@ -19,11 +19,11 @@ class Case:
   head_dim: int = 128
   heads: tuple[int, int] = (32, 8)
   sliding_window: int | None = None
-  kv_dtype: str | None = None  # of quantised pages
+  kv_dtype: str | None = None  # dtype of quantised pages
 
   @property
   def flops(self) -> float:
-    """Those of the scores that are seen, and of their values."""
+    """FLOPs of Q K^T and P V over visible keys."""
     keys = 0
     for q_len, context in zip(self.q_lens, self.contexts, strict=True):
       seen = context + 1 + np.arange(q_len)

@@ -1,4 +1,4 @@
-"""Where a benchmark ran, and where its results go.
+"""Describes the machine of a run, and writes its results.
 
 Imports nothing but the standard library: rivals use it in environments of their
 own.
@@ -16,11 +16,11 @@ RESULTS = pathlib.Path(__file__).parent.parent / "results"
 
 
 def environment(packages: list[str], *, on_cpu: bool) -> dict:
-  """Returns the machine and the versions that a result belongs to.
+  """Returns the machine and the package versions of a run.
 
   Args:
-    packages: Names of the packages whose versions matter.
-    on_cpu: Whether the CPU was timed, and not the GPU.
+    packages: Names of the packages whose versions are recorded.
+    on_cpu: Whether the CPU is timed instead of the GPU.
   """
   versions: dict[str, str | None] = {}
   for name in packages:
@@ -41,16 +41,15 @@ def keep(
   args: argparse.Namespace,
   environment: dict,
 ) -> dict:
-  """Writes the figures of a GPU each time that there are more of them.
+  """Writes the record after each case, so an interrupted run keeps its figures.
 
-  A run that is stopped so leaves what it has measured. With `--small`, nothing
-  is written.
+  With `--small`, nothing is written.
 
   Args:
-    name: Of the benchmark.
-    records: All figures so far, after each that was taken.
-    args: As from `command.start_on_gpu`.
-    environment: The same.
+    name: Name of the benchmark.
+    records: The record with all figures so far, after each case.
+    args: Arguments, as returned by `command.start_on_gpu`.
+    environment: Environment, as returned by `command.start_on_gpu`.
 
   Returns:
     The last record.
@@ -65,7 +64,7 @@ def keep(
 
 
 def cpu_name() -> str:
-  """Returns the processor's name and how many of its cores are here."""
+  """Returns the processor's name and the number of its cores."""
   name, cores = platform.processor() or "CPU", 0
   try:
     text = pathlib.Path("/proc/cpuinfo").read_text()
@@ -93,17 +92,17 @@ def gpu_name() -> str | None:
 def save(
   folder: str, name: str, record: dict, results: pathlib.Path = RESULTS
 ) -> pathlib.Path:
-  """Writes a result as JSON, and returns its path.
+  """Writes a record as JSON, and returns its path.
 
   Args:
-    folder: Of the device, below `results`.
-    name: Of the benchmark.
-    record: What to write.
-    results: Where the folders of the devices are.
+    folder: Folder of the device, below `results`.
+    name: Name of the benchmark.
+    record: The record.
+    results: Folder that contains the folders of the devices.
   """
   path = results / folder / f"{name}.json"
   path.parent.mkdir(parents=True, exist_ok=True)
-  # Whole, whenever the run is stopped.
+  # Replaced at once, so that the file is complete if the run is interrupted.
   part = path.with_suffix(".part")
   part.write_text(json.dumps(record, indent=1) + "\n")
   part.replace(path)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from benchmarks.harness.markdown import machine, read
 
-# Of the cases of decode: batch x context, and how each differs.
+# Names of the cases of decode by label: batch x context, and the difference.
 DECODE = {
   "64 x 8k": "d_b64_8k",
   "64 x 8k, pages of 64": "d_b64_8k_p64",
@@ -32,7 +32,7 @@ PREFILL = {
   "8 x 512 on 4k": "p_b8_512on4k",
   "1 x 4k, 32 KV heads": "p_b1_4k_mha",
 }
-# The first part of the names of a side's kernels.
+# Prefixes of the names of a side's kernels.
 OURS, FLASHINFER = "ours", "fi_"
 CUDNN_PAGED, CUDNN, GATHER = "jax_cudnn_paged", "jax_cudnn", "gather_cudnn"
 JAX = "jax_builtin"
@@ -83,7 +83,7 @@ class Run:
     return found["us"]
 
   def ceiling(self, name: str, unit: str) -> float:
-    """Returns the speed of the GPU in the test whose name has a part."""
+    """Returns the speed of the GPU in the test whose name contains `name`."""
     (speed,) = (
       record[unit]
       for record in self.records
@@ -92,9 +92,9 @@ class Run:
     return speed
 
   def spread(self, case: str, sides: Iterable[str]) -> float:
-    """Returns how much more the slowest batch took than the fastest, as part.
+    """Returns the largest relative spread of the times of a side.
 
-    Of the fastest kernel of each side; the greatest of all sides.
+    The spread of a side is `max / min - 1`, for its fastest kernel.
     """
     found = [self.fastest(case, side) for side in sides]
     return max(x["max"] / x["min"] - 1 for x in found if x is not None)
@@ -118,7 +118,7 @@ class Run:
     }
     torch = found["torch device"].split(", ")[-2]
     flashinfer = found["flashinfer"].split(",")[0]
-    # The run does not record its driver and JAX; what ran right after it does.
+    # The run does not record its driver and JAX; the run right after it does.
     return f"{machine(read(LONG))}, {torch}, flashinfer {flashinfer}"
 
 
@@ -128,15 +128,15 @@ def run(name: str) -> Run:
 
 
 def long_batches() -> dict[str, dict]:
-  """Returns our times of decode in long batches of calls, by case."""
+  """Returns our records of decode in long batches of calls, by case."""
   return {record["case"]: record for record in read(LONG)["cases"]}
 
 
 def host_delay() -> tuple[list[float], list[float]]:
-  """Returns how late the host learns that a batch of calls has ended.
+  """Returns the delay with which the host sees the end of a batch of calls.
 
-  A batch of `n` calls takes `n` times a call, and the delay. Short and long
-  batches of the same calls tell both apart.
+  A batch of `n` calls takes `n` times the time of a call, plus the delay. Short
+  and long batches of the same calls give both.
 
   Returns:
     The delay of each case: milliseconds a batch, and microseconds a call.

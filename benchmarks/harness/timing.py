@@ -1,4 +1,4 @@
-"""Times of calls, and how they spread."""
+"""Times of calls, and their spread."""
 
 import statistics
 import time
@@ -12,12 +12,12 @@ import numpy as np
 def call_us(
   call: Callable[[], Any], num_calls: int, num_steps: int = 1
 ) -> list[float]:
-  """Returns the microseconds of a step, of each call, as the host sees them.
+  """Returns the microseconds of a step in each call, measured on the host.
 
   Args:
     call: Returns the arrays to wait for.
-    num_calls: To time.
-    num_steps: Of a call.
+    num_calls: Number of calls to time.
+    num_steps: Number of steps in a call.
   """
   us = []
   for _ in range(num_calls):

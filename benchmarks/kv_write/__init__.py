@@ -1,1 +1,1 @@
-"""What writing K and V of a step into the paged pool costs."""
+"""Times writes of K and V of a step to the paged pool."""

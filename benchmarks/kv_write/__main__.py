@@ -42,8 +42,9 @@ PACKAGES = [
   "flashinfer-python",
 ]
 COPY, RIVAL = "plain copy", "flashinfer.append_paged_kv_cache"
-GUESS = 2e6  # bytes moved in a microsecond, to choose how often to write
-WRITE_COST = 2  # microseconds of a write at least, to the same end
+# Estimates, to choose the number of steps in a loop.
+GUESS = 2e6  # bytes moved in a microsecond
+WRITE_COST = 2  # least microseconds of a write
 COLUMNS = {
   "us": "{[median]:9.2f}",
   "gb_per_s": "{:7.0f}",
@@ -52,32 +53,33 @@ COLUMNS = {
 
 
 def main() -> None:
-  """Times everything, prints the figures and writes them."""
+  """Times all cases, prints the figures and writes the record."""
   args, environment = command.start_on_gpu("kv_write", __doc__, PACKAGES)
-  records = figures(SMALL if args.small else FULL)
-  record = results.keep("kv_write", records, args, environment)
+  record = results.keep(
+    "kv_write", records(SMALL if args.small else FULL), args, environment
+  )
   command.finish(failures(record, RIVAL))
 
 
-def figures(sizes: Sizes) -> Iterator[dict]:
-  """Yields all figures so far, or errors, after each; prints them."""
+def records(sizes: Sizes) -> Iterator[dict]:
+  """Yields the record with all figures so far, after each case; prints them."""
   record: dict = {"settings": settings(sizes), "write": {}, "pieces": {}}
   print(f"{'':52}{'us':>9}{'GB/s':>7}{'of copy':>9}")
   for num_seqs, num_new in sizes.batches:
     batch = make(sizes, num_seqs, num_new)
     name = f"{len(batch.slots)} tokens"
     record["write"][name], record["pieces"][name] = {}, {}
-    for part, side_name, measure in ways(sizes):
-      side = attempt(measure, sizes, batch)
-      record[part][name][side_name] = side
-      compare(side, record["write"][name][COPY])
-      title = f"{part}, {name}, {side_name}"
-      print(line(title, side, COLUMNS, width=52), flush=True)
+    for part, way, measure in ways(sizes):
+      figures = attempt(measure, sizes, batch)
+      record[part][name][way] = figures
+      compare(figures, record["write"][name][COPY])
+      title = f"{part}, {name}, {way}"
+      print(line(title, figures, COLUMNS, width=52), flush=True)
       yield record
 
 
 def ways(sizes: Sizes) -> Iterator[tuple[str, str, Callable]]:
-  """Yields what is timed of a batch: part, name, and what returns figures."""
+  """Yields the cases of a batch: part, name, and function that measures it."""
   yield "write", COPY, plain_copy
   for dtype in sizes.dtypes:
     for way in (sizes.implementation, "xla"):
@@ -86,12 +88,12 @@ def ways(sizes: Sizes) -> Iterator[tuple[str, str, Callable]]:
   for pieces in sizes.pieces:
     measure = functools.partial(write_pieces, pieces=pieces)
     yield "pieces", str(pieces), measure
-  # The rival comes last: what faults on a GPU takes the process with it.
+  # The rival comes last, because a fault on the GPU ends the process.
   yield "write", RIVAL, rival.append
 
 
 def settings(sizes: Sizes) -> dict:
-  """Returns what the figures mean."""
+  """Returns the description of each figure."""
   return dataclasses.asdict(sizes) | dict(
     meaning=dict(
       us="microseconds of a write: of a loop, divided by its writes",
@@ -102,14 +104,14 @@ def settings(sizes: Sizes) -> dict:
   )
 
 
-def compare(side: dict, copy: dict) -> None:
-  """Adds the share of the plain copy's speed to other figures."""
-  if "gb_per_s" in side and "gb_per_s" in copy:
-    side["percent_of_copy"] = 100 * side["gb_per_s"] / copy["gb_per_s"]
+def compare(figures: dict, copy: dict) -> None:
+  """Adds the percentage of the plain copy's speed to the figures of a case."""
+  if "gb_per_s" in figures and "gb_per_s" in copy:
+    figures["percent_of_copy"] = 100 * figures["gb_per_s"] / copy["gb_per_s"]
 
 
 def plain_copy(sizes: Sizes, batch: Batch) -> dict:
-  """Times a copy of K and V, to one place after the other of an array."""
+  """Times copies of K and V to successive rows of an array."""
   x = jnp.stack([batch.k, batch.v]).reshape(-1)
   start = jnp.zeros((sizes.num_layers, len(x)), x.dtype)
 
@@ -129,7 +131,7 @@ def plain_copy(sizes: Sizes, batch: Batch) -> dict:
 def write(
   sizes: Sizes, batch: Batch, dtype: str, implementation: str | None
 ) -> dict:
-  """Times writes to all layers of a pool of this dtype."""
+  """Times writes to all layers of a pool of the dtype."""
 
   def write_layer(pool, layer, k, v, slots):
     return kv_pool.write(
@@ -140,7 +142,7 @@ def write(
 
 
 def write_pieces(sizes: Sizes, batch: Batch, pieces: int) -> dict:
-  """Times the kernel with so many pieces for a thread."""
+  """Times the kernel with the given number of 16-byte pieces per thread."""
 
   def write_layer(pool, layer, k, v, slots):
     layer = jnp.asarray(layer, jnp.int32)
@@ -156,7 +158,7 @@ def write_pieces(sizes: Sizes, batch: Batch, pieces: int) -> dict:
 def written(
   sizes: Sizes, batch: Batch, dtype: str, write_layer: Callable
 ) -> dict:
-  """Times a way of writing to a layer."""
+  """Times writes to all layers with `write_layer`."""
   layer_shape = sizes.num_kv_heads, sizes.page_size, sizes.head_dim
   start = kv_pool.init(
     batch.num_pages, sizes.num_layers, *layer_shape, jnp.dtype(dtype)
@@ -165,13 +167,13 @@ def written(
 
   def step(_, pool, *tokens):
     for layer in range(sizes.num_layers):
-      # Nothing of a write is done before the one before, or once for all.
+      # Orders the writes, and keeps XLA from sharing work between them.
       pool, tokens = lax.optimization_barrier((pool, tokens))
       pool = write_layer(pool, layer, *tokens)
     return pool
 
   row = layout.page_bytes(1, sizes.num_kv_heads, 1, sizes.head_dim, dtype)
-  side = measured(
+  figures = measured(
     sizes,
     step,
     start,
@@ -180,8 +182,8 @@ def written(
     inputs=(batch.k, batch.v, slots),
     large=start.k.size,
   )
-  device_loop.check_in_place(side)
-  return side
+  device_loop.check_in_place(figures)
+  return figures
 
 
 def measured(
@@ -190,19 +192,21 @@ def measured(
   """Returns the figures of a loop whose steps write to every layer."""
   guess = (num_bytes / GUESS + WRITE_COST) * sizes.num_layers
   steps = max(1, round(sizes.loop_us / guess))
-  side = device_loop.measure(
+  figures = device_loop.measure(
     step, start, steps, sizes.num_loops, verify, **options
   )
-  side["us"] = {name: us / sizes.num_layers for name, us in side["us"].items()}
-  side["gb_per_s"] = num_bytes / side["us"]["median"] / 1e3
-  return side
+  figures["us"] = {
+    name: us / sizes.num_layers for name, us in figures["us"].items()
+  }
+  figures["gb_per_s"] = num_bytes / figures["us"]["median"] / 1e3
+  return figures
 
 
 def check(batch: Batch, pool: kv_pool.KVPool) -> None:
-  """Checks that each layer holds the tokens, and nothing else.
+  """Checks that each layer holds the tokens and is 0 elsewhere.
 
   Raises:
-    RuntimeError: If one does not.
+    RuntimeError: If a layer does not.
   """
   for name in ("k", "v"):
     rows, pages = getattr(batch, name), getattr(pool, name)

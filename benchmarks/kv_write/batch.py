@@ -1,4 +1,4 @@
-"""Tokens of a step, and the places in random pages that they are written to."""
+"""Tokens of a step, and their slots in random pages."""
 
 import dataclasses
 
@@ -6,22 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.common.rounding import cdiv
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """The cases, and the number of turns."""
+  """Sizes of the cases and of their loops."""
 
   implementation: str | None = "mosaic_gpu"
   # Sequences, and new tokens of each: 64, 512 and 8,192 in all.
   batches: tuple[tuple[int, int], ...] = ((64, 1), (8, 64), (8, 1024))
-  dtypes: tuple[str, ...] = ("bfloat16", "int8", "float8_e4m3fn")  # of pages
-  num_layers: int = 16  # written one after the other, in one step of a loop
+  dtypes: tuple[str, ...] = ("bfloat16", "int8", "float8_e4m3fn")
+  num_layers: int = 16  # written in order, in each step of a loop
   num_kv_heads: int = 8
   head_dim: int = 128
   page_size: int = 16
-  spare_pages: int = 512  # that nothing is written to
-  pieces: tuple[int, ...] = (1, 2, 3, 4, 6, 8)  # of a thread, to choose from
-  loop_us: float = 50_000  # of a loop, about: the host waits 1 ms for its end
+  spare_pages: int = 512  # pages without writes
+  pieces: tuple[int, ...] = (1, 2, 3, 4, 6, 8)  # pieces per thread
+  loop_us: float = 50_000  # about; the host sees the end of a loop 1 ms late
   num_loops: int = 10
 
 
@@ -55,10 +57,10 @@ class Batch:
 
 
 def make(sizes: Sizes, num_seqs: int, num_new: int) -> Batch:
-  """Returns a batch, the same each time."""
+  """Returns a batch; the same sizes give the same batch."""
   rng, page_size = np.random.default_rng(0), sizes.page_size
   starts = rng.integers(page_size, size=num_seqs)
-  pages_per_seq = -(-(page_size - 1 + num_new) // page_size)
+  pages_per_seq = cdiv(page_size - 1 + num_new, page_size)
   num_pages = num_seqs * pages_per_seq + sizes.spare_pages
   order = rng.permutation(num_pages).astype(np.int32)
   tables = order[: num_seqs * pages_per_seq].reshape(num_seqs, pages_per_seq)

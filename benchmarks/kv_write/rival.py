@@ -1,4 +1,4 @@
-"""FlashInfer's append to paged K and V, timed on the same tokens and pages."""
+"""Times FlashInfer's append to paged K and V, on the same tokens and pages."""
 
 import time
 
@@ -13,7 +13,7 @@ def append(sizes: Sizes, batch: Batch) -> dict:
 
   Raises:
     ImportError: If PyTorch or FlashInfer is missing.
-    RuntimeError: If what it has written is wrong.
+    RuntimeError: If the pool is wrong after the appends.
   """
   import torch
   from flashinfer import page
@@ -40,7 +40,7 @@ def append(sizes: Sizes, batch: Batch) -> dict:
   for pool in pools:
     for x, rows in zip(pool, (k, v), strict=True):
       if not torch.equal(x[pages, :, offsets], rows):
-        raise RuntimeError("what FlashInfer has written is wrong")
+        raise RuntimeError("FlashInfer's pool is wrong")
   us = _timed(torch, step, sizes)
   num_bytes = 2 * (batch.k.nbytes + batch.v.nbytes)
   figures = {"us": spread_p99(us), "calls": len(us)}
@@ -48,9 +48,11 @@ def append(sizes: Sizes, batch: Batch) -> dict:
 
 
 def _arguments(sizes: Sizes, batch: Batch) -> list[np.ndarray]:
-  """Returns its vectors: sequence, position, pages, their offsets, last pages.
+  """Returns the index arrays of FlashInfer.
 
-  The last are counts of tokens, with those that are appended.
+  They are the sequence and position of each new token, the pages of all
+  sequences, their offsets, and the tokens in the last page of each sequence,
+  new tokens included.
   """
   num_seqs = len(batch.tables)
   lens = np.zeros(num_seqs, np.int32)
@@ -67,7 +69,7 @@ def _arguments(sizes: Sizes, batch: Batch) -> list[np.ndarray]:
 
 
 def _timed(torch, step, sizes: Sizes) -> list[float]:
-  """Returns microseconds of an append, in replays of a graph of steps."""
+  """Returns the microseconds of an append, in each replay of a graph."""
   graph, steps = torch.cuda.CUDAGraph(), 16
   torch.cuda.synchronize()
   with torch.cuda.graph(graph):

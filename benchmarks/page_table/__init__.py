@@ -1,1 +1,1 @@
-"""What the transitions of the page table cost on a GPU."""
+"""Times the transitions of the page table on a GPU."""

@@ -43,9 +43,9 @@ PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy"]
 
 
 def main() -> None:
-  """Times everything, prints a table of it and writes the figures."""
+  """Times all cases, prints a table of the figures and writes the record."""
   args, environment = command.start_on_gpu("page_table", __doc__, PACKAGES)
-  record = figures(SMALL if args.small else FULL)
+  record = run(SMALL if args.small else FULL)
   check_memory(record)
   if not args.small:
     record["environment"] = environment
@@ -53,8 +53,8 @@ def main() -> None:
     print("written to", path)
 
 
-def figures(sizes: Sizes) -> dict:
-  """Returns all figures, and prints them as they come."""
+def run(sizes: Sizes) -> dict:
+  """Returns the record, and prints the figures of each part."""
   record: dict = {"settings": settings(sizes), "append": {}}
   heads = f"{'min':>10}{'median':>10}{'p99':>10}{'max':>10}"
   print(f"{'us of a step':60}{heads}")
@@ -69,7 +69,7 @@ def figures(sizes: Sizes) -> dict:
 
 
 def settings(sizes: Sizes) -> dict:
-  """Returns what the figures mean."""
+  """Returns the description of each figure."""
   return dataclasses.asdict(sizes) | dict(
     us="microseconds of a step: of a call of the loop, divided by its steps",
     temp_bytes="temporary memory of the loop, beside its state",
@@ -79,7 +79,7 @@ def settings(sizes: Sizes) -> dict:
 
 
 def append(sizes: Sizes, num_pages: int) -> dict[str, dict]:
-  """Times a token for every row, in all ways, from the same table."""
+  """Times one new token for every row, in all ways, from the same table."""
   start = filled(sizes, num_pages)
   before, page_size = start.table, sizes.page_size
   large = min(num_pages, before.page_indices.size)
@@ -131,11 +131,11 @@ def append(sizes: Sizes, num_pages: int) -> dict[str, dict]:
 
 
 def check_memory(record: dict) -> None:
-  """Checks that our loops keep one table or pool, and little beside it.
+  """Checks that our loops update their table or pool in place.
 
   Raises:
-    RuntimeError: If one copies a large array of its state, or takes temporary
-      memory that grows with the pool.
+    RuntimeError: If a loop copies a large array of its state, or needs
+      temporary memory that grows with the pool.
   """
   pools = record["append"]
   smallest, *_, largest = pools
@@ -150,9 +150,9 @@ def check_memory(record: dict) -> None:
       device_loop.check_in_place(figures)
 
 
-def table(part: str, sides: dict[str, dict]) -> str:
+def table(part: str, cases: dict[str, dict]) -> str:
   """Returns the figures of a part as lines of text."""
-  return lines({part: sides}, COLUMNS, width=60)
+  return lines({part: cases}, COLUMNS, width=60)
 
 
 if __name__ == "__main__":

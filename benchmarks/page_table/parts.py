@@ -1,4 +1,4 @@
-"""Times what else there is: other transitions, sums, copies of pages."""
+"""Times transitions other than `append`, sums, and copies of pages."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def transitions(sizes: Sizes) -> dict[str, dict]:
 def diverging(sizes: Sizes) -> dict[str, dict]:
   """Times rows that become forks of row 0, and then copy its last page.
 
-  Beside `append` of as many rows that share nothing, and the forking alone.
+  Also times `append` of as many rows without shared pages, and the forks alone.
   """
   num_rows = sizes.num_forks
   sizes = dataclasses.replace(sizes, num_seqs=num_rows)
@@ -68,7 +68,7 @@ def diverging(sizes: Sizes) -> dict[str, dict]:
 
 
 def drafts(sizes: Sizes) -> dict[str, dict]:
-  """Times some tokens more, and these taken back as speculation does."""
+  """Times appends of several tokens, and appends that are truncated again."""
   start, num_new = filled(sizes, sizes.pools[0]), sizes.num_draft
   lens = np.asarray(start.table.kv_lens)
   num_tokens = jnp.full(sizes.num_seqs, num_new, jnp.int32)
@@ -95,7 +95,7 @@ def drafts(sizes: Sizes) -> dict[str, dict]:
 
 
 def shrinking(sizes: Sizes) -> dict[str, dict]:
-  """Times rows that shrink, and that end; one at a time and all at once."""
+  """Times rows that shrink or end, one at a time and all at once."""
   start = filled(sizes, sizes.pools[0])
   lens = np.asarray(start.table.kv_lens)
   rows = jnp.arange(sizes.num_seqs, dtype=jnp.int32)
@@ -130,7 +130,7 @@ def shrinking(sizes: Sizes) -> dict[str, dict]:
 
 
 def sums(sizes: Sizes) -> dict[str, dict]:
-  """Times the sum over the rows ahead of each, in two ways."""
+  """Times sums over the preceding rows of each row, computed in two ways."""
   return {
     f"{name}, {num_rows} rows": device_loop.measure(
       lambda _, values, ahead=ahead: (values + ahead(values)) % 17,
@@ -163,11 +163,11 @@ def _verify_sums(values: np.ndarray, num_steps: int) -> None:
 
 
 def copies(sizes: Sizes) -> dict[str, dict]:
-  """Times `copy_pages`, from one half of the pool to the other."""
+  """Times `copy_pages` from one half of the pool to the other."""
   half, num_slots = sizes.num_kv_pages // 2, sizes.num_slots
   pool = kv_pool.init(2 * half, *sizes.kv_page, jnp.bfloat16)
   page_bytes = layout.page_bytes(*sizes.kv_page, jnp.bfloat16)
-  # The slots of the rows that copy are anywhere.
+  # The rows that copy are at random slots.
   slots = np.random.default_rng(0).permutation(num_slots)
   inputs = (jnp.asarray(slots, jnp.int32),)
   result = {}
@@ -200,7 +200,7 @@ def copies(sizes: Sizes) -> dict[str, dict]:
 
 @jax.jit
 def _numbered(pool: kv_pool.KVPool) -> kv_pool.KVPool:
-  """Returns the pool with the number of its page in every element."""
+  """Returns a pool whose elements hold the number of their page."""
   number = jnp.arange(1, 1 + pool.num_pages, dtype=jnp.int32) % 251
   number = number.astype(pool.k.dtype)[:, None, None, None, None]
   return kv_pool.KVPool(
@@ -210,7 +210,7 @@ def _numbered(pool: kv_pool.KVPool) -> kv_pool.KVPool:
 
 
 def _verify_copies(pool: kv_pool.KVPool, num_copied: int) -> None:
-  """Checks that the first pages of the second half are those of the first."""
+  """Checks that the first pages of the second half equal those of the first."""
   half = pool.num_pages // 2
   page = np.arange(2 * half)
   page = np.where(
@@ -230,7 +230,7 @@ def _extremes(pages: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _plain_copy(sizes: Sizes, pages: jax.Array) -> dict:
-  """Times a copy of the keys of the whole pool, by itself."""
+  """Times a copy of the keys of the whole pool."""
   copy = jax.jit(jnp.copy).lower(pages).compile()
   jax.block_until_ready(copy(pages))
   us = call_us(lambda: copy(pages), sizes.slow_calls)

@@ -1,15 +1,16 @@
-"""Other ways of giving rows their pages, to compare `page_table.append` with.
+"""Methods of other projects to reserve pages, as rivals of `page_table.append`.
 
-Each takes a state of arrays to the next, one token for every row. They do less
-than `append`: they count no references, copy no shared page, and refuse
-nobody. A row that finds no page grows without one.
+Each function maps a state to the next one, with one new token for every row.
+They do less than `append`: they count no references, copy no shared page and
+refuse no row. A row that finds no page grows without one.
 
-`search_each` is how MaxText (`page_manager.py`) does it: row by row, each
-searching all pages for a free one. `search_if_needed` is how Levanter
-(`page_table.py`) does it: rows that need no page do not search. What those two
-search is four bytes a page, and they look anew whether any is free; here it is
-one byte, and a count of free pages. `pop_each` is the same with a stack, and
-`search_once` finds the pages of all rows in one search.
+`search_each` is the method of MaxText (`page_manager.py`): each row searches
+all pages for a free one, row by row. `search_if_needed` is the method of
+Levanter (`page_table.py`): rows that need no page do not search. Both projects
+search four bytes per page, and test each time whether any page is free; the
+functions here search one byte per page, and keep a count of free pages.
+`pop_each` takes pages off a stack, row by row, and `search_once` finds the
+pages of all rows in one search.
 """
 
 from typing import NamedTuple
@@ -32,7 +33,7 @@ class Stacked(NamedTuple):
 
 
 class Bitmap(NamedTuple):
-  """Rows, and which pages are free."""
+  """Rows, and a mask of free pages."""
 
   page_indices: jax.Array  # i32[num_seqs, pages_per_seq]
   kv_lens: jax.Array  # i32[num_seqs]
@@ -41,14 +42,14 @@ class Bitmap(NamedTuple):
 
 
 def stacked(table: PageTable) -> Stacked:
-  """Returns the same rows and free pages as a table without counts."""
+  """Returns the rows and free pages of a table, without reference counts."""
   return Stacked(
     table.page_indices, table.kv_lens, table.free_pages, table.num_free
   )
 
 
 def bitmap(table: PageTable) -> Bitmap:
-  """Returns the same rows and free pages, the latter marked."""
+  """Returns the rows of a table, and a mask of its free pages."""
   return Bitmap(
     table.page_indices, table.kv_lens, table.ref_counts == 0, table.num_free
   )
@@ -84,7 +85,7 @@ def search_each(state: Bitmap, page_size: int) -> Bitmap:
 
 
 def search_if_needed(state: Bitmap, page_size: int) -> Bitmap:
-  """The same, but rows that need no page are passed over."""
+  """Like `search_each`, but rows that need no page do not search."""
   needs, column = _next_token(state.kv_lens, page_size)
 
   def serve(row, state):
@@ -134,7 +135,7 @@ def _next_token(kv_lens, page_size):
 
 
 def free_mask(state: PageTable | Stacked | Bitmap) -> np.ndarray:
-  """Returns bool[num_pages]: the pages that are free."""
+  """Returns the mask of free pages, bool[num_pages]."""
   if isinstance(state, Bitmap):
     return np.asarray(state.is_free)
   free = np.zeros(state.free_pages.shape[0], bool)
@@ -154,9 +155,8 @@ def verify(
   """Checks rows that have grown by `num_new` tokens each, with NumPy.
 
   Raises:
-    RuntimeError: If the lengths or the number of pages are wrong, a page that
-      a row had has changed, a page is named twice, or free and used pages are
-      not all pages.
+    RuntimeError: If lengths or numbers of pages are wrong, an old page of a row
+      has changed, a page is used twice, or a page is neither free nor used.
   """
   verify_lens(before, after.kv_lens, num_new)
   num_pages, page_size = before.num_pages, before.page_size

@@ -34,8 +34,8 @@ def page_table() -> str:
     table(
       ["transition", "median", "maximum"],
       [
-        [name, us(side), number(side["us"]["max"])]
-        for name, side in record["transitions"].items()
+        [name, us(figures), number(figures["us"]["max"])]
+        for name, figures in record["transitions"].items()
       ],
     ),
     f"""Copies of shared pages, of the {settings["num_slots"]} that a step could
@@ -44,8 +44,8 @@ def page_table() -> str:
     table(
       ["copies", "us", "GB/s"],
       [
-        [name, us(side), number(side.get("gb_per_s"))]
-        for name, side in record["copies"].items()
+        [name, us(figures), number(figures.get("gb_per_s"))]
+        for name, figures in record["copies"].items()
       ],
     ),
     origin("h200/page_table", "benchmarks.page_table"),

@@ -1,4 +1,4 @@
-"""How large the tables of the benchmark are, and what they start with."""
+"""Sizes of the page tables of the benchmark, and their first state."""
 
 import dataclasses
 
@@ -11,19 +11,19 @@ from paged_jax import page_table
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """The cases, and the number of turns."""
+  """Sizes of the cases and of their loops."""
 
   pools: tuple[int, ...] = (2**16, 2**18, 2**20)  # pages
   num_seqs: int = 256
   pages_per_seq: int = 512
   page_size: int = 16
-  start_lens: tuple[int, int] = (1000, 4000)  # tokens of a row; less than
-  num_steps: int = 1000  # of one call
+  start_lens: tuple[int, int] = (1000, 4000)  # range of the tokens of a row
+  num_steps: int = 1000  # steps of one call
   append_calls: int = 100
-  num_calls: int = 30  # of another transition
-  search_steps: int = 160  # a search of all pages
-  slow_steps: int = 16  # one row after the other
-  slow_calls: int = 20  # of anything else
+  num_calls: int = 30  # calls of another transition
+  search_steps: int = 160  # steps with one search of all pages
+  slow_steps: int = 16  # steps that go row by row
+  slow_calls: int = 20  # calls of all other loops
   num_forks: int = 64
   num_draft: int = 8  # tokens appended and taken back
   sums: tuple[int, ...] = (64, 256, 1024)  # rows
@@ -33,8 +33,8 @@ class Sizes:
     8,
     16,
     128,
-  )  # bfloat16: 1 MB of K, as of V
-  num_slots: int = 256  # copies that there could be
+  )  # bfloat16: 1 MB of K, and 1 MB of V
+  num_slots: int = 256  # most copies of a step
   copies: tuple[int, ...] = (0, 1, 16, 64)
   copy_steps: int = 100
 
@@ -63,11 +63,11 @@ SMALL = Sizes(
 
 
 def filled(sizes: Sizes, num_pages: int) -> page_table.Appended:
-  """Returns rows of random lengths, with pages in random order.
+  """Returns a table with rows of random lengths and pages in random order.
 
   Raises:
-    ValueError: If the pool cannot hold them until the steps of a call, one
-      token each, are over.
+    ValueError: If the pool cannot hold the rows at the end of a call, with one
+      more token for each step.
   """
   rng = np.random.default_rng(0)
   lens = rng.integers(*sizes.start_lens, sizes.num_seqs)
@@ -84,7 +84,7 @@ def filled(sizes: Sizes, num_pages: int) -> page_table.Appended:
 
 
 def check(table: page_table.PageTable, kv_lens: np.ndarray) -> None:
-  """Raises a RuntimeError if the lengths are others or an invariant broken."""
+  """Raises a RuntimeError if a length is wrong or an invariant is broken."""
   invariants = jax.jit(page_table.check)(table)
   if not bool(invariants.valid):
     raise RuntimeError(f"the page table is invalid: {invariants}")

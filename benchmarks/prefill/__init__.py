@@ -1,1 +1,1 @@
-"""How fast a model reads prompts on a GPU."""
+"""Times prefill of a model on a GPU."""

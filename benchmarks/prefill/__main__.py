@@ -52,6 +52,7 @@ from paged_jax.kv.config import CacheConfig
 from paged_jax.kv.layout import LayerKV
 from paged_jax.models.config import LlamaConfig
 from paged_jax.models.llama import Llama
+from pallas_kernels.common.rounding import cdiv
 
 PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "flax", "numpy"]
 # A 32-layer model 256 wide: weights that change by 0.2 % give 0.03, one other
@@ -68,22 +69,22 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """The cases, and the number of turns."""
+  """Sizes of the cases and of their loops."""
 
   config: LlamaConfig = models.LLAMA_8B
-  implementation: str = "mosaic_gpu"  # of mixed; the model chooses, as ever
+  implementation: str = "mosaic_gpu"  # in `mixed`; the model chooses its own
   page_size: int = 16
   num_prompts: int = 16
   prompt_len: int = 4096
-  chunks: tuple[int, ...] = (8192, 65_536)  # tokens of a step
+  chunks: tuple[int, ...] = (8192, 65_536)  # tokens per step
   model_calls: int = 3
-  ceiling: int = 8192  # of rows and columns
+  ceiling: int = 8192  # rows and columns of each matrix
   chunk_lens: tuple[int, ...] = (2048, 2048)
   chunk_contexts: tuple[int, ...] = (2048, 2048)
   num_decodes: int = 64
-  decode_len: int = 4096  # its own token included
-  steps: int = 200  # of a loop
-  calls: int = 5  # of a loop
+  decode_len: int = 4096  # includes the query token
+  steps: int = 200  # steps of a loop
+  calls: int = 5  # calls of a loop
 
 
 FULL = Sizes()
@@ -116,7 +117,7 @@ SMALL = Sizes(
 
 
 def main() -> None:
-  """Times everything, prints the figures and writes them."""
+  """Times all cases, prints the figures and writes the record."""
   args, environment = command.start_on_gpu(
     "prefill",
     __doc__,
@@ -124,13 +125,14 @@ def main() -> None:
     flags={"all-chunks": "time the model with more sizes of chunks"},
   )
   full = ALL_CHUNKS if args.all_chunks else FULL
-  records = figures(SMALL if args.small else full)
-  record = results.keep("prefill", records, args, environment)
+  record = results.keep(
+    "prefill", records(SMALL if args.small else full), args, environment
+  )
   command.finish(failures(record))
 
 
-def figures(sizes: Sizes) -> Iterator[dict]:
-  """Yields all figures so far, or errors, after each part; prints them."""
+def records(sizes: Sizes) -> Iterator[dict]:
+  """Yields the record with all figures so far, after each part; prints them."""
   record: dict = {"settings": settings(sizes)}
   for part in (ceiling, mixed):
     record[part.__name__] = attempt(part, sizes)
@@ -138,16 +140,16 @@ def figures(sizes: Sizes) -> Iterator[dict]:
     yield record
   most = record["ceiling"].get("tflop_per_s")
   record["model"] = {}
-  for chunk, side in model(sizes):
-    if most and "tflop_per_s" in side:
-      side["percent_of_ceiling"] = 100 * side["tflop_per_s"] / most
-    record["model"][chunk] = side
-    print(table({"model": {chunk: side}}), flush=True)
+  for chunk, figures in model(sizes):
+    if most and "tflop_per_s" in figures:
+      figures["percent_of_ceiling"] = 100 * figures["tflop_per_s"] / most
+    record["model"][chunk] = figures
+    print(table({"model": {chunk: figures}}), flush=True)
     yield record
 
 
 def settings(sizes: Sizes) -> dict:
-  """Returns what the figures mean."""
+  """Returns the description of each figure."""
   return dataclasses.asdict(sizes) | dict(
     meaning=dict(
       us="microseconds of a call: of a loop of steps calls, divided by them",
@@ -173,7 +175,7 @@ def ceiling(sizes: Sizes) -> dict:
   shape = sizes.ceiling, sizes.ceiling
   x, w = (models.normal(jax.random.key(seed), shape, 1.0) for seed in range(2))
 
-  # It waits for the step before, or the compiler would take it only once.
+  # Waits for the previous step, so that XLA cannot hoist it out of the loop.
   def step(_, state, w):
     x, _ = lax.optimization_barrier(state)
     return x, jnp.dot(x, w)
@@ -182,7 +184,7 @@ def ceiling(sizes: Sizes) -> dict:
     rows = (x[:8].astype(jnp.float32), w.astype(jnp.float32))
     relative_error(jnp.matmul(*rows, precision="highest"), state[1][:8])
 
-  side = device_loop.measure(
+  figures = device_loop.measure(
     step,
     (x, jnp.zeros_like(x)),
     sizes.steps,
@@ -190,12 +192,12 @@ def ceiling(sizes: Sizes) -> dict:
     verify,
     inputs=(w,),
   )
-  side["tflop_per_s"] = 2 * sizes.ceiling**3 / side["us"]["median"] / 1e6
-  return side
+  figures["tflop_per_s"] = 2 * sizes.ceiling**3 / figures["us"]["median"] / 1e6
+  return figures
 
 
 def mixed(sizes: Sizes) -> dict:
-  """Times decodes and chunks of prompts in one call, and each kind apart."""
+  """Times decodes and prompt chunks, in one call and in one call for each."""
   case, num_chunks = mixed_case(sizes), len(sizes.chunk_lens)
   both = queries.make(case)
   chunks, decodes = split(both, num_chunks)
@@ -210,21 +212,21 @@ def mixed(sizes: Sizes) -> dict:
   )
   expected = reference(plain, both)
   end = len(chunks.q)
-  sides = {
+  cases = {
     "loop": attempt(_timed, sizes, decodes, no_attention, None),
     "chunks": attempt(_timed, sizes, chunks, ragged, expected[:end]),
     "decodes": attempt(_timed, sizes, decodes, decode, expected[end:]),
     "mixed": attempt(_timed, sizes, both, ragged, expected),
   }
-  if not failures(sides):
-    us = {name: side["us"]["median"] for name, side in sides.items()}
+  if not failures(cases):
+    us = {name: figures["us"]["median"] for name, figures in cases.items()}
     apart = us["chunks"] + us["decodes"] - us["loop"]
-    sides["mixed"]["mixed_to_sum"] = us["mixed"] / apart
-  return sides
+    cases["mixed"]["mixed_to_sum"] = us["mixed"] / apart
+  return cases
 
 
 def mixed_case(sizes: Sizes) -> Case:
-  """Returns chunks of prompts, and the sequences that decode after them."""
+  """Returns prompt chunks, followed by sequences that decode."""
   count, context = sizes.num_decodes, sizes.decode_len - 1
   return Case(
     q_lens=sizes.chunk_lens + (1,) * count,
@@ -236,7 +238,7 @@ def mixed_case(sizes: Sizes) -> Case:
 
 
 def split(batch: Batch, num_first: int) -> tuple[Batch, Batch]:
-  """Returns the first sequences of a batch, and the others, which decode."""
+  """Returns the first sequences of a batch, and the decoding sequences."""
   starts, _ = batch.more
   end = int(starts[num_first])
   first = dataclasses.replace(
@@ -266,7 +268,7 @@ def _timed(
 
 
 def model(sizes: Sizes) -> Iterator[tuple[str, dict]]:
-  """Yields sizes of chunks, and the figures of prompts in such chunks."""
+  """Yields each chunk size, and the figures of prompts in chunks of it."""
   llama = models.random_model(sizes.config)
   expected: list[np.ndarray] = []
   for chunk in sizes.chunks:
@@ -290,7 +292,7 @@ def _prefill(
       jnp.asarray(expected[0]), state[1], at_most=MAX_ERROR_OF_LOGITS
     )
 
-  side = device_loop.measure(
+  figures = device_loop.measure(
     step,
     (cache, logits),
     1,
@@ -300,18 +302,18 @@ def _prefill(
     large=cache.groups[0].pool.k.size,
     goes_on=True,
   )
-  us = side["us"]["median"]
-  side["tokens_per_s"] = tokens.size / us * 1e6
-  side["tflop_per_s"] = model_flops(sizes) / us / 1e6
-  return side | error
+  us = figures["us"]["median"]
+  figures["tokens_per_s"] = tokens.size / us * 1e6
+  figures["tflop_per_s"] = model_flops(sizes) / us / 1e6
+  return figures | error
 
 
 def prompts(sizes: Sizes) -> tuple[PagedCache, jax.Array, jax.Array]:
-  """Returns a cache that the prompts fill, their tokens and their lengths."""
+  """Returns an empty cache for the prompts, their tokens and their lengths."""
   config, count = sizes.config, sizes.num_prompts
   layer = LayerKV(config.num_kv_heads, config.head_dim)
   cache_config = CacheConfig(
-    num_pages=count * -(-sizes.prompt_len // sizes.page_size),
+    num_pages=count * cdiv(sizes.prompt_len, sizes.page_size),
     page_size=sizes.page_size,
     num_seqs=count,
     max_len=sizes.prompt_len,
@@ -325,7 +327,7 @@ def prompts(sizes: Sizes) -> tuple[PagedCache, jax.Array, jax.Array]:
 
 
 def model_flops(sizes: Sizes) -> float:
-  """Returns those of all prompts, from their tokens to the logits."""
+  """Returns the FLOPs of the model on all prompts, including the logits."""
   config, count = sizes.config, sizes.num_prompts
   hidden, heads = config.hidden_size, config.num_q_heads
   qkv_and_o = 2 * (heads + config.num_kv_heads) * config.head_dim * hidden

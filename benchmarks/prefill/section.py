@@ -68,23 +68,23 @@ def _rivals(first: rivals.Run, again: rivals.Run) -> str:
 
 
 def _mixed() -> str:
-  sides = read("h200/prefill")["mixed"]
+  cases = read("h200/prefill")["mixed"]
   names = {
     "loop": "the loop alone",
     "chunks": "the prompts",
     "decodes": "the others",
     "mixed": "all, in one call",
   }
-  rows = [[label, us(sides[name])] for name, label in names.items()]
-  share = f"{sides['mixed']['mixed_to_sum']:.3f}"
+  rows = [[label, us(cases[name])] for name, label in names.items()]
+  share = f"{cases['mixed']['mixed_to_sum']:.3f}"
   return table(["calls", "us"], [*rows, ["one call / both calls", share]])
 
 
 def _quantised() -> str:
   rows = []
   for name, configs in read("h200/ragged")["cases"].items():
-    side, *_ = configs.values()  # of the default Config
-    rows.append([name, us(side), number(side["tflop_per_s"])])
+    figures, *_ = configs.values()  # of the default Config
+    rows.append([name, us(figures), number(figures["tflop_per_s"])])
   return table(["prompt", "us", "TFLOP/s"], rows)
 
 
@@ -106,11 +106,11 @@ def model() -> str:
       [
         [
           f"{int(chunk):,}",
-          number(side["tokens_per_s"]),
-          number(side["tflop_per_s"]),
-          f"{side['percent_of_ceiling']:.1f} %",
+          number(figures["tokens_per_s"]),
+          number(figures["tflop_per_s"]),
+          f"{figures['percent_of_ceiling']:.1f} %",
         ]
-        for chunk, side in record["model"].items()
+        for chunk, figures in record["model"].items()
       ],
     ),
     origin("h200/prefill", "benchmarks.prefill"),

@@ -1,1 +1,1 @@
-"""Perplexity of the demo model on quantised pages."""
+"""Measures the perplexity of the demo model on quantised pages."""

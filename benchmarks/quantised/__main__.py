@@ -32,22 +32,23 @@ from paged_jax.kv.cache import PagedCache
 from paged_jax.kv.config import CacheConfig
 from paged_jax.kv.step import begin_step
 from paged_jax.models import contract, llama
+from pallas_kernels.common.rounding import cdiv
 
 TEXT = DATA / "darwin_origin_of_species_1872_chapter_3.txt"
 BASELINE = "bfloat16"
 DTYPES = ("float32", BASELINE, "int8", "float8_e4m3fn")
-GOALS = {"int8": 1.0, "float8_e4m3fn": 2.0}  # percent off the baseline
+GOALS = {"int8": 1.0, "float8_e4m3fn": 2.0}  # most percent off the baseline
 CHUNK = 64
 PAGE_SIZE = 16
-NUM_TOKENS = 4097  # of the text; the first one is only read
+NUM_TOKENS = 4097  # tokens of the text; the first has no loss
 
 
 def main() -> None:
-  """Measures every dtype and writes the perplexities."""
+  """Measures the perplexity for every dtype and writes the record."""
   parser = command.parser("quantised", __doc__)
   parser.add_argument("--model", default="demo", help="`demo` or a GGUF file")
   args = parser.parse_args()
-  jax.config.update("jax_platforms", "cpu")  # the results are of one
+  jax.config.update("jax_platforms", "cpu")  # the results are of a CPU
   path = demo.resolve(args.model)
   checkpoint = gguf.load(path)
   tokens = checkpoint.tokenizer.encode(text())[:NUM_TOKENS]
@@ -70,7 +71,7 @@ def main() -> None:
 
 
 def settings(model: str) -> dict:
-  """Returns what the figures hang on."""
+  """Returns the settings that the figures depend on."""
   return dict(
     model=model,
     text=TEXT.name,
@@ -82,7 +83,7 @@ def settings(model: str) -> dict:
 
 
 def text() -> str:
-  """Returns the text, a paragraph a line."""
+  """Returns the text, with one line for each paragraph."""
   paragraphs = TEXT.read_text(encoding="utf-8").split("\n\n")
   return "\n\n".join(" ".join(part.split()) for part in paragraphs)
 
@@ -90,17 +91,17 @@ def text() -> str:
 def token_losses(
   model: llama.Llama, tokens: list[int], dtype: str, chunk: int = CHUNK
 ) -> np.ndarray:
-  """Returns the loss of each token but the first, in nats.
+  """Returns the loss of each token except the first, in nats.
 
   Args:
     model: The model.
-    tokens: Of one text, at least two.
-    dtype: Of the pages.
-    chunk: Tokens a step.
+    tokens: Tokens of one text, at least two.
+    dtype: Dtype of the pages.
+    chunk: Tokens per step.
   """
   inputs, targets = np.array(tokens[:-1]), np.array(tokens[1:])
   config = CacheConfig(
-    num_pages=-(-len(inputs) // PAGE_SIZE),
+    num_pages=cdiv(len(inputs), PAGE_SIZE),
     page_size=PAGE_SIZE,
     num_seqs=1,
     max_len=len(inputs),
@@ -121,7 +122,7 @@ def token_losses(
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def _step(model, cache, inputs, targets, q_lens):
-  """Runs the next tokens of the text, and scores the ones after them."""
+  """Returns the next cache, and the loss of the token after each input."""
   cache, step = begin_step(cache, q_lens, len(inputs))
   hidden, cache = contract.run(model, inputs, cache, step)
   log_probs = jax.nn.log_softmax(contract.logits(model, hidden))

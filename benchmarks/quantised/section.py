@@ -24,11 +24,11 @@ def quantised() -> str:
       [
         [
           dtype,
-          f"{side['perplexity']:.3f}",
-          f"{side['percent_above_bfloat16']:+.2f} %",
-          number(side["bytes_per_token"]),
+          f"{figures['perplexity']:.3f}",
+          f"{figures['percent_above_bfloat16']:+.2f} %",
+          number(figures["bytes_per_token"]),
         ]
-        for dtype, side in record["pages"].items()
+        for dtype, figures in record["pages"].items()
       ],
     ),
     origin("cpu/quantised", "benchmarks.quantised"),

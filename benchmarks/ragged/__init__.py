@@ -1,1 +1,1 @@
-"""What prefill over pages costs on a GPU."""
+"""Times prefill attention over pages on a GPU."""

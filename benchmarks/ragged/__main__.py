@@ -35,9 +35,10 @@ from pallas_kernels.ragged import kernel as ragged_kernel
 from pallas_kernels.ragged.config import Config, default_config, padded_group
 
 PACKAGES = ["jax", "jaxlib", "jax-cuda13-plugin", "numpy"]
-GUESS = 5e8  # FLOP in a microsecond, to choose how often to call
-CALL_COST = 20  # microseconds of a call at least, to the same end
-LOOP_US = 100_000  # of a loop, about: the host waits 1 ms for its end
+# Estimates, to choose the number of calls in a loop.
+GUESS = 5e8  # FLOPs in a microsecond
+CALL_COST = 20  # least microseconds of a call
+LOOP_US = 100_000  # about; the host sees the end of a loop 1 ms late
 NUM_LOOPS = 5
 COLUMNS = {
   "us": "{[median]:9.1f} us",
@@ -48,13 +49,13 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case(queries.Case):
-  """A batch, and by what it is timed."""
+  """A batch, and whether it is timed with several Configs."""
 
-  all_configs: bool = False  # which takes compiling two loops more
+  all_configs: bool = False  # compiles two more loops
 
 
 def _quantised(name: str, case: Case) -> dict[str, Case]:
-  """Returns a case over quantised pages, by name."""
+  """Returns a case over quantised pages of each dtype, by name."""
   return {
     f"{name}, {dtype}": dataclasses.replace(case, kv_dtype=dtype.name)
     for dtype in QUANTISED_DTYPES
@@ -91,20 +92,24 @@ SMALL_CASES = {
 
 
 def main() -> None:
-  """Times everything, prints the figures and writes them."""
+  """Times all cases, prints the figures and writes the record."""
   args, environment = command.start_on_gpu("ragged", __doc__, PACKAGES)
-  records = figures(SMALL_CASES if args.small else CASES, small=args.small)
-  record = results.keep("ragged", records, args, environment)
+  record = results.keep(
+    "ragged",
+    records(SMALL_CASES if args.small else CASES, small=args.small),
+    args,
+    environment,
+  )
   command.finish(failures(record["cases"]))
 
 
-def figures(cases: dict[str, Case], *, small: bool) -> Iterator[dict]:
-  """Yields all figures so far, or errors, after each case; prints them."""
+def records(cases: dict[str, Case], *, small: bool) -> Iterator[dict]:
+  """Yields the record with all figures so far, after each case; prints them."""
   record: dict = {"cases": {}}
   for name, case in cases.items():
-    record["cases"][name] = sides = attempt(timed, case, small=small)
-    for path, side in walk(sides):
-      text = line(name, side, COLUMNS, width=40)
+    record["cases"][name] = by_config = attempt(timed, case, small=small)
+    for path, figures in walk(by_config):
+      text = line(name, figures, COLUMNS, width=40)
       print(text, *path, sep="  ", flush=True)
     yield record
 
@@ -131,20 +136,22 @@ def configs(case: Case) -> tuple[Config, ...]:
 
 
 def timed(case: Case, *, small: bool) -> dict:
-  """Returns the figures of a case by Config; attends by plain JAX if small."""
+  """Returns the figures of a case by Config; uses plain JAX if small."""
   batch = make(case)
   expected = reference(plain(case), batch)
   guess = case.flops / GUESS + CALL_COST
   steps = 1 if small else max(1, round(LOOP_US / guess))
-  sides = {}
+  by_config = {}
   for config in configs(case):
     attend = plain(case) if small else kernel(case, config)
-    sides[str(config)] = attempt(_timed, case, batch, attend, steps, expected)
-  return sides
+    by_config[str(config)] = attempt(
+      _timed, case, batch, attend, steps, expected
+    )
+  return by_config
 
 
 def plain(case: Case) -> Callable[..., jax.Array]:
-  """Returns attention by plain JAX, from arrays as they lie in a `Batch`."""
+  """Returns attention in plain JAX, on the arrays of a `Batch`."""
   op = functools.partial(
     paged_jax.ragged_paged_attention,
     scale=case.head_dim**-0.5,
@@ -161,7 +168,7 @@ def plain(case: Case) -> Callable[..., jax.Array]:
 
 
 def kernel(case: Case, config: Config) -> Callable[..., jax.Array]:
-  """Returns attention by the kernel, as `plain` does."""
+  """Returns attention by the kernel, with the signature of `plain`."""
   spec = AttentionSpec(
     scale=case.head_dim**-0.5, sliding_window=case.sliding_window
   )
@@ -184,9 +191,9 @@ def kernel(case: Case, config: Config) -> Callable[..., jax.Array]:
 
 def _timed(case: Case, batch: Batch, attend, steps: int, expected) -> dict:
   check = functools.partial(relative_error, expected)
-  side, _ = measured(batch, attend, steps, NUM_LOOPS, check)
-  side["tflop_per_s"] = case.flops / side["us"]["median"] / 1e6
-  return side
+  figures, _ = measured(batch, attend, steps, NUM_LOOPS, check)
+  figures["tflop_per_s"] = case.flops / figures["us"]["median"] / 1e6
+  return figures
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from benchmarks.harness.markdown import (
 )
 
 CASES = "1 x 4k", "4 x 4k", "1 x 16k", "8 x 1k", "8 x 512 on 4k"
-# Of each run, its variants as the result names them, and in words that need no
-# variant but the one above.
+# For each run, its variants: the name in the record, and a label that refers
+# only to the variant above.
 RUNS = (
   {
     "warpgroups meet before and after they start P V and Q K^T": (
@@ -81,7 +81,7 @@ RUNS = (
 
 
 def steps() -> str:
-  """Returns the section on what each change of the kernel gained."""
+  """Returns the section on the gain of each change of the kernel."""
   record = read("h200/ragged_steps")
   rows = []
   for nth, (run, variants) in enumerate(

@@ -59,7 +59,7 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """The cases, and the number of turns."""
+  """Sizes of the cases, and the number of turns."""
 
   shapes: dict[str, LlamaConfig]
   batches: tuple[int, ...]
@@ -103,7 +103,7 @@ SMALL = Sizes(
 
 
 def main() -> None:
-  """Times everything, prints the figures and writes them."""
+  """Times all cases, prints the figures and writes the record."""
   args, where = command.start_on_gpu(
     "step", __doc__, PACKAGES, values={"--shape": "the only model to time"}
   )
@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def records(sizes: Sizes) -> Iterator[dict]:
-  """Yields all figures so far, after each case."""
+  """Yields the record with all figures so far, after each case."""
   settings = dataclasses.asdict(sizes) | {"shapes": list(sizes.shapes)}
   figures: dict[str, dict] = {}
   for name, config in sizes.shapes.items():
@@ -127,7 +127,7 @@ def records(sizes: Sizes) -> Iterator[dict]:
 
 
 def _time(sizes: Sizes, model: Llama, batch: int) -> dict:
-  """Returns the figures of a batch."""
+  """Returns the figures of a case."""
   rng = np.random.default_rng(0)
   shape = batch, sizes.prompt_len
   prompts = rng.integers(0, model.vocab_size, shape).tolist()
@@ -137,17 +137,17 @@ def _time(sizes: Sizes, model: Llama, batch: int) -> dict:
     max_len=sizes.prompt_len + sizes.num_new,
   )
   num_steps = sizes.num_new - 1
-  streamed, looped, returned = [], [], []
+  streamed, looped, returns = [], [], []
   for _ in range(1 + sizes.turns):
     ms, tokens = _stream(model, prompts, params, config)
     streamed.append(ms / num_steps)
-    side = _Loop(model, prompts, params, config)
-    ms, expected = side.decode(num_steps)
+    prefilled = _Loop(model, prompts, params, config)
+    ms, expected = prefilled.decode(num_steps)
     looped.append(ms / num_steps)
-    returned.append(_Loop(model, prompts, params, config).calls(num_steps))
+    returns.append(_Loop(model, prompts, params, config).returns_ms(num_steps))
   # The first turn compiles.
   stream_ms, loop_ms, returns_ms = (
-    statistics.median(each[1:]) for each in (streamed, looped, returned)
+    statistics.median(each[1:]) for each in (streamed, looped, returns)
   )
   return {
     "us": {
@@ -155,7 +155,7 @@ def _time(sizes: Sizes, model: Llama, batch: int) -> dict:
       for name, each in (
         ("stream", streamed),
         ("loop", looped),
-        ("call", returned),
+        ("call", returns),
       )
     },
     "stream_ms": stream_ms,
@@ -169,7 +169,7 @@ def _time(sizes: Sizes, model: Llama, batch: int) -> dict:
 
 
 def _num_bytes(model: Llama, batch: int, sizes: Sizes) -> float:
-  """Returns the least bytes that a step reads, at the mean context."""
+  """Returns the least bytes that a step reads at the mean context."""
   parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
   if not model.config.tie_word_embeddings:  # a step reads few rows of these
     parameters -= model.embed_tokens.embedding[...].nbytes
@@ -190,7 +190,7 @@ def _stream(model, prompts, params, config) -> tuple[float, np.ndarray]:
 
 
 class _Loop:
-  """Rows whose prompts have been read, and what continues them."""
+  """Prefilled rows, and the runner of their next steps."""
 
   def __init__(self, model, prompts, params, config):
     config = dataclasses.replace(
@@ -223,8 +223,8 @@ class _Loop:
     elapsed = time.perf_counter() - begin
     return elapsed * 1e3, np.asarray(rows.tokens)
 
-  def calls(self, num_steps: int) -> float:
-    """Returns the milliseconds for which a call holds the thread, of many."""
+  def returns_ms(self, num_steps: int) -> float:
+    """Returns the median milliseconds for which a dispatch blocks Python."""
     ms, in_flight = [], []
     for _ in range(num_steps):
       begin = time.perf_counter()
@@ -238,7 +238,7 @@ class _Loop:
 
 @programs.by_leaves
 def _decode(model: Llama, rows: Rows, num_steps: jax.Array) -> Rows:
-  """Runs `loop.decode` on a model that comes as its leaves."""
+  """Runs `loop.decode` on a model that is passed as its leaves."""
   return loop.decode(model, rows, num_steps)
 
 

@@ -21,12 +21,12 @@ def step() -> str:
       [
         [
           name,
-          number(side["stream_ms"]),
-          number(side["loop_ms"]),
-          f"{side['stream_to_loop']:.2f}",
-          number(side["returns_ms"]),
+          number(figures["stream_ms"]),
+          number(figures["loop_ms"]),
+          f"{figures['stream_to_loop']:.2f}",
+          number(figures["returns_ms"]),
         ]
-        for name, side in record["steps"].items()
+        for name, figures in record["steps"].items()
       ],
     ),
     origin("h200/step", "benchmarks.step"),

@@ -1,1 +1,1 @@
-"""How much KV memory pages waste and save."""
+"""Counts the KV memory that pages waste and save."""

@@ -39,8 +39,8 @@ NUM_SAMPLES = 4
 
 
 def main() -> None:
-  """Runs the replays, and writes the figures and their picture."""
-  from benchmarks.waste import plot  # not for the tests: it needs matplotlib
+  """Runs the replays, and writes the record and its picture."""
+  from benchmarks.waste import plot  # imported here: it needs matplotlib
 
   command.parser("waste", __doc__).parse_args()
   jax.config.update("jax_platforms", "cpu")
@@ -65,7 +65,7 @@ def replays() -> dict:
 
 
 def samples() -> tuple[list[int], list[list[int]]]:
-  """Returns the lengths of prompts, and of the samples of each."""
+  """Returns the lengths of prompts, and of the samples of each prompt."""
   prompts, outputs = requests()
   num_prompts = len(outputs) // NUM_SAMPLES
   grouped = np.reshape(outputs[: num_prompts * NUM_SAMPLES], (num_prompts, -1))
@@ -79,7 +79,7 @@ def searches() -> tuple[list[int], list[list[list[int]]]]:
 
 
 def settings() -> dict:
-  """Returns what the figures mean."""
+  """Returns the description of each figure."""
   return dict(
     lengths="data/sharegpt_like_lengths.json",
     beams="data/beam_parents.json",
@@ -151,26 +151,26 @@ def beams(prompt_lens, parents, page_sizes) -> dict:
 
 
 def checked(name: str, *args) -> count.Figures:
-  """Returns the figures of a replay, which have to be those counted.
+  """Returns the figures of a replay, compared with those of `count`.
 
   Args:
-    name: Of the function in `count` and `replay`.
-    args: What both of them take.
+    name: Name of the function in `count` and `replay`.
+    args: Arguments of both functions.
 
   Raises:
-    RuntimeError: If the page table uses other pages in any step.
+    RuntimeError: If the figures of any step differ.
   """
   counted = getattr(count, name)(*args)
   num_pages = int(counted["pages"].max())
   replayed = getattr(replay, name)(*args, num_pages)
   for key, values in counted.items():
     if not np.array_equal(replayed[key], values):
-      raise RuntimeError(f"{name}: {key} differs from what was counted.")
+      raise RuntimeError(f"{name}: {key} differs from the count.")
   return replayed
 
 
 def sharing(figures: count.Figures) -> dict:
-  """Returns what pages that are shared save."""
+  """Returns the savings by shared pages."""
   pages, unshared = figures["pages"], figures["unshared_pages"]
   return {
     "mean_pages": float(pages.mean()),
@@ -182,7 +182,7 @@ def sharing(figures: count.Figures) -> dict:
 
 
 def percent(part: np.ndarray, whole: np.ndarray) -> float:
-  """Returns the share that a part has of the whole, over all steps."""
+  """Returns the percentage of the whole that a part is, over all steps."""
   return 100 * int(part.sum()) / int(whole.sum())
 
 

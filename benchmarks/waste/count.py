@@ -1,9 +1,9 @@
-"""What the replays should use, by arithmetic on lengths alone.
+"""Counts the pages that the replays should use, from lengths alone.
 
-Imports nothing of paged_jax, and knows no rows, no free pages and no copies: a
-sequence of `n` tokens is `ceil(n / page_size)` pages, and two sequences share a
-page as long as they have the same tokens in it. Every function returns, by
-name, one number for each step, as its namesake in `replay` does.
+Does not import paged_jax, and has no rows, free pages or copies: a sequence of
+`n` tokens takes `ceil(n / page_size)` pages, and two sequences share a page as
+long as it holds the same tokens of both. Every function returns figures with
+one number for each step, like the function of the same name in `replay`.
 """
 
 import heapq
@@ -22,18 +22,18 @@ def batching(
 ) -> Figures:
   """Counts continuous batching.
 
-  A request takes the first row that is free, and stores its prompt at once. It
-  then grows by a token a step, but for its last token, which nothing reads: it
-  lives for as many steps as it has output tokens.
+  A request takes the first free row, and stores its prompt in one step. It then
+  grows by one token per step. Its last token is not stored, because nothing
+  reads it, so a request lives for as many steps as it has output tokens.
 
   Args:
-    prompt_lens: Of the requests, in the order in which they wait.
-    output_lens: Of the requests.
+    prompt_lens: Prompt lengths of the requests, in order of arrival.
+    output_lens: Output lengths of the requests.
     num_rows: Requests that can be live at once.
     page_size: Tokens a page holds.
 
   Returns:
-    `live_rows`, `pages`, and `waste`, which is slots without a token.
+    `live_rows`, `pages`, and `waste`: slots without a token.
   """
   starts = _starts(output_lens, num_rows)
   figures = _zeros(starts, output_lens, "live_rows", "pages", "waste")
@@ -55,9 +55,10 @@ def contiguous(
   num_rows: int,
   buffer_len: int,
 ) -> Figures:
-  """Counts the same with buffers that a request keeps while it lives.
+  """Counts the same batching with buffers instead of pages.
 
-  A request that is longer than a buffer takes as many as it needs.
+  A request keeps its buffer while it lives. A request that is longer than a
+  buffer takes as many as it needs.
   """
   starts = _starts(output_lens, num_rows)
   figures = _zeros(starts, output_lens, "slots", "waste")
@@ -79,18 +80,18 @@ def sampling(
 ) -> Figures:
   """Counts parallel sampling: several outputs of one prompt, side by side.
 
-  A prompt starts when all samples of an earlier one have ended. In its first
-  step its samples share all pages; from the second on, those that the prompt
-  fills.
+  A prompt starts when all samples of an earlier prompt have ended. In its first
+  step, its samples share all pages. From the second step on, they share the
+  pages that the prompt fills.
 
   Args:
-    prompt_lens: Of the prompts, in the order in which they wait.
-    output_lens: Of the samples of each prompt.
+    prompt_lens: Lengths of the prompts, in order of arrival.
+    output_lens: Output lengths of the samples of each prompt.
     num_groups: Prompts that can be live at once.
     page_size: Tokens a page holds.
 
   Returns:
-    `pages`, and `unshared_pages`, which each sample for itself would use.
+    `pages`, and `unshared_pages`: the pages without sharing.
   """
   longest = [max(each) for each in output_lens]
   starts = _starts(longest, num_groups)
@@ -115,22 +116,22 @@ def beams(
 ) -> Figures:
   """Counts beam searches that run side by side.
 
-  Two beams share a page if the last token that they have in it is the same
-  one: the same beam of the same step.
+  Two beams share a page if their last tokens in it are the same: from the same
+  beam of the same step.
 
   Args:
-    prompt_lens: Of the prompts.
-    parents: Of each prompt, step and beam, the beam of the step before.
+    prompt_lens: Lengths of the prompts.
+    parents: Parent beam in the previous step, by prompt, step and beam.
     page_size: Tokens a page holds.
 
   Returns:
-    `pages`; `unshared_pages`, which each beam for itself would use; and
-    `copied_tokens`, in pages that are copied before a write.
+    `pages`; `unshared_pages`: the pages without sharing; and `copied_tokens`:
+    slots of the pages that are copied before a write.
   """
   names = ("pages", "unshared_pages", "copied_tokens")
   figures = {name: np.zeros(len(parents[0]), np.int64) for name in names}
   for prompt, steps in zip(prompt_lens, parents, strict=True):
-    paths = [[-1] * prompt for _ in steps[0]]  # who wrote each token
+    paths = [[-1] * prompt for _ in steps[0]]  # writer of each token
     for step, froms in enumerate(steps):
       length = prompt + step
       paths = [[*paths[old], beam] for beam, old in enumerate(froms)]
@@ -147,9 +148,9 @@ def beams(
 def contiguous_beams(
   prompt_lens: Sequence[int], parents: Sequence[Sequence[Sequence[int]]]
 ) -> Figures:
-  """Counts the same with a buffer for each beam, no longer than it gets.
+  """Counts beam searches with a buffer of its final length for each beam.
 
-  A beam that does not go on in its own buffer is copied whole.
+  A beam that does not continue in its own buffer is copied whole.
 
   Returns:
     `slots` and `copied_tokens`.

@@ -1,4 +1,4 @@
-"""The picture of the replays: what pages waste, and what sharing saves."""
+"""Draws the memory that pages waste, and the pages that sharing saves."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""Records which beam came of which, in real beam searches on the demo model.
+"""Records the parents of beams, in real beam searches on the demo model.
 
 Width 4, by the sum of log-probabilities, without a length penalty: each step
 keeps the best 4 of all continuations of the 4 beams. Tokens that end a reply
@@ -7,9 +7,9 @@ batch over one paged cache, whose rows `kv.cache.permute` reorders.
 
   python -m benchmarks.waste.record_beams
 
-takes the demo model and writes benchmarks/data/beam_parents.json, which
-`benchmarks.waste` replays. What the best beams score is checked against one
-pass of the model over their whole text.
+writes benchmarks/data/beam_parents.json, which `benchmarks.waste` replays. The
+scores of the best beams are compared with those of one pass of the model over
+their whole text.
 """
 
 import functools
@@ -27,6 +27,7 @@ from paged_jax.kv.cache import PagedCache
 from paged_jax.kv.config import CacheConfig
 from paged_jax.kv.step import begin_step
 from paged_jax.models import llama
+from pallas_kernels.common.rounding import round_up
 
 WIDTH = 4
 NUM_NEW = 96
@@ -84,8 +85,8 @@ def main() -> None:
     "model": path.name,
     "search": "width 4, sum of log-probabilities, no end tokens",
     "prompt_lens": [len(prompt) for prompt in prompts],
-    # Of each prompt, step and beam: the beam of the step before. In the first
-    # step all come of beam 0, which is the prompt.
+    # Parent beam in the previous step, by prompt, step and beam. In the first
+    # step, all parents are beam 0, which is the prompt.
     "parents": parents.tolist(),
   }
   PATH.write_text(json.dumps(record) + "\n")
@@ -104,7 +105,7 @@ def search(
   cache = _new_cache(model, num_prompts * WIDTH)
   lens = np.zeros(num_prompts * WIDTH, np.int32)
   lens[::WIDTH] = [len(prompt) for prompt in prompts]
-  flat = np.zeros(-(-lens.sum() // CHUNK) * CHUNK, np.int32)
+  flat = np.zeros(round_up(int(lens.sum()), CHUNK), np.int32)
   flat[: lens.sum()] = np.concatenate(prompts)
   prefill = jax.jit(read, static_argnames="chunk", donate_argnames="cache")
   cache, logits = prefill(

@@ -1,8 +1,9 @@
-"""The replays, through the page table itself.
+"""Replays requests on the page table.
 
-One compiled step function a replay; the host only calls it and keeps what it
-says. Every function returns, by name, one number for each step, as its namesake
-in `count` does, and raises a RuntimeError if the pool has too few pages.
+Each replay has one compiled step function; the host calls it and keeps its
+figures. Every function returns figures with one number for each step, like the
+function of the same name in `count`, and raises a RuntimeError if the pool has
+too few pages.
 """
 
 import functools
@@ -14,6 +15,7 @@ import numpy as np
 
 from paged_jax import page_table
 from paged_jax.page_table import PageTable
+from pallas_kernels.common.rounding import cdiv
 
 Figures = dict[str, np.ndarray]  # i64[num_steps] by name
 
@@ -66,7 +68,7 @@ def sampling(
 
 @functools.partial(jax.jit, donate_argnames="table")
 def _sampling_step(table, row_ends, next_request, prompts, ends):
-  """As `_batching_step`, in groups of rows that fork the first of them."""
+  """Like `_batching_step`, with groups of rows that fork their first row."""
   num_samples = ends.shape[1]
   table, is_empty = _end_rows(table, row_ends)
   row = jnp.arange(table.num_seqs, dtype=jnp.int32)
@@ -92,7 +94,7 @@ def beams(
   page_size: int,
   num_pages: int,
 ) -> Figures:
-  """Replays beam searches, side by side in one table; see `count`."""
+  """Replays beam searches, all in one table; see `count.beams`."""
   froms = np.asarray(parents, np.int32)
   num_groups, num_steps, width = froms.shape
   firsts = np.arange(num_groups, dtype=np.int32) * width
@@ -138,7 +140,7 @@ def _replay(
 
 
 def _fetch(figures: tuple[dict[str, jax.Array], jax.Array]) -> dict:
-  """Returns the figures of a step in which everybody was served."""
+  """Returns the figures of a step; raises if the table refused a row."""
   values, ok = jax.device_get(figures)
   if not ok.all():
     raise RuntimeError("the page table refused a row.")
@@ -149,14 +151,14 @@ def _table(
   num_pages: int, page_size: int, num_rows: int, ends: jax.Array
 ) -> PageTable:
   """Returns an empty table whose rows hold the longest sequence."""
-  width = -(-int(ends.max()) // page_size)
+  width = cdiv(int(ends.max()), page_size)
   return page_table.init(num_pages, page_size, num_rows, width)
 
 
 def _end_rows(
   table: PageTable, row_ends: jax.Array
 ) -> tuple[PageTable, jax.Array]:
-  """Releases the rows that are at their end; returns which rows are empty."""
+  """Releases the rows at their end; returns the table and the empty rows."""
   table = page_table.release(table, table.kv_lens == row_ends)
   return table, table.kv_lens == 0
 
@@ -164,7 +166,7 @@ def _end_rows(
 def _take(
   next_request: jax.Array, is_free: jax.Array, num_requests: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns which request each free place takes, and which of them do."""
+  """Returns the next request of each free place, and which places take one."""
   rank = jnp.cumsum(is_free, dtype=jnp.int32) - 1
   request = next_request + rank
   starts = is_free & (request < num_requests)

@@ -15,7 +15,7 @@ CASE = bench_cascade.SMALL_CASES["small"]
 
 @pytest.mark.slow
 def test_figures_of_every_side_are_taken_and_failures_show(capsys):
-  records = bench_cascade.figures({"small": CASE}, small=True)
+  records = bench_cascade.records({"small": CASE}, small=True)
   (record,) = json.loads(json.dumps(list(records)))
   sides = record["cases"]["small"]
   assert sides["speedup"] > 0

@@ -18,7 +18,7 @@ LENS = np.array([40, 17])
 
 @pytest.mark.slow
 def test_figures_of_every_kind_are_taken_and_failures_show(tmp_path):
-  record = json.loads(json.dumps(list(bench_decode.figures(SIZES))[-1]))
+  record = json.loads(json.dumps(list(bench_decode.records(SIZES))[-1]))
   assert not cases.failures(record, parts.RIVAL)
   assert record["rows_apart"]["traces"] == 1
   for name in ("ragged", "chats"):

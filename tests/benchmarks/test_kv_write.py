@@ -17,7 +17,7 @@ SIZES = kv_write_batch.SMALL
 
 
 def _figures(sizes):
-  *_, record = bench_kv_write.figures(sizes)
+  *_, record = bench_kv_write.records(sizes)
   return json.loads(json.dumps(record))
 
 

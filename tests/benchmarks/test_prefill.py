@@ -24,7 +24,7 @@ def usual_promotion():
 
 @pytest.mark.slow
 def test_figures_of_every_kind_are_taken(capsys):
-  *_, record = bench_prefill.figures(SIZES)
+  *_, record = bench_prefill.records(SIZES)
   record = json.loads(json.dumps(record))
   assert not cases.failures(record)
   timed = [", ".join(path) for path, _ in cases.walk(record)]
