@@ -290,7 +290,7 @@ def _swizzle(head_dim):
 
 
 def _widen(tile_smem):
-  """Returns a tile as float16, in the interpreter."""
+  """Widens a tile to float16, in the interpreter."""
   return tile_smem[...].astype(jnp.float32).astype(jnp.float16)
 
 
@@ -323,7 +323,7 @@ def _load(tile_smem, shape, first_place, loads, *, is_transposed=False):
       pointer = _advance(pointer, load.row * head_dim)
       words = _ldmatrix(pointer, len(load.registers), is_transposed)
       for word, places in zip(words, load.registers, strict=True):
-        for at, register in zip(places, _convert(word, is_int), strict=True):
+        for at, register in zip(places, _widen_word(word, is_int), strict=True):
           by_place[at] = utils.bitcast(register, pairs)
     return mgpu.FragmentedArray(
       _registers=registers, _layout=layout, _is_signed=None
@@ -362,8 +362,8 @@ def _ldmatrix(pointer, num, is_transposed):
   return [llvm.extractvalue(i32, words, [i]) for i in range(num)]
 
 
-def _convert(word, is_int):
-  """Converts four 8-bit elements to two registers of two float16 each."""
+def _widen_word(word, is_int):
+  """Widens four 8-bit elements to two registers of two float16 each."""
   i32 = ir.IntegerType.get_signless(32)
   pair: Any = llvm.inline_asm(
     llvm.StructType.get_literal([i32, i32]),

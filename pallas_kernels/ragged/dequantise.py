@@ -1,7 +1,7 @@
 """Ragged: dequantises 8-bit tiles to 16-bit wgmma operands in shared memory.
 
 Mosaic's layouts would move four bytes at a time and keep many addresses in
-registers. Here each thread loads a vector of 16 bytes, converts it to two
+registers. Here each thread loads a vector of 16 bytes, dequantises it to two
 vectors of 16 bytes, and stores those in a swizzled tile for wgmma:
 
   source    row-major, 16 bytes per thread: t0  t1  t2  t3 ...
@@ -84,7 +84,7 @@ def dequantise(
     operand_smem: bfloat16 or float16, at least first_row + rows rows.
     transforms: Layout of the operand: swizzled tiles of 8 rows.
     first_row: First row of the operand to write, a multiple of 8.
-    num_in_flight: Loads that a thread issues before it converts.
+    num_in_flight: Loads that a thread issues before it dequantises.
     interpreted: Whether the interpreter runs the kernel.
   """
   shape, swizzle = tile_smem.shape, transforms[1].swizzle
@@ -96,8 +96,8 @@ def dequantise(
     operand_smem[pl.ds(first_row, shape[0])] = rows.astype(dtype)
     return
   kind = "bf16" if dtype == jnp.bfloat16 else "f16"
-  convert = _SCALED_INT8 if is_int else _SCALED_FLOAT8
-  convert += _SCALED.replace("KIND", kind)
+  instructions = _SCALED_INT8 if is_int else _SCALED_FLOAT8
+  instructions += _SCALED.replace("KIND", kind)
 
   @plgpu.inline_mgpu(
     arg_types=(
@@ -109,7 +109,9 @@ def dequantise(
   def write(_, tile, scales, operand):
     load_scale = lambda row, first: _load_scale(scales, row, first, limit)
     rows = dict(first_row=first_row, num_in_flight=num_in_flight)
-    _dequantise_rows(tile, operand, shape, swizzle, convert, load_scale, **rows)
+    _dequantise_rows(
+      tile, operand, shape, swizzle, instructions, load_scale, **rows
+    )
 
   write(tile_smem, scales_smem, operand_smem)
 
@@ -130,7 +132,7 @@ def _dequantise_rows(
   operand,
   shape,
   swizzle,
-  convert,
+  instructions,
   load_scale,
   *,
   first_row,
@@ -149,7 +151,7 @@ def _dequantise_rows(
     for row, x, factor in zip(group, numbers, factors, strict=True):
       offset = _i32((first_row + row) * columns * 2)
       places = [_advance(target, offset) for target in targets]
-      _store(x, places, convert, factor)
+      _store(x, places, instructions, factor)
 
 
 def _rows_at_once(rows, columns):
@@ -221,24 +223,26 @@ def _load_scale(scales, row, first, limit):
   return arith.minimumf(scale, mgpu.c(limit, ir.F32Type.get()))
 
 
-def _store(numbers, targets, convert, factor):
-  """Converts 16 elements, and stores them as two vectors."""
+def _store(numbers, targets, instructions, factor):
+  """Dequantises 16 elements, and stores them as two vectors."""
   elements = (llvm.extractelement(numbers, _i32(i)) for i in range(4))
-  wide = [half for x in elements for half in _convert(convert, x, factor)]
+  words = [
+    y for x in elements for y in _dequantise_word(instructions, x, factor)
+  ]
   for i, target in enumerate(targets):
     vector = llvm.mlir_undef(_words())
     for j in range(4):
-      vector = llvm.insertelement(vector, wide[4 * i + j], _i32(j))
+      vector = llvm.insertelement(vector, words[4 * i + j], _i32(j))
     llvm.store(vector, target, alignment=_VECTOR_BYTES)
 
 
-def _convert(convert, word, factor):
-  """Converts four 8-bit elements to two registers of two 16-bit elements."""
+def _dequantise_word(instructions, word, factor):
+  """Dequantises four elements to two registers of two 16-bit elements."""
   i32 = ir.IntegerType.get_signless(32)
   pair: Any = llvm.inline_asm(
     llvm.StructType.get_literal([i32, i32]),
     [word, factor],
-    convert,
+    instructions,
     "=r,=r,r,f",
   )
   return [llvm.extractvalue(i32, pair, [i]) for i in range(2)]
