@@ -96,9 +96,11 @@ def _attend_split(problem, inputs, outputs, smem, split, num_before):
 def _tile_queries(problem, smem):
   """Moves Q from row-major shared memory through registers into wgmma tiles."""
   if problem.is_interleaved:
-    q = fragments.load_rows(smem.loaded_q.T)
+    q = fragments.load_rows(smem.q_row_major.T)
   else:
-    q = plgpu.load(smem.loaded_q.T, layout=plgpu.Layout.WGMMA, optimized=False)
+    q = plgpu.load(
+      smem.q_row_major.T, layout=plgpu.Layout.WGMMA, optimized=False
+    )
   smem.q.T[...] = problem.as_operand(q)
   # Makes Q visible to wgmma, and all warps finish the load before the arrival
   # below lets the producer overwrite the buffer.

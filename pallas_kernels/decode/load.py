@@ -147,7 +147,7 @@ def _load_queries(problem, inputs, smem, split):
   if problem.loads_tiles_of_q:
     row, target = item * problem.num_queries, smem.q
   else:
-    row, target = item * problem.num_rows, smem.loaded_q
+    row, target = item * problem.num_rows, smem.q_row_major
   rows = inputs.q.at[pl.ds(row, problem.num_queries)]
   plgpu.copy_gmem_to_smem(rows, target, smem.q_loaded)
 

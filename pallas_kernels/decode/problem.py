@@ -57,7 +57,7 @@ class Scratch(NamedTuple):
   """Shared memory and barriers of a program, in order of address."""
 
   k: Ring
-  loaded_q: Ref  # [num_queries, head_dim], row-major, as copied
+  q_row_major: Ref  # [num_queries, head_dim], row-major, as copied
   output: OutputScratch
   p: Ref  # [num_queries, block_kv], in tiles for wgmma
   q_consumed: Ref  # barrier: the consumer has read Q
@@ -198,7 +198,7 @@ def scratch(problem: DecodeProblem) -> Scratch:
     consumed=barriers(),
   )
   return Scratch(
-    loaded_q=refs.smem((problem.num_queries, head_dim), problem.dtype),
+    q_row_major=refs.smem((problem.num_queries, head_dim), problem.dtype),
     q=operand(problem.num_queries, head_dim),
     k=ring,
     v=ring,
