@@ -195,14 +195,14 @@ def _fold_quantised_scores(tile, state):
   tile.wait(smem.k)
   scales = tile.scales(smem.k)
 
-  def meanwhile():
+  def overlapped():
     tile.release(smem.k)
     return _load_v(tile)
 
-  s, (v, v_scales) = softmax.matmul_meanwhile(
+  s, (v, v_scales) = softmax.matmul_with_overlap(
     (problem.config.block_kv, problem.num_queries),
     _parts_of_k(tile),
-    meanwhile,
+    overlapped,
     interpreted=problem.interpret is not None,
   )
   # 2. Apply the scales of K to the scores, and those of V to the exponents.

@@ -142,21 +142,23 @@ def _scale_rows(acc, factors):
   return acc * across(factors, acc.shape)
 
 
-def matmul_and_accumulate(operands, acc, p, v, meanwhile, *, interpreted: bool):
-  """Returns acc + p @ v, and `meanwhile(wgmma.matmul(operands))`.
+def matmul_and_accumulate(
+  operands, acc, p, v, overlapped, *, interpreted: bool
+):
+  """Returns acc + p @ v, and `overlapped(wgmma.matmul(operands))`.
 
   Args:
     operands: See `wgmma.matmul`; their product is issued first.
     acc: f32.
     p: Left operand, in registers or in shared memory.
     v: Right operand, in shared memory.
-    meanwhile: Called with the product of `operands`, while wgmma computes
+    overlapped: Called with the product of `operands`, while wgmma computes
       p @ v.
     interpreted: Whether the interpreter runs the kernel.
   """
   if interpreted:  # the interpreter cannot start from a given accumulator
     acc = wgmma.accumulate(acc, p, v, interpreted=interpreted)
-    return acc, meanwhile(wgmma.matmul(operands))
+    return acc, overlapped(wgmma.matmul(operands))
 
   def multiply(product_ref):
     for a, b in operands:
@@ -166,7 +168,7 @@ def matmul_and_accumulate(operands, acc, p, v, meanwhile, *, interpreted: bool):
       acc_ref[...] = acc
       plgpu.wgmma(acc_ref, p, v)
       product = plgpu.wgmma_accumulator_load(product_ref, wait_n=1)
-      result = meanwhile(product)
+      result = overlapped(product)
       _pin_before_wait(result[1])
       return acc_ref[...], result
 
