@@ -95,7 +95,7 @@ def _attend_split(problem, inputs, outputs, smem, split, num_before):
 
 def _tile_queries(problem, smem):
   """Moves Q from row-major shared memory through registers into wgmma tiles."""
-  if problem.is_interleaved:
+  if problem.is_permuted:
     q = fragments.load_rows(smem.q_row_major.T)
   else:
     q = plgpu.load(
@@ -110,7 +110,7 @@ def _tile_queries(problem, smem):
 
 def _write(problem, inputs, outputs, smem, split, state):
   """Writes the output if the split is a whole item, else its partial state."""
-  store = fragments.store_rows if problem.is_interleaved else partials.store
+  store = fragments.store_rows if problem.is_permuted else partials.store
 
   @pl.when(split.is_whole)
   def _():

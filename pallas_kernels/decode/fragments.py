@@ -12,7 +12,7 @@ Here an element is a pair of bytes, so lane 4 g + c gets:
 Bytes 0 and 2 of these four become one register of two float16, bytes 1 and 3
 another: one register for each half of 16 columns of K, or of 16 rows of V^T.
 This permutes every 16 elements of head_dim, in K and V^T alike: element 2 g + h
-goes to position 8 h + g. Q is permuted in the same way (`to_order`,
+goes to position 8 h + g. Q is permuted in the same way (`permute`,
 `load_rows`), and the permutation of V^T P is undone (`store_rows`).
 
 A tile in shared memory is row-major or swizzled by TMA: in rows of `swizzle`
@@ -94,15 +94,15 @@ def transforms(head_dim: int) -> tuple[Any, ...]:
   )
 
 
-def to_order(q):
-  """Returns q with its last axis, head_dim, permuted to register order."""
+def permute(q):
+  """Returns q with its last axis, head_dim, permuted."""
   *shape, head_dim = q.shape
   q = q.reshape(*shape, head_dim // 16, 8, 2)
   return q.swapaxes(-1, -2).reshape(*shape, head_dim)
 
 
 def load_rows(ref):
-  """Loads [head_dim, columns], and permutes its rows to register order.
+  """Loads [head_dim, columns], and permutes its rows.
 
   Args:
     ref: 16-bit elements in shared memory.
@@ -128,7 +128,7 @@ def load_rows(ref):
 
 
 def store_rows(ref, array) -> None:
-  """Stores [head_dim, columns] whose rows are in register order.
+  """Stores [head_dim, columns] whose rows are permuted.
 
   Args:
     ref: Receives the rows in natural order.

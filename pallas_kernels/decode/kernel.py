@@ -247,8 +247,8 @@ def _rows_of_queries(problem, q):
   """
   if problem.loads_tiles_of_q:
     q = problem.as_operand(q)
-    if problem.is_interleaved:
-      q = fragments.to_order(q)
+    if problem.is_permuted:
+      q = fragments.permute(q)
     q = q.reshape(-1, problem.num_rows, problem.head_dim)
     return problem.pad_queries(q).reshape(-1, problem.head_dim)
   rows = q.reshape(-1, problem.head_dim)

@@ -100,8 +100,8 @@ class DecodeProblem(PagedProblem[Config]):
     return q.astype(self.operand_dtype)
 
   @property
-  def is_interleaved(self) -> bool:
-    """Whether the head_dim axis of Q is in the order of `fragments`."""
+  def is_permuted(self) -> bool:
+    """Whether the head_dim axis of Q is permuted, see `fragments`."""
     return self.is_quantised and self.interpret is None
 
   @property

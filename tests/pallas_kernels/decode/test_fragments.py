@@ -86,7 +86,7 @@ def test_k_meets_queries_in_the_same_order(keys, head_dim):
     loads = fragments.k_loads(keys, start, size)
     place = fragments.k_place
     k = _load(tile, (keys, size), place, loads, is_transposed=False)
-    expected = fragments.to_order(tile[:, start : start + size])
+    expected = fragments.permute(tile[:, start : start + size])
     np.testing.assert_array_equal(k, expected)
 
 
@@ -96,7 +96,7 @@ def test_rows_of_v_are_in_that_order_too(keys, head_dim):
   for start, size in row_blocks(head_dim):
     loads = fragments.v_loads(keys, start, size)
     v = _load(tile, (size, keys), fragments.v_place, loads, is_transposed=True)
-    expected = fragments.to_order(tile[:, start : start + size]).T
+    expected = fragments.permute(tile[:, start : start + size]).T
     np.testing.assert_array_equal(v, expected)
 
 
@@ -123,7 +123,7 @@ def test_rows_lie_in_registers_as_wgmma_has_them(layout):
   of_thread = (*layout.warp_dims, *layout.lane_dims)
   tiled = np.moveaxis(tiled, of_thread, range(-3, 0))
   registers = tiled.reshape(-1, 128)
-  wgmma = fragments.to_order(x.T).T
+  wgmma = fragments.permute(x.T).T
   expected = [
     wgmma[64 * b + 16 * WARP + 8 * h + LANE // 4, 8 * e + LANE % 4 * 2 + i]
     for b in range(2)
