@@ -141,8 +141,9 @@ def _find(starts, num_kv_heads, first):
   start = jnp.max(jnp.where(passed, starts[None, 1:], 0), axis=1)
   end = jnp.min(jnp.where(passed, starts[-1], starts[None, 1:]), axis=1)
   tiles = jnp.maximum(end - start, 1)
-  place = first - start * num_kv_heads
-  return first, seq, lax.div(place, tiles), lax.rem(place, tiles), tiles
+  tile_in_row = first - start * num_kv_heads
+  head, tile_in_item = lax.div(tile_in_row, tiles), lax.rem(tile_in_row, tiles)
+  return first, seq, head, tile_in_item, tiles
 
 
 class Split(NamedTuple):

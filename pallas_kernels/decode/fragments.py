@@ -54,7 +54,7 @@ _ELEMENTS = mgpu.TiledLayout(
 class Load(NamedTuple):
   """One `ldmatrix` instruction of 2 or 4 matrices."""
 
-  row: int  # offset from the row of `k_place` or `v_place`, a multiple of 8
+  row: int  # offset from the row of `k_address`, `v_address`; a multiple of 8
   column: int  # offset from their column
   # For each matrix, the registers of its even and of its odd bytes in the
   # operand: (block of 64 rows, block of 8 columns, half of 16 rows).
@@ -170,7 +170,7 @@ def load_k(tile_smem, start: int, size: int, *, interpreted: bool):
   if interpreted:
     return _widen(tile_smem)[:, start : start + size]
   keys = tile_smem.shape[0]
-  return _load(tile_smem, (keys, size), k_place, k_loads(keys, start, size))
+  return _load(tile_smem, (keys, size), k_address, k_loads(keys, start, size))
 
 
 def load_v(tile_smem, start: int, size: int, *, interpreted: bool):
@@ -189,7 +189,7 @@ def load_v(tile_smem, start: int, size: int, *, interpreted: bool):
     return _widen(tile_smem)[:, start : start + size].T
   keys = tile_smem.shape[0]
   loads = v_loads(keys, start, size)
-  return _load(tile_smem, (size, keys), v_place, loads, is_transposed=True)
+  return _load(tile_smem, (size, keys), v_address, loads, is_transposed=True)
 
 
 def zero_rows(tile_smem, keep, *, interpreted: bool) -> None:
@@ -223,7 +223,7 @@ def zero_rows(tile_smem, keep, *, interpreted: bool) -> None:
   zero(tile_smem, keep.astype(jnp.int32))
 
 
-def k_place(thread):
+def k_address(thread):
   """Returns the row and column that a thread addresses in an `ldmatrix` of K.
 
   Args:
@@ -233,7 +233,7 @@ def k_place(thread):
   return 16 * warp + 8 * (matrix % 2) + row, _VECTOR_BYTES * (matrix // 2)
 
 
-def v_place(thread):
+def v_address(thread):
   """Returns the row and column that a thread addresses in an `ldmatrix` of V.
 
   Args:
@@ -267,7 +267,7 @@ def v_loads(keys: int, start: int, size: int) -> list[Load]:
   return loads
 
 
-def address(row, column, head_dim: int):
+def byte_offset(row, column, head_dim: int):
   """Returns the offset of a byte of a tile from the beginning of the tile.
 
   Args:
@@ -279,10 +279,10 @@ def address(row, column, head_dim: int):
   if swizzle is None:
     return row * head_dim + column
   tile = row // 8 * (head_dim // swizzle) + column // swizzle
-  place = (tile * 8 + row % 8) * swizzle + column % swizzle
+  offset = (tile * 8 + row % 8) * swizzle + column % swizzle
   # XOR bits 4 and up, the 16-byte vector, with bits 7 and up, the index of the
   # 128 bytes: the row, if the swizzle is 128 bytes.
-  return place ^ (place // 8 & swizzle - _VECTOR_BYTES)
+  return offset ^ (offset // 8 & swizzle - _VECTOR_BYTES)
 
 
 def _swizzle(head_dim):
@@ -294,13 +294,13 @@ def _widen(tile_smem):
   return tile_smem[...].astype(jnp.float32).astype(jnp.float16)
 
 
-def _load(tile_smem, shape, first_place, loads, *, is_transposed=False):
+def _load(tile_smem, shape, first_address, loads, *, is_transposed=False):
   """Loads a tile as a float16 operand in layout WGMMA.
 
   Args:
     tile_smem: See `load_k`.
     shape: Shape of the operand.
-    first_place: `k_place` or `v_place`.
+    first_address: `k_address` or `v_address`.
     loads: The `ldmatrix` instructions.
     is_transposed: Whether `ldmatrix` transposes its matrices.
   """
@@ -314,17 +314,17 @@ def _load(tile_smem, shape, first_place, loads, *, is_transposed=False):
   def read(_, tile):
     layout = fragmented_array.WGMMA_LAYOUT
     registers = np.empty(layout.registers_shape(shape), dtype=object)
-    by_place = registers.reshape(shape[0] // 64, shape[1] // 8, 2)
+    by_block = registers.reshape(shape[0] // 64, shape[1] // 8, 2)
     pairs = ir.VectorType.get((2,), ir.F16Type.get())
-    row, column = first_place(_thread())
+    row, column = first_address(_thread())
     for load in loads:
       pointer = _pointer(tile, row, column + load.column, head_dim)
       # A multiple of 8 rows further on, the swizzle is the same: add an offset.
       pointer = _advance(pointer, load.row * head_dim)
       words = _ldmatrix(pointer, len(load.registers), is_transposed)
-      for word, places in zip(words, load.registers, strict=True):
-        for at, register in zip(places, _widen_word(word, is_int), strict=True):
-          by_place[at] = utils.bitcast(register, pairs)
+      for word, blocks in zip(words, load.registers, strict=True):
+        for at, register in zip(blocks, _widen_word(word, is_int), strict=True):
+          by_block[at] = utils.bitcast(register, pairs)
     return mgpu.FragmentedArray(
       _registers=registers, _layout=layout, _is_signed=None
     )
@@ -339,9 +339,9 @@ def _thread():
 
 
 def _pointer(tile, row, column, head_dim):
-  """Returns a pointer to a byte of a tile; see `address`."""
-  at = address(row, column, head_dim).registers.item()
-  return _advance(utils.memref_ptr(tile), at)
+  """Returns a pointer to a byte of a tile; see `byte_offset`."""
+  offset = byte_offset(row, column, head_dim).registers.item()
+  return _advance(utils.memref_ptr(tile), offset)
 
 
 def _advance(pointer, num_bytes):

@@ -261,15 +261,15 @@ def _launch(problem: DecodeProblem, inputs: Inputs) -> tuple[Array, Array]:
   config, num_queries = problem.config, problem.num_queries
   fixed_splits = problem.spec.batch_invariant
   items = problem.num_seqs, problem.num_kv_heads
-  places = 2, config.num_programs
+  partial_axes = 2, config.num_programs
   if fixed_splits:
-    places = math.prod(items), problem.max_splits
+    partial_axes = math.prod(items), problem.max_splits
   outputs = Outputs(
     out=refs.output(
       (*items, problem.num_rows, problem.head_dim), problem.dtype
     ),
     lse=refs.output((*items, num_queries), jnp.float32),
-    partials=Partials.types(places, problem.head_dim, num_queries),
+    partials=Partials.types(partial_axes, problem.head_dim, num_queries),
   )
   kernel = plgpu.kernel(
     functools.partial(_body, problem),

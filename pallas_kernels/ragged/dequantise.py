@@ -140,9 +140,9 @@ def _dequantise_rows(
 ):
   """Dequantises all rows, `num_in_flight` vectors per thread at a time."""
   rows, columns = shape
-  first, source, targets = _first_places(rows, columns, swizzle)
+  first, source, targets = _first_offsets(rows, columns, swizzle)
   source = _advance(utils.memref_ptr(tile), source)
-  targets = [_advance(utils.memref_ptr(operand), place) for place in targets]
+  targets = [_advance(utils.memref_ptr(operand), x) for x in targets]
   starts = range(0, rows, _rows_at_once(rows, columns))
   for group in itertools.batched(starts, num_in_flight):
     # A multiple of 8 rows further on, the swizzle is the same: add an offset.
@@ -150,8 +150,8 @@ def _dequantise_rows(
     factors = [load_scale(row, first) for row in group]
     for row, x, factor in zip(group, numbers, factors, strict=True):
       offset = _i32((first_row + row) * columns * 2)
-      places = [_advance(target, offset) for target in targets]
-      _store(x, places, instructions, factor)
+      pointers = [_advance(target, offset) for target in targets]
+      _store(x, pointers, instructions, factor)
 
 
 def _rows_at_once(rows, columns):
@@ -160,7 +160,7 @@ def _rows_at_once(rows, columns):
   return min(most, rows)
 
 
-def _first_places(rows, columns, swizzle):
+def _first_offsets(rows, columns, swizzle):
   """Returns a thread's first row, its source offset and two target offsets.
 
   Threads past the last vector repeat the work of others.
@@ -186,14 +186,14 @@ def _first_places(rows, columns, swizzle):
   start = _start_of_row(row, tile, 2 * columns, swizzle)
   targets = []
   for i in range(2):
-    place = arith.addi(byte, _i32(i * _VECTOR_BYTES))
-    place = arith.addi(start, arith.remui(place, _i32(swizzle)))
+    offset = arith.addi(byte, _i32(i * _VECTOR_BYTES))
+    offset = arith.addi(start, arith.remui(offset, _i32(swizzle)))
     # XOR bits 4 and up, the vector in the row, with bits 7 and up: the row, if
     # the swizzle is 128 bytes.
     row_bits = arith.andi(
-      arith.shrui(place, _i32(3)), _i32(swizzle - _VECTOR_BYTES)
+      arith.shrui(offset, _i32(3)), _i32(swizzle - _VECTOR_BYTES)
     )
-    targets.append(arith.xori(place, row_bits))
+    targets.append(arith.xori(offset, row_bits))
   return row, source, targets
 
 
@@ -216,9 +216,9 @@ def _load(source):
 
 def _load_scale(scales, row, first, limit):
   """Loads the scale of row `first + row`, at most the limit; NaN stays NaN."""
-  place = _advance(utils.memref_ptr(scales), arith.muli(first, _i32(4)))
+  pointer = _advance(utils.memref_ptr(scales), arith.muli(first, _i32(4)))
   scale: Any = llvm.load(
-    ir.F32Type.get(), _advance(place, _i32(4 * row)), alignment=4
+    ir.F32Type.get(), _advance(pointer, _i32(4 * row)), alignment=4
   )
   return arith.minimumf(scale, mgpu.c(limit, ir.F32Type.get()))
 

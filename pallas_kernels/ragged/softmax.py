@@ -187,10 +187,10 @@ def _pin_before_wait(l):
   @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,))
   def pin(_, l):
     for pair, i in itertools.product(l.registers.flat, range(2)):
-      place: Any = mgpu.c(i, ir.IntegerType.get_signless(32))
+      index: Any = mgpu.c(i, ir.IntegerType.get_signless(32))
       llvm.inline_asm(
         ir.Type.parse("!llvm.void"),
-        [llvm.extractelement(pair, place)],
+        [llvm.extractelement(pair, index)],
         _STORE_IF_NEGATIVE,
         "f",
         has_side_effects=True,

@@ -54,12 +54,12 @@ def _ldmatrix(memory, addresses, num, is_transposed):
   return words
 
 
-def _load(tile, shape, place, loads, is_transposed):
+def _load(tile, shape, address, loads, is_transposed):
   """The operand that wgmma sees in the registers of the threads."""
   memory, operand = _memory(tile), np.full(shape, -1, int)
-  row, column = place(THREADS)
+  row, column = address(THREADS)
   for load in loads:
-    first = fragments.address(row, column + load.column, tile.shape[1])
+    first = fragments.byte_offset(row, column + load.column, tile.shape[1])
     addresses = first + load.row * tile.shape[1]
     num = len(load.registers)
     words = _ldmatrix(memory, addresses, num, is_transposed)
@@ -84,8 +84,8 @@ def test_k_meets_queries_in_the_same_order(keys, head_dim):
   for start in range(0, head_dim, 64):
     size = min(64, head_dim - start)
     loads = fragments.k_loads(keys, start, size)
-    place = fragments.k_place
-    k = _load(tile, (keys, size), place, loads, is_transposed=False)
+    address = fragments.k_address
+    k = _load(tile, (keys, size), address, loads, is_transposed=False)
     expected = fragments.permute(tile[:, start : start + size])
     np.testing.assert_array_equal(k, expected)
 
@@ -95,7 +95,9 @@ def test_rows_of_v_are_in_that_order_too(keys, head_dim):
   tile = _tile(keys, head_dim)
   for start, size in row_blocks(head_dim):
     loads = fragments.v_loads(keys, start, size)
-    v = _load(tile, (size, keys), fragments.v_place, loads, is_transposed=True)
+    v = _load(
+      tile, (size, keys), fragments.v_address, loads, is_transposed=True
+    )
     expected = fragments.permute(tile[:, start : start + size]).T
     np.testing.assert_array_equal(v, expected)
 
@@ -104,7 +106,7 @@ def test_rows_of_v_are_in_that_order_too(keys, head_dim):
 def test_an_address_is_where_tma_wrote(keys, head_dim):
   tile = _tile(keys, head_dim)
   row, column = np.indices(tile.shape)
-  found = _memory(tile)[fragments.address(row, column, head_dim)]
+  found = _memory(tile)[fragments.byte_offset(row, column, head_dim)]
   np.testing.assert_array_equal(found, tile)
 
 
