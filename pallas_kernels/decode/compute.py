@@ -69,8 +69,8 @@ def _attend_split(problem, inputs, outputs, smem, split, num_before):
   if inputs.alibi_slopes is not None:
     slopes = load_queries(inputs.alibi_slopes.at[split.head])
   if inputs.tree is not None:
-    words = load_queries(inputs.tree.of_queries.at[split.seq])
-    tree = tree_bits.Few(words, inputs.tree.of_seqs[split.seq])
+    words = load_queries(inputs.tree.of_queries.at[split.row])
+    tree = tree_bits.Few(words, inputs.tree.of_seqs[split.row])
 
   # 3. Fold the KV tiles into the softmax, as the producer delivers them.
   def fold(i, base, ids, state):
@@ -117,7 +117,7 @@ def _write(problem, inputs, outputs, smem, split, state):
     sinks = None
     if inputs.sinks is not None:
       sinks = load_queries(inputs.sinks.at[split.head])
-    at = split.seq, split.head
+    at = split.row, split.head
     arrays = outputs.out.at[at], outputs.lse.at[at]
     partials.write_output(state, sinks, *arrays, smem.output, store)
 
@@ -126,5 +126,5 @@ def _write(problem, inputs, outputs, smem, split, state):
     kind = jnp.where(split.nth == 0, FIRST, LAST)
     at = kind, lax.axis_index("program")
     if problem.spec.batch_invariant:
-      at = split.seq * problem.num_kv_heads + split.head, split.nth_of_item
+      at = split.row * problem.num_kv_heads + split.head, split.nth_of_item
     partials.write_partial(state, outputs.partials, at, store)

@@ -337,11 +337,11 @@ def _for_each_item(problem, inputs, outputs, smem, step) -> Count:
     return done.add(item)
 
   def visit_split(split, done):
-    tile = query_tiles.load(inputs.tiles, split.seq)
+    tile = query_tiles.load(inputs.tiles, split.row)
     tile = query_tiles.add_holes(tile, inputs.holes)
     tiles = visited(tile)
     item = Item(
-      nth=split.seq,
+      nth=split.row,
       head=split.head,
       tile=tile,
       first=split.first,
