@@ -58,7 +58,7 @@ def default_config(
     dtype: Dtype of the pool.
     device: The GPU to size for; the default device if None.
   """
-  num_sms = (device or gpu.at_hand()).num_sms
+  num_sms = (device or gpu.default_gpu()).num_sms
   shapes = num_queries, head_dim, dtype
   if limits.is_quantised(dtype):
     # A second program hides the latency of dequantisation. With head_dim > 128

@@ -106,7 +106,7 @@ def write_tokens(
 
 def _vectors_per_thread(num_vectors: int) -> int:
   """Returns vectors per thread: few, unless the GPU is fully occupied."""
-  threads = _THREADS * _PROGRAMS * gpu.at_hand().num_sms
+  threads = _THREADS * _PROGRAMS * gpu.default_gpu().num_sms
   return max(1, min(_MAX_VECTORS, num_vectors // threads))
 
 

@@ -72,7 +72,7 @@ def default_config(
     is_quantised: Whether pages hold 8-bit elements.
     device: The GPU to size for; the default device if None.
   """
-  num_sms = (device or gpu.at_hand()).num_sms
+  num_sms = (device or gpu.default_gpu()).num_sms
   block_kv = 128 if head_dim <= 128 else 64
   config = Config(block_kv, 2, num_programs=num_sms)
   double_buffered = dataclasses.replace(config, num_q_stages=2)
