@@ -167,5 +167,5 @@ def unsupported(
   if group * max_q_len > _MAX_QUERIES:
     return f"{queries} are more than {_MAX_QUERIES}."
   if padded_queries(group * max_q_len) * head_dim > _MAX_ELEMENTS:
-    return f"{queries}, of {head_dim=}, pass shared memory."
+    return f"{queries} with {head_dim=} exceed shared memory."
   return None

@@ -114,7 +114,9 @@ def attend(
   if arrays.alibi_slopes is not None and (
     arrays.tree_mask is not None or not spec.causal
   ):
-    raise ValueError("alibi_slopes must be None unless causal and not a tree.")
+    raise ValueError(
+      "alibi_slopes must be None with causal=False or a tree_mask."
+    )
   num_tokens, num_q_heads, head_dim = q.shape
   num_kv_heads = kv.num_kv_heads
   shapes = head_dim, kv.page_size, num_q_heads, num_kv_heads, q.dtype
