@@ -240,7 +240,7 @@ def _by_query(problem, logits):
 
 
 def _rows_of_queries(problem, q):
-  """Returns queries as rows, of which an item reads `num_queries`.
+  """Returns queries as rows. An item reads `num_queries` of them.
 
   Unless XLA pads them here, an item has only `num_rows` rows. The rows that it
   reads after those belong to the next items, and their results are not stored.

@@ -142,7 +142,7 @@ class DecodeProblem(PagedProblem[Config]):
     """Whether TMA copies Q directly into tiles for wgmma; XLA pads Q then.
 
     Otherwise TMA copies Q row-major, and the consumer moves it into tiles
-    through registers, whose layout takes rows of Q^T by 64.
+    through registers, whose layout needs blocks of 64 rows of Q^T.
     """
     return self.head_dim % 64 != 0
 

@@ -3,8 +3,8 @@
 The producer warps fill a stage chunk by chunk (`load`). The consumer warpgroup
 waits for it, uses the tile as a wgmma operand (or loads it into registers if it
 holds 8-bit elements), and releases the stage. Quantised tiles have their scales
-in the same stage. The caller applies the scales to the scores, of which there
-are fewer than elements.
+in the same stage. The caller multiplies the scores by the scales, because there
+are fewer scores than elements.
 
   pages    |p7|p2|p9|p4|  one copy each         (and one for their scales)
   ring     |  tile 4   |  tile 5   |  tile 3   |         num_stages tiles
