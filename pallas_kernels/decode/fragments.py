@@ -32,8 +32,9 @@ from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
-_SWIZZLES = (128, 64, 32)  # bytes
-_VECTOR_BYTES = 16  # bytes per row of an `ldmatrix`
+from pallas_kernels.common.ptx import VECTOR_BYTES, advance
+from pallas_kernels.common.swizzle import swizzle_bytes
+
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # layout of one value per row
 # WGMMA's registers relabelled: undoes the permutation of the rows.
 _PAIRS = mgpu.TiledLayout(
@@ -85,7 +86,7 @@ _FROM_FLOAT8 = """{
 
 def transforms(head_dim: int) -> tuple[Any, ...]:
   """Returns the layout of 8-bit tiles in shared memory; () means row-major."""
-  swizzle = _swizzle(head_dim)
+  swizzle = swizzle_bytes(head_dim)
   if swizzle is None:
     return ()
   return (
@@ -215,9 +216,9 @@ def zero_rows(tile_smem, keep, *, interpreted: bool) -> None:
       kept = vector.extract(kept, [], [0])
       is_masked = arith.cmpi(arith.CmpIPredicate.eq, kept, utils.c(0, i32))
       with utils.when(is_masked):
-        for column in range(0, head_dim, 4 * _VECTOR_BYTES):
+        for column in range(0, head_dim, 4 * VECTOR_BYTES):
           # Four threads share a row.
-          start = (column + _VECTOR_BYTES * (thread % 4)) % head_dim
+          start = (column + VECTOR_BYTES * (thread % 4)) % head_dim
           llvm.store(zeros, _pointer(tile, row, start, head_dim))
 
   zero(tile_smem, keep.astype(jnp.int32))
@@ -230,7 +231,7 @@ def k_address(thread):
     thread: Index of the thread in the warpgroup.
   """
   warp, matrix, row = thread // 32, thread // 8 % 4, thread % 8
-  return 16 * warp + 8 * (matrix % 2) + row, _VECTOR_BYTES * (matrix // 2)
+  return 16 * warp + 8 * (matrix % 2) + row, VECTOR_BYTES * (matrix // 2)
 
 
 def v_address(thread):
@@ -239,7 +240,7 @@ def v_address(thread):
   Args:
     thread: Index of the thread in the warpgroup.
   """
-  return thread % 32, _VECTOR_BYTES * (thread // 32)
+  return thread % 32, VECTOR_BYTES * (thread // 32)
 
 
 def k_loads(keys: int, start: int, size: int) -> list[Load]:
@@ -275,18 +276,14 @@ def byte_offset(row, column, head_dim: int):
     column: Byte in the row.
     head_dim: Bytes per row.
   """
-  swizzle = _swizzle(head_dim)
+  swizzle = swizzle_bytes(head_dim)
   if swizzle is None:
     return row * head_dim + column
   tile = row // 8 * (head_dim // swizzle) + column // swizzle
   offset = (tile * 8 + row % 8) * swizzle + column % swizzle
   # XOR bits 4 and up, the 16-byte vector, with bits 7 and up, the index of the
   # 128 bytes: the row, if the swizzle is 128 bytes.
-  return offset ^ (offset // 8 & swizzle - _VECTOR_BYTES)
-
-
-def _swizzle(head_dim):
-  return next((x for x in _SWIZZLES if head_dim % x == 0), None)
+  return offset ^ (offset // 8 & swizzle - VECTOR_BYTES)
 
 
 def _widen(tile_smem):
@@ -320,7 +317,7 @@ def _load(tile_smem, shape, first_address, loads, *, is_transposed=False):
     for load in loads:
       pointer = _pointer(tile, row, column + load.column, head_dim)
       # A multiple of 8 rows further on, the swizzle is the same: add an offset.
-      pointer = _advance(pointer, load.row * head_dim)
+      pointer = advance(pointer, load.row * head_dim)
       words = _ldmatrix(pointer, len(load.registers), is_transposed)
       for word, blocks in zip(words, load.registers, strict=True):
         for at, register in zip(blocks, _widen_word(word, is_int), strict=True):
@@ -341,12 +338,7 @@ def _thread():
 def _pointer(tile, row, column, head_dim):
   """Returns a pointer to a byte of a tile; see `byte_offset`."""
   offset = byte_offset(row, column, head_dim).registers.item()
-  return _advance(utils.memref_ptr(tile), offset)
-
-
-def _advance(pointer, num_bytes):
-  i8 = ir.IntegerType.get_signless(8)
-  return utils.getelementptr(pointer, [num_bytes], i8)
+  return advance(utils.memref_ptr(tile), offset)
 
 
 def _ldmatrix(pointer, num, is_transposed):

@@ -12,12 +12,11 @@ from pallas_kernels.common import limits, refs, schedule, tree_bits
 from pallas_kernels.common.paged_kv import KVArrays
 from pallas_kernels.common.problem import PagedProblem
 from pallas_kernels.common.rounding import cdiv
+from pallas_kernels.common.swizzle import swizzle_bytes
 from pallas_kernels.common.types import ArrayOrRef, Ref
 from pallas_kernels.decode import fragments
 from pallas_kernels.decode.config import Config, padded_queries, smem_bytes
 from pallas_kernels.decode.partials import OutputScratch, Partials
-
-_SWIZZLES = (128, 64, 32)  # bytes: widths of a wgmma tile in shared memory
 
 
 class Inputs(NamedTuple):
@@ -109,7 +108,8 @@ class DecodeProblem(PagedProblem[Config]):
     self,
   ) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
     """The layout of 16-bit wgmma operands: swizzled tiles of 8 rows."""
-    swizzle = next(x for x in _SWIZZLES if self.head_dim * 2 % x == 0)
+    swizzle = swizzle_bytes(self.head_dim * 2)
+    assert swizzle is not None  # head_dim is a multiple of 16
     return (
       plgpu.TilingTransform((8, swizzle // 2)),
       plgpu.SwizzleTransform(swizzle),

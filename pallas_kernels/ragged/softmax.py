@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.common import base2, wgmma
 from pallas_kernels.common.base2 import Softmax, or_zero
+from pallas_kernels.common.ptx import i32
 
 _STORE_IF_NEGATIVE = """{
   .reg .pred never;
@@ -115,16 +116,14 @@ def _differs_from_one(alpha):
     registers = map(_first, alpha.registers.flat)
     each = [arith.cmpf(unequal, register, one) for register in registers]
     differs: Any = functools.reduce(arith.ori, each)
-    everyone: Any = mgpu.c(0xFFFFFFFF, ir.IntegerType.get_signless(32))
-    differs = nvvm.vote_sync(everyone, differs, "any")
+    differs = nvvm.vote_sync(i32(0xFFFFFFFF), differs, "any")
     return mgpu.FragmentedArray.splat(differs, (), is_signed=False)
 
   return vote(alpha)
 
 
 def _first(register):
-  zero: Any = mgpu.c(0, ir.IntegerType.get_signless(32))
-  return llvm.extractelement(register, zero)
+  return llvm.extractelement(register, i32(0))
 
 
 def merge(a: Softmax, b: Softmax) -> Softmax:
@@ -187,10 +186,9 @@ def _pin_before_wait(l):
   @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,))
   def pin(_, l):
     for pair, i in itertools.product(l.registers.flat, range(2)):
-      index: Any = mgpu.c(i, ir.IntegerType.get_signless(32))
       llvm.inline_asm(
         ir.Type.parse("!llvm.void"),
-        [llvm.extractelement(pair, index)],
+        [llvm.extractelement(pair, i32(i))],
         _STORE_IF_NEGATIVE,
         "f",
         has_side_effects=True,
