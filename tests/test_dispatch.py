@@ -68,7 +68,7 @@ def test_hopper_takes_the_kernel_for_its_multiprocessors(
     "mosaic_gpu, since its kernel supports bfloat16 with head_dim=64 on "
     f"{kind!r}."
   )
-  assert gpu.at_hand() == gpu.Gpu(kind, num_sms)
+  assert gpu.default_gpu() == gpu.Gpu(kind, num_sms)
   few, many = (
     decode_config.default_config(8 * num_seqs, 4, 80, jnp.bfloat16)
     for num_seqs in (1, 300)
@@ -82,14 +82,14 @@ def test_a_cpu_takes_xla_and_lowers_for_an_h200(become, capsys):
   assert _info(capsys)["decode attention"] == (
     "xla, since the default device is 'cpu', not an NVIDIA GPU."
   )
-  assert gpu.at_hand() == gpu.Gpu(kind="", num_sms=132)
+  assert gpu.default_gpu() == gpu.Gpu(kind="", num_sms=132)
 
 
 def test_a_gpu_that_does_not_tell_its_multiprocessors_counts_as_an_h200(
   become,
 ):
   become("NVIDIA H200", compute_capability="9.0")
-  assert gpu.at_hand() == gpu.Gpu("NVIDIA H200", 132)
+  assert gpu.default_gpu() == gpu.Gpu("NVIDIA H200", 132)
 
 
 def test_a_kernel_that_is_not_served_says_which_shape(become):

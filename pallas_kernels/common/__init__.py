@@ -8,6 +8,7 @@ Operands and options
   limits     supported shapes and dtypes; shared memory of a Hopper GPU
   problem    the static sizes of a launch over paged KV
   refs       declares outputs, shared memory and barriers
+  swizzle    widths of swizzled tiles in shared memory
 
 Schedule
   schedule   splits the KV tiles of a ragged batch evenly between programs
@@ -20,6 +21,7 @@ Page table lookups and masks
 Numerics
   base2      the online softmax in base 2, for either orientation of a tile
   wgmma      matrix products by the tensor cores
+  ptx        constants and pointers for PTX that is written by hand
 
 GPU and warps
   gpu        the device that tile sizes are chosen for

@@ -15,7 +15,7 @@ class Gpu:
   num_sms: int = 132  # multiprocessors; the default fits H200 and H100 SXM
 
 
-def at_hand() -> Gpu:
+def default_gpu() -> Gpu:
   """Returns the default device, or `Gpu()` if the default device is no GPU.
 
   Kernels can be lowered without a GPU. They run on any number of

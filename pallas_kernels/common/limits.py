@@ -44,8 +44,11 @@ def unsupported_shape(
   names = [jnp.dtype(x).name for x in (dtype, kv_dtype)]
   if names[0] not in ("bfloat16", "float16"):
     return f"dtype={names[0]} is not bfloat16 or float16."
-  if names[1] not in (names[0], *QUANTISED_DTYPES):
-    return f"pages of {names[1]} do not take queries of {names[0]}."
+  kv_dtypes = names[0], *QUANTISED_DTYPES
+  if names[1] not in kv_dtypes:
+    return (
+      f"kv_dtype={names[1]} with dtype={names[0]} is not one of {kv_dtypes}."
+    )
   if head_dim not in HEAD_DIMS:
     return f"{head_dim=} is not one of {HEAD_DIMS}."
   if page_size < 1 or page_size % 8:

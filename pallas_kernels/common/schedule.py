@@ -1,10 +1,11 @@
 """Splits the KV tiles of a ragged batch evenly between programs.
 
-A work item is a (sequence, KV head) pair. The tiles of all items are numbered
-consecutively, and program p of P attends the p-th of P contiguous ranges of
-equal size. A split is the part of an item that lies in one range:
+A work item is a pair of a row and a KV head; a row is a sequence in decode and
+a query tile in ragged. The tiles of all items are numbered consecutively, and
+program p of P attends the p-th of P contiguous ranges of equal size. A split is
+the part of an item that lies in one range:
 
-  items      |   seq 0, head 0  |   seq 0, head 1  |s1 h0|s1 h1| seq 2 ...
+  items      |   row 0, head 0  |   row 0, head 1  |r1 h0|r1 h1| row 2 ...
   programs   |  0  |  1  |  2  |  3  |  4  |  5  |  6  |  7  |  8  |  9 ...
 
 Only items that cross the boundary of a range produce partial results. Each
@@ -92,16 +93,16 @@ class TileRanges:
 class Splits(NamedTuple):
   """The schedule that programs read from global memory."""
 
-  # i32[num_seqs + 1]: tiles, for one KV head, of all sequences before this one.
+  # i32[num_rows + 1]: tiles, for one KV head, of all rows before this one.
   starts: ArrayOrRef
   # i32[num_programs + 1, 5], for the first tile of each range: its number among
-  # all tiles, its sequence, its KV head, its index in the item, the number of
-  # tiles in the item. The last row is the end of the last range.
+  # all tiles, its row, its KV head, its index in the item, the number of tiles
+  # in the item. The last entry is the end of the last range.
   firsts: ArrayOrRef
 
 
 def split_evenly(
-  num_tiles: Int[Array, " num_seqs"],
+  num_tiles: Int[Array, " num_rows"],
   num_kv_heads: int,
   num_programs: int,
   *,
@@ -110,15 +111,15 @@ def split_evenly(
   """Returns the schedule.
 
   Args:
-    num_tiles: Tiles of each sequence, for one KV head; at least 1.
+    num_tiles: Tiles of each row, for one KV head; at least 1.
     num_kv_heads: Number of KV heads.
     num_programs: Number of programs (CTAs).
     fixed_splits: Whether items are split by their own length alone.
   """
-  num_seqs = num_tiles.shape[0]
+  num_rows = num_tiles.shape[0]
   # A masked sum over pairs is one fused kernel; a cumulative sum is several.
-  row = lax.broadcasted_iota(jnp.int32, (num_seqs + 1, num_seqs), 0)
-  column = lax.broadcasted_iota(jnp.int32, (num_seqs + 1, num_seqs), 1)
+  row = lax.broadcasted_iota(jnp.int32, (num_rows + 1, num_rows), 0)
+  column = lax.broadcasted_iota(jnp.int32, (num_rows + 1, num_rows), 1)
   before = jnp.where(column < row, num_tiles[None], 0)
   starts = jnp.sum(before, axis=1, dtype=jnp.int32)
   ranges = TileRanges(starts[-1] * num_kv_heads, num_programs)
@@ -135,20 +136,21 @@ def split_evenly(
 
 def _find(starts, num_kv_heads, first):
   """Returns the columns of `Splits.firsts`, given numbers of tiles."""
-  last_seq = starts.shape[0] - 2
+  last_row = starts.shape[0] - 2
   passed = starts[None, 1:] * num_kv_heads <= first[:, None]
-  seq = jnp.minimum(jnp.sum(passed, axis=1, dtype=jnp.int32), last_seq)
+  row = jnp.minimum(jnp.sum(passed, axis=1, dtype=jnp.int32), last_row)
   start = jnp.max(jnp.where(passed, starts[None, 1:], 0), axis=1)
   end = jnp.min(jnp.where(passed, starts[-1], starts[None, 1:]), axis=1)
   tiles = jnp.maximum(end - start, 1)
-  place = first - start * num_kv_heads
-  return first, seq, lax.div(place, tiles), lax.rem(place, tiles), tiles
+  tile_in_row = first - start * num_kv_heads
+  head, tile_in_item = lax.div(tile_in_row, tiles), lax.rem(tile_in_row, tiles)
+  return first, row, head, tile_in_item, tiles
 
 
 class Split(NamedTuple):
   """The part of an item that lies in the range of one program."""
 
-  seq: jax.Array
+  row: jax.Array  # a sequence in decode, a query tile in ragged
   head: jax.Array
   nth: jax.Array  # index of the split in the program
   first: jax.Array  # index of its first tile in the item
@@ -178,32 +180,32 @@ def for_each_split[C](
     The last carry.
   """
   starts_gmem, firsts_gmem = splits
-  last_seq = starts_gmem.shape[0] - 2
+  last_row = starts_gmem.shape[0] - 2
   program = lax.axis_index("program")
   begin, end = firsts_gmem[program, 0], firsts_gmem[program + 1, 0]
-  seq, head, tile, tiles = (firsts_gmem[program, i] for i in range(1, 5))
+  row, head, tile, tiles = (firsts_gmem[program, i] for i in range(1, 5))
 
   # The state is the position of the next split, from `begin` up to `end`.
   def body(state):
-    begin, seq, head, tile, tiles, nth, carry = state
+    begin, row, head, tile, tiles, nth, carry = state
     num_tiles, of_item = jnp.minimum(tiles - tile, end - begin), jnp.int32(0)
     if fixed_splits:
       size = split_size(tiles)
       num_tiles, of_item = jnp.minimum(num_tiles, size), lax.div(tile, size)
     is_whole = num_tiles == tiles
     # 1. Attend up to the end of the item, of the range or of a fixed split.
-    split = Split(seq, head, nth, tile, num_tiles, is_whole, of_item)
+    split = Split(row, head, nth, tile, num_tiles, is_whole, of_item)
     carry = step(split, carry)
     next_tile = tile + num_tiles
-    # 2. Go on in the same item, the next KV head or the next sequence.
+    # 2. Go on in the same item, the next KV head or the next row.
     item_continues = next_tile < tiles
     is_last_head = jnp.logical_not(item_continues) & (head == num_kv_heads - 1)
     next_head = jnp.where(item_continues, head, head + 1)
-    next_seq = jnp.where(is_last_head, seq + 1, seq)
-    at = jnp.minimum(next_seq, last_seq)
+    next_row = jnp.where(is_last_head, row + 1, row)
+    at = jnp.minimum(next_row, last_row)
     return (
       begin + num_tiles,
-      next_seq,
+      next_row,
       jnp.where(is_last_head, 0, next_head),
       jnp.where(item_continues, next_tile, 0),
       starts_gmem[at + 1] - starts_gmem[at],
@@ -211,5 +213,5 @@ def for_each_split[C](
       carry,
     )
 
-  state = begin, seq, head, tile, tiles, jnp.int32(0), carry
+  state = begin, row, head, tile, tiles, jnp.int32(0), carry
   return lax.while_loop(lambda state: state[0] < end, body, state)[-1]

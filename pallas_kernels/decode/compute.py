@@ -69,8 +69,8 @@ def _attend_split(problem, inputs, outputs, smem, split, num_before):
   if inputs.alibi_slopes is not None:
     slopes = load_queries(inputs.alibi_slopes.at[split.head])
   if inputs.tree is not None:
-    words = load_queries(inputs.tree.of_queries.at[split.seq])
-    tree = tree_bits.Few(words, inputs.tree.of_seqs[split.seq])
+    words = load_queries(inputs.tree.of_queries.at[split.row])
+    tree = tree_bits.Few(words, inputs.tree.of_seqs[split.row])
 
   # 3. Fold the KV tiles into the softmax, as the producer delivers them.
   def fold(i, base, ids, state):
@@ -95,10 +95,12 @@ def _attend_split(problem, inputs, outputs, smem, split, num_before):
 
 def _tile_queries(problem, smem):
   """Moves Q from row-major shared memory through registers into wgmma tiles."""
-  if problem.is_interleaved:
-    q = fragments.load_rows(smem.loaded_q.T)
+  if problem.is_permuted:
+    q = fragments.load_rows(smem.q_row_major.T)
   else:
-    q = plgpu.load(smem.loaded_q.T, layout=plgpu.Layout.WGMMA, optimized=False)
+    q = plgpu.load(
+      smem.q_row_major.T, layout=plgpu.Layout.WGMMA, optimized=False
+    )
   smem.q.T[...] = problem.as_operand(q)
   # Makes Q visible to wgmma, and all warps finish the load before the arrival
   # below lets the producer overwrite the buffer.
@@ -108,14 +110,14 @@ def _tile_queries(problem, smem):
 
 def _write(problem, inputs, outputs, smem, split, state):
   """Writes the output if the split is a whole item, else its partial state."""
-  store = fragments.store_rows if problem.is_interleaved else partials.store
+  store = fragments.store_rows if problem.is_permuted else partials.store
 
   @pl.when(split.is_whole)
   def _():
     sinks = None
     if inputs.sinks is not None:
       sinks = load_queries(inputs.sinks.at[split.head])
-    at = split.seq, split.head
+    at = split.row, split.head
     arrays = outputs.out.at[at], outputs.lse.at[at]
     partials.write_output(state, sinks, *arrays, smem.output, store)
 
@@ -124,5 +126,5 @@ def _write(problem, inputs, outputs, smem, split, state):
     kind = jnp.where(split.nth == 0, FIRST, LAST)
     at = kind, lax.axis_index("program")
     if problem.spec.batch_invariant:
-      at = split.seq * problem.num_kv_heads + split.head, split.nth_of_item
+      at = split.row * problem.num_kv_heads + split.head, split.nth_of_item
     partials.write_partial(state, outputs.partials, at, store)

@@ -58,7 +58,7 @@ def default_config(
     dtype: Dtype of the pool.
     device: The GPU to size for; the default device if None.
   """
-  num_sms = (device or gpu.at_hand()).num_sms
+  num_sms = (device or gpu.default_gpu()).num_sms
   shapes = num_queries, head_dim, dtype
   if limits.is_quantised(dtype):
     # A second program hides the latency of dequantisation. With head_dim > 128
@@ -167,5 +167,5 @@ def unsupported(
   if group * max_q_len > _MAX_QUERIES:
     return f"{queries} are more than {_MAX_QUERIES}."
   if padded_queries(group * max_q_len) * head_dim > _MAX_ELEMENTS:
-    return f"{queries}, of {head_dim=}, pass shared memory."
+    return f"{queries} with {head_dim=} exceed shared memory."
   return None

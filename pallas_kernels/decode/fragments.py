@@ -12,7 +12,7 @@ Here an element is a pair of bytes, so lane 4 g + c gets:
 Bytes 0 and 2 of these four become one register of two float16, bytes 1 and 3
 another: one register for each half of 16 columns of K, or of 16 rows of V^T.
 This permutes every 16 elements of head_dim, in K and V^T alike: element 2 g + h
-goes to position 8 h + g. Q is permuted in the same way (`to_order`,
+goes to position 8 h + g. Q is permuted in the same way (`permute`,
 `load_rows`), and the permutation of V^T P is undone (`store_rows`).
 
 A tile in shared memory is row-major or swizzled by TMA: in rows of `swizzle`
@@ -32,8 +32,9 @@ from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
-_SWIZZLES = (128, 64, 32)  # bytes
-_VECTOR_BYTES = 16  # bytes per row of an `ldmatrix`
+from pallas_kernels.common.ptx import VECTOR_BYTES, advance
+from pallas_kernels.common.swizzle import swizzle_bytes
+
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # layout of one value per row
 # WGMMA's registers relabelled: undoes the permutation of the rows.
 _PAIRS = mgpu.TiledLayout(
@@ -54,7 +55,7 @@ _ELEMENTS = mgpu.TiledLayout(
 class Load(NamedTuple):
   """One `ldmatrix` instruction of 2 or 4 matrices."""
 
-  row: int  # offset from the row of `k_place` or `v_place`, a multiple of 8
+  row: int  # offset from the row of `k_address`, `v_address`; a multiple of 8
   column: int  # offset from their column
   # For each matrix, the registers of its even and of its odd bytes in the
   # operand: (block of 64 rows, block of 8 columns, half of 16 rows).
@@ -85,7 +86,7 @@ _FROM_FLOAT8 = """{
 
 def transforms(head_dim: int) -> tuple[Any, ...]:
   """Returns the layout of 8-bit tiles in shared memory; () means row-major."""
-  swizzle = _swizzle(head_dim)
+  swizzle = swizzle_bytes(head_dim)
   if swizzle is None:
     return ()
   return (
@@ -94,15 +95,15 @@ def transforms(head_dim: int) -> tuple[Any, ...]:
   )
 
 
-def to_order(q):
-  """Returns q with its last axis, head_dim, permuted to register order."""
+def permute(q):
+  """Returns q with its last axis, head_dim, permuted."""
   *shape, head_dim = q.shape
   q = q.reshape(*shape, head_dim // 16, 8, 2)
   return q.swapaxes(-1, -2).reshape(*shape, head_dim)
 
 
 def load_rows(ref):
-  """Loads [head_dim, columns], and permutes its rows to register order.
+  """Loads [head_dim, columns], and permutes its rows.
 
   Args:
     ref: 16-bit elements in shared memory.
@@ -128,7 +129,7 @@ def load_rows(ref):
 
 
 def store_rows(ref, array) -> None:
-  """Stores [head_dim, columns] whose rows are in register order.
+  """Stores [head_dim, columns] whose rows are permuted.
 
   Args:
     ref: Receives the rows in natural order.
@@ -170,7 +171,7 @@ def load_k(tile_smem, start: int, size: int, *, interpreted: bool):
   if interpreted:
     return _widen(tile_smem)[:, start : start + size]
   keys = tile_smem.shape[0]
-  return _load(tile_smem, (keys, size), k_place, k_loads(keys, start, size))
+  return _load(tile_smem, (keys, size), k_address, k_loads(keys, start, size))
 
 
 def load_v(tile_smem, start: int, size: int, *, interpreted: bool):
@@ -189,7 +190,7 @@ def load_v(tile_smem, start: int, size: int, *, interpreted: bool):
     return _widen(tile_smem)[:, start : start + size].T
   keys = tile_smem.shape[0]
   loads = v_loads(keys, start, size)
-  return _load(tile_smem, (size, keys), v_place, loads, is_transposed=True)
+  return _load(tile_smem, (size, keys), v_address, loads, is_transposed=True)
 
 
 def zero_rows(tile_smem, keep, *, interpreted: bool) -> None:
@@ -215,31 +216,31 @@ def zero_rows(tile_smem, keep, *, interpreted: bool) -> None:
       kept = vector.extract(kept, [], [0])
       is_masked = arith.cmpi(arith.CmpIPredicate.eq, kept, utils.c(0, i32))
       with utils.when(is_masked):
-        for column in range(0, head_dim, 4 * _VECTOR_BYTES):
+        for column in range(0, head_dim, 4 * VECTOR_BYTES):
           # Four threads share a row.
-          start = (column + _VECTOR_BYTES * (thread % 4)) % head_dim
+          start = (column + VECTOR_BYTES * (thread % 4)) % head_dim
           llvm.store(zeros, _pointer(tile, row, start, head_dim))
 
   zero(tile_smem, keep.astype(jnp.int32))
 
 
-def k_place(thread):
+def k_address(thread):
   """Returns the row and column that a thread addresses in an `ldmatrix` of K.
 
   Args:
     thread: Index of the thread in the warpgroup.
   """
   warp, matrix, row = thread // 32, thread // 8 % 4, thread % 8
-  return 16 * warp + 8 * (matrix % 2) + row, _VECTOR_BYTES * (matrix // 2)
+  return 16 * warp + 8 * (matrix % 2) + row, VECTOR_BYTES * (matrix // 2)
 
 
-def v_place(thread):
+def v_address(thread):
   """Returns the row and column that a thread addresses in an `ldmatrix` of V.
 
   Args:
     thread: Index of the thread in the warpgroup.
   """
-  return thread % 32, _VECTOR_BYTES * (thread // 32)
+  return thread % 32, VECTOR_BYTES * (thread // 32)
 
 
 def k_loads(keys: int, start: int, size: int) -> list[Load]:
@@ -267,7 +268,7 @@ def v_loads(keys: int, start: int, size: int) -> list[Load]:
   return loads
 
 
-def address(row, column, head_dim: int):
+def byte_offset(row, column, head_dim: int):
   """Returns the offset of a byte of a tile from the beginning of the tile.
 
   Args:
@@ -275,32 +276,28 @@ def address(row, column, head_dim: int):
     column: Byte in the row.
     head_dim: Bytes per row.
   """
-  swizzle = _swizzle(head_dim)
+  swizzle = swizzle_bytes(head_dim)
   if swizzle is None:
     return row * head_dim + column
   tile = row // 8 * (head_dim // swizzle) + column // swizzle
-  place = (tile * 8 + row % 8) * swizzle + column % swizzle
+  offset = (tile * 8 + row % 8) * swizzle + column % swizzle
   # XOR bits 4 and up, the 16-byte vector, with bits 7 and up, the index of the
   # 128 bytes: the row, if the swizzle is 128 bytes.
-  return place ^ (place // 8 & swizzle - _VECTOR_BYTES)
-
-
-def _swizzle(head_dim):
-  return next((x for x in _SWIZZLES if head_dim % x == 0), None)
+  return offset ^ (offset // 8 & swizzle - VECTOR_BYTES)
 
 
 def _widen(tile_smem):
-  """Returns a tile as float16, in the interpreter."""
+  """Widens a tile to float16, in the interpreter."""
   return tile_smem[...].astype(jnp.float32).astype(jnp.float16)
 
 
-def _load(tile_smem, shape, first_place, loads, *, is_transposed=False):
+def _load(tile_smem, shape, first_address, loads, *, is_transposed=False):
   """Loads a tile as a float16 operand in layout WGMMA.
 
   Args:
     tile_smem: See `load_k`.
     shape: Shape of the operand.
-    first_place: `k_place` or `v_place`.
+    first_address: `k_address` or `v_address`.
     loads: The `ldmatrix` instructions.
     is_transposed: Whether `ldmatrix` transposes its matrices.
   """
@@ -314,17 +311,17 @@ def _load(tile_smem, shape, first_place, loads, *, is_transposed=False):
   def read(_, tile):
     layout = fragmented_array.WGMMA_LAYOUT
     registers = np.empty(layout.registers_shape(shape), dtype=object)
-    by_place = registers.reshape(shape[0] // 64, shape[1] // 8, 2)
+    by_block = registers.reshape(shape[0] // 64, shape[1] // 8, 2)
     pairs = ir.VectorType.get((2,), ir.F16Type.get())
-    row, column = first_place(_thread())
+    row, column = first_address(_thread())
     for load in loads:
       pointer = _pointer(tile, row, column + load.column, head_dim)
       # A multiple of 8 rows further on, the swizzle is the same: add an offset.
-      pointer = _advance(pointer, load.row * head_dim)
+      pointer = advance(pointer, load.row * head_dim)
       words = _ldmatrix(pointer, len(load.registers), is_transposed)
-      for word, places in zip(words, load.registers, strict=True):
-        for at, register in zip(places, _convert(word, is_int), strict=True):
-          by_place[at] = utils.bitcast(register, pairs)
+      for word, blocks in zip(words, load.registers, strict=True):
+        for at, register in zip(blocks, _widen_word(word, is_int), strict=True):
+          by_block[at] = utils.bitcast(register, pairs)
     return mgpu.FragmentedArray(
       _registers=registers, _layout=layout, _is_signed=None
     )
@@ -339,14 +336,9 @@ def _thread():
 
 
 def _pointer(tile, row, column, head_dim):
-  """Returns a pointer to a byte of a tile; see `address`."""
-  at = address(row, column, head_dim).registers.item()
-  return _advance(utils.memref_ptr(tile), at)
-
-
-def _advance(pointer, num_bytes):
-  i8 = ir.IntegerType.get_signless(8)
-  return utils.getelementptr(pointer, [num_bytes], i8)
+  """Returns a pointer to a byte of a tile; see `byte_offset`."""
+  offset = byte_offset(row, column, head_dim).registers.item()
+  return advance(utils.memref_ptr(tile), offset)
 
 
 def _ldmatrix(pointer, num, is_transposed):
@@ -362,8 +354,8 @@ def _ldmatrix(pointer, num, is_transposed):
   return [llvm.extractvalue(i32, words, [i]) for i in range(num)]
 
 
-def _convert(word, is_int):
-  """Converts four 8-bit elements to two registers of two float16 each."""
+def _widen_word(word, is_int):
+  """Widens four 8-bit elements to two registers of two float16 each."""
   i32 = ir.IntegerType.get_signless(32)
   pair: Any = llvm.inline_asm(
     llvm.StructType.get_literal([i32, i32]),

@@ -240,15 +240,15 @@ def _by_query(problem, logits):
 
 
 def _rows_of_queries(problem, q):
-  """Returns queries as rows, of which an item reads `num_queries`.
+  """Returns queries as rows. An item reads `num_queries` of them.
 
   Unless XLA pads them here, an item has only `num_rows` rows. The rows that it
   reads after those belong to the next items, and their results are not stored.
   """
   if problem.loads_tiles_of_q:
     q = problem.as_operand(q)
-    if problem.is_interleaved:
-      q = fragments.to_order(q)
+    if problem.is_permuted:
+      q = fragments.permute(q)
     q = q.reshape(-1, problem.num_rows, problem.head_dim)
     return problem.pad_queries(q).reshape(-1, problem.head_dim)
   rows = q.reshape(-1, problem.head_dim)
@@ -261,15 +261,15 @@ def _launch(problem: DecodeProblem, inputs: Inputs) -> tuple[Array, Array]:
   config, num_queries = problem.config, problem.num_queries
   fixed_splits = problem.spec.batch_invariant
   items = problem.num_seqs, problem.num_kv_heads
-  places = 2, config.num_programs
+  partial_axes = 2, config.num_programs
   if fixed_splits:
-    places = math.prod(items), problem.max_splits
+    partial_axes = math.prod(items), problem.max_splits
   outputs = Outputs(
     out=refs.output(
       (*items, problem.num_rows, problem.head_dim), problem.dtype
     ),
     lse=refs.output((*items, num_queries), jnp.float32),
-    partials=Partials.types(places, problem.head_dim, num_queries),
+    partials=Partials.types(partial_axes, problem.head_dim, num_queries),
   )
   kernel = plgpu.kernel(
     functools.partial(_body, problem),

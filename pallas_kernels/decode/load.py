@@ -67,11 +67,11 @@ def visited(problem: DecodeProblem, inputs: Inputs, split):
     inputs: Arrays in global memory.
     split: The split.
   """
-  lens = [inputs.kv_lens[split.seq]]
+  lens = [inputs.kv_lens[split.row]]
   if inputs.q_lens is not None:
-    lens.append(inputs.q_lens[split.seq])
+    lens.append(inputs.q_lens[split.row])
   if inputs.tree is not None:
-    lens.append(inputs.tree.of_seqs[split.seq])
+    lens.append(inputs.tree.of_seqs[split.row])
   tiles = problem.visit(*lens)
   return tiles, jnp.where(tiles.num_visited > 0, split.num_tiles, 0)
 
@@ -106,7 +106,7 @@ def for_each_tile(
   def page_ids(i):
     sizes = dict(chunk=problem.chunk, page_size=problem.page_size)
     table = inputs.page_indices
-    return kv_tiles.page_ids(table, split.seq, base(i), chunks, **sizes)
+    return kv_tiles.page_ids(table, split.row, base(i), chunks, **sizes)
 
   def body(i, state):
     carry, ids = state
@@ -143,11 +143,11 @@ def _load_queries(problem, inputs, smem, split):
   def _():
     plgpu.barrier_wait(smem.q_consumed)
 
-  item = split.seq * problem.num_kv_heads + split.head
+  item = split.row * problem.num_kv_heads + split.head
   if problem.loads_tiles_of_q:
     row, target = item * problem.num_queries, smem.q
   else:
-    row, target = item * problem.num_rows, smem.loaded_q
+    row, target = item * problem.num_rows, smem.q_row_major
   rows = inputs.q.at[pl.ds(row, problem.num_queries)]
   plgpu.copy_gmem_to_smem(rows, target, smem.q_loaded)
 

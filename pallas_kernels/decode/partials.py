@@ -47,18 +47,19 @@ class Partials(NamedTuple):
 
   @staticmethod
   def types(
-    places: tuple[int, int], head_dim: int, num_queries: int
+    partial_axes: tuple[int, int], head_dim: int, num_queries: int
   ) -> "Partials":
     """Declares the partials as outputs of the kernel.
 
     Args:
-      places: The leading axes: (2, num_programs), or (items, splits per item).
+      partial_axes: The leading axes: (2, num_programs), or (items, splits per
+        item).
       head_dim: Elements per head.
       num_queries: Queries per item, padded.
     """
-    rows = *places, num_queries
+    rows = *partial_axes, num_queries
     return Partials(
-      acc=refs.output((*places, head_dim, num_queries), jnp.float32),
+      acc=refs.output((*partial_axes, head_dim, num_queries), jnp.float32),
       m=refs.output(rows, jnp.float32),
       l=refs.output(rows, jnp.float32),
     )
@@ -96,10 +97,10 @@ def store(ref, value) -> None:
 
 def _by_blocks(acc, ref, head_dim: int):
   """Pairs each block of acc with its rows of a reference."""
-  places = softmax.row_blocks(head_dim)
+  blocks = softmax.row_blocks(head_dim)
   return [
     (rows, ref.at[pl.ds(start, size)])
-    for rows, (start, size) in zip(acc, places, strict=True)
+    for rows, (start, size) in zip(acc, blocks, strict=True)
   ]
 
 
@@ -115,8 +116,8 @@ def write_partial(
     store_rows: Stores rows of acc.
   """
   acc_gmem = partials.acc.at[at]
-  for rows, place in _by_blocks(state.acc, acc_gmem, acc_gmem.shape[0]):
-    store_rows(place, rows)
+  for rows, block_gmem in _by_blocks(state.acc, acc_gmem, acc_gmem.shape[0]):
+    store_rows(block_gmem, rows)
   store(partials.m.at[at], state.m)
   store(partials.l.at[at], state.l)
 
@@ -194,14 +195,14 @@ def merge_partials(
   Returns:
     The complete output and log-sum-exp.
   """
-  *places, head_dim, num_queries = partials.acc.shape
+  *partial_axes, head_dim, num_queries = partials.acc.shape
   kernel = plgpu.kernel(
     functools.partial(_body, fixed_splits, unroll, interpret is not None),
     out_type=(),
     scratch_types={
       "smem": OutputScratch.types(head_dim, num_queries, out.dtype)
     },
-    grid=(places[0] if fixed_splits else places[1],),
+    grid=(partial_axes[0] if fixed_splits else partial_axes[1],),
     grid_names=("program",),
     compiler_params=plgpu.CompilerParams(
       approx_math=True,
@@ -222,7 +223,7 @@ class _SplitItem(NamedTuple):
   seq: jax.Array
   head: jax.Array
   count: jax.Array  # number of partials
-  place: Callable[[jax.Array], tuple]  # index of the i-th partial in `Partials`
+  index_of: Callable[[jax.Array], tuple]  # of the i-th partial in `Partials`
 
 
 def _item_that_ends_here(splits: schedule.Splits) -> _SplitItem:
@@ -236,11 +237,11 @@ def _item_that_ends_here(splits: schedule.Splits) -> _SplitItem:
   first = ranges.program_of(item)
   kind_of_first = jnp.where(ranges.start(first) < item, LAST, FIRST)
 
-  def place(i):
+  def index_of(i):
     return jnp.where(i == 0, kind_of_first, FIRST), first + i
 
   exists = (begin < end) & (tile > 0) & (item + tiles <= end)
-  return _SplitItem(exists, seq, head, program - first + 1, place)
+  return _SplitItem(exists, seq, head, program - first + 1, index_of)
 
 
 def _own_item(splits: schedule.Splits, num_kv_heads: int) -> _SplitItem:
@@ -275,7 +276,7 @@ def _body(
   @pl.when(split.exists)
   def _():
     def load(i):
-      at = split.place(jnp.minimum(i, split.count - 1))
+      at = split.index_of(jnp.minimum(i, split.count - 1))
       return _load(inputs.partials, at, i < split.count)
 
     # 3. Fold the partials, `unroll` of them per step: their loads overlap.

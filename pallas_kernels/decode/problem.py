@@ -12,12 +12,11 @@ from pallas_kernels.common import limits, refs, schedule, tree_bits
 from pallas_kernels.common.paged_kv import KVArrays
 from pallas_kernels.common.problem import PagedProblem
 from pallas_kernels.common.rounding import cdiv
+from pallas_kernels.common.swizzle import swizzle_bytes
 from pallas_kernels.common.types import ArrayOrRef, Ref
 from pallas_kernels.decode import fragments
 from pallas_kernels.decode.config import Config, padded_queries, smem_bytes
 from pallas_kernels.decode.partials import OutputScratch, Partials
-
-_SWIZZLES = (128, 64, 32)  # bytes: widths of a wgmma tile in shared memory
 
 
 class Inputs(NamedTuple):
@@ -57,7 +56,7 @@ class Scratch(NamedTuple):
   """Shared memory and barriers of a program, in order of address."""
 
   k: Ring
-  loaded_q: Ref  # [num_queries, head_dim], row-major, as copied
+  q_row_major: Ref  # [num_queries, head_dim], row-major, as copied
   output: OutputScratch
   p: Ref  # [num_queries, block_kv], in tiles for wgmma
   q_consumed: Ref  # barrier: the consumer has read Q
@@ -100,8 +99,8 @@ class DecodeProblem(PagedProblem[Config]):
     return q.astype(self.operand_dtype)
 
   @property
-  def is_interleaved(self) -> bool:
-    """Whether the head_dim axis of Q is in the order of `fragments`."""
+  def is_permuted(self) -> bool:
+    """Whether the head_dim axis of Q is permuted, see `fragments`."""
     return self.is_quantised and self.interpret is None
 
   @property
@@ -109,7 +108,8 @@ class DecodeProblem(PagedProblem[Config]):
     self,
   ) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
     """The layout of 16-bit wgmma operands: swizzled tiles of 8 rows."""
-    swizzle = next(x for x in _SWIZZLES if self.head_dim * 2 % x == 0)
+    swizzle = swizzle_bytes(self.head_dim * 2)
+    assert swizzle is not None  # head_dim is a multiple of 16
     return (
       plgpu.TilingTransform((8, swizzle // 2)),
       plgpu.SwizzleTransform(swizzle),
@@ -142,7 +142,7 @@ class DecodeProblem(PagedProblem[Config]):
     """Whether TMA copies Q directly into tiles for wgmma; XLA pads Q then.
 
     Otherwise TMA copies Q row-major, and the consumer moves it into tiles
-    through registers, whose layout takes rows of Q^T by 64.
+    through registers, whose layout needs blocks of 64 rows of Q^T.
     """
     return self.head_dim % 64 != 0
 
@@ -198,7 +198,7 @@ def scratch(problem: DecodeProblem) -> Scratch:
     consumed=barriers(),
   )
   return Scratch(
-    loaded_q=refs.smem((problem.num_queries, head_dim), problem.dtype),
+    q_row_major=refs.smem((problem.num_queries, head_dim), problem.dtype),
     q=operand(problem.num_queries, head_dim),
     k=ring,
     v=ring,

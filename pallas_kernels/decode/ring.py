@@ -3,8 +3,8 @@
 The producer warps fill a stage chunk by chunk (`load`). The consumer warpgroup
 waits for it, uses the tile as a wgmma operand (or loads it into registers if it
 holds 8-bit elements), and releases the stage. Quantised tiles have their scales
-in the same stage. The caller applies the scales to the scores, of which there
-are fewer than elements.
+in the same stage. The caller multiplies the scores by the scales, because there
+are fewer scores than elements.
 
   pages    |p7|p2|p9|p4|  one copy each         (and one for their scales)
   ring     |  tile 4   |  tile 5   |  tile 3   |         num_stages tiles
@@ -56,15 +56,15 @@ def _copy_chunk(problem, source, ring, page_head, stage, base, j):
   if chunk < problem.page_size:
     row = lax.rem(base + j * chunk, jnp.int32(problem.page_size))
     rows = (pl.ds(row, chunk),)
-  at, place = (*page_head, *rows), (stage, pl.ds(j * chunk, chunk))
-  target = ring.tiles.at[*place, pl.ds(0, problem.head_dim)]
+  at, target_rows = (*page_head, *rows), (stage, pl.ds(j * chunk, chunk))
+  target = ring.tiles.at[*target_rows, pl.ds(0, problem.head_dim)]
   is_row_major = problem.is_quantised and not fragments.transforms(
     problem.head_dim
   )
   copy = _bulk_copy if is_row_major else plgpu.copy_gmem_to_smem
   copy(source.pages.at[at], target, ring.loaded.at[stage])
   if source.scales is not None and ring.scales is not None:
-    scales = ring.scales.at[place]
+    scales = ring.scales.at[target_rows]
     _bulk_copy(source.scales.at[at], scales, ring.loaded.at[stage])
 
 

@@ -146,14 +146,14 @@ def finish(state: Softmax, sinks):
   return base2.finish(state, sinks, scale_blocks)
 
 
-def matmul_meanwhile[T](
+def matmul_with_overlap[T](
   shape: tuple[int, int],
   operands: Iterable[Callable[[], tuple]],
-  do: Callable[[], T],
+  overlapped: Callable[[], T],
   *,
   interpreted: bool,
 ) -> tuple[Array, T]:
-  """Returns the sum of products a @ b in f32, and the result of `do`.
+  """Returns the sum of products a @ b in f32, and the result of `overlapped`.
 
   wgmma is asynchronous: each function below runs while wgmma computes the
   previous product.
@@ -162,17 +162,17 @@ def matmul_meanwhile[T](
     shape: Shape of the sum.
     operands: Functions that return a, the left operand, in registers, and b,
       the right operand, in shared memory.
-    do: Function that runs during the last product.
+    overlapped: Function that runs during the last product.
     interpreted: Whether the interpreter runs the kernel; it has no such wgmma.
   """
   if interpreted:
     products = [wgmma.plain_product(*make()) for make in operands]
-    return functools.reduce(jnp.add, products), do()
+    return functools.reduce(jnp.add, products), overlapped()
 
   def issue(acc):
     for make in operands:
       plgpu.wgmma(acc, *make())
-    result = do()
+    result = overlapped()
     return acc[...], result
 
   return pl.run_scoped(issue, plgpu.ACC(shape, jnp.float32))

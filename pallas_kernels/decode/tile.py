@@ -195,21 +195,21 @@ def _fold_quantised_scores(tile, state):
   tile.wait(smem.k)
   scales = tile.scales(smem.k)
 
-  def meanwhile():
+  def overlapped():
     tile.release(smem.k)
     return _load_v(tile)
 
-  s, (v, v_scales) = softmax.matmul_meanwhile(
+  s, (v, v_scales) = softmax.matmul_with_overlap(
     (problem.config.block_kv, problem.num_queries),
     _parts_of_k(tile),
-    meanwhile,
+    overlapped,
     interpreted=problem.interpret is not None,
   )
   # 2. Apply the scales of K to the scores, and those of V to the exponents.
   s, is_seen = _masked(tile, s * softmax.down(scales, s.shape))
-  weighted, taint = _weighted(v_scales, s, is_seen)
+  weighted, nan_or_zero = _weighted(v_scales, s, is_seen)
   state, p = softmax.fold(state, s, weighted)
-  return state, p + taint, v
+  return state, p + nan_or_zero, v
 
 
 def _parts_of_k(tile):
@@ -261,16 +261,16 @@ def _weighted(scales, s, is_seen):
     s: Scores in base 2.
     is_seen: The mask of `s`.
   """
-  taint = scales * 0  # NaN if the scale is NaN or infinite, else 0
+  nan_or_zero = scales * 0  # NaN if the scale is NaN or infinite, else 0
   # A weight must not be NaN: the log-sum-exp does not depend on V.
   weights = jnp.where(
-    taint == 0, jnp.log2(jnp.maximum(scales, _MIN_SCALE)), 0.0
+    nan_or_zero == 0, jnp.log2(jnp.maximum(scales, _MIN_SCALE)), 0.0
   )
   weighted = s + softmax.down(weights, s.shape)
-  taint = softmax.down(taint, s.shape)
+  nan_or_zero = softmax.down(nan_or_zero, s.shape)
   return (
     jnp.where(is_seen, weighted, -jnp.inf),
-    jnp.where(is_seen, taint, 0.0),
+    jnp.where(is_seen, nan_or_zero, 0.0),
   )
 
 

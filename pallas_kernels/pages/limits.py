@@ -40,14 +40,17 @@ def unsupported_copy(
     dtype: Dtype of the pool.
   """
   if widest_row(math.prod(page_shape), dtype) is None:
-    return f"pages of {page_shape} {jnp.dtype(dtype)} are not whole 16 bytes."
+    return (
+      f"pages of {page_shape} {jnp.dtype(dtype)} cannot be cut into rows of a "
+      "multiple of 16 bytes."
+    )
   return None
 
 
 def widest_row(num_elements: int, dtype: DTypeLike) -> int | None:
   """Returns the widest row into which TMA can cut an array; None if it cannot.
 
-  Rows are whole multiples of 16 bytes.
+  The bytes of a row are a multiple of 16.
 
   Args:
     num_elements: Elements of the array, which is contiguous.

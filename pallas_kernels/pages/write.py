@@ -16,7 +16,7 @@ are loaded but not stored: stores are predicated instead of branched around.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.experimental.mosaic.gpu as mgpu
@@ -29,13 +29,13 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 from jaxtyping import Array, Int, Real
 
 from pallas_kernels.common import gpu
+from pallas_kernels.common.ptx import VECTOR_BYTES, advance, i32
 from pallas_kernels.common.rounding import cdiv
 from pallas_kernels.pages.limits import WORD, unsupported_write
 
 _THREADS = 128  # threads per program, which is one warpgroup
 _PROGRAMS = 4  # programs per multiprocessor before a thread gets more vectors
 _MAX_VECTORS = 4  # vectors per thread; K and V of 16 bytes take 32 registers
-_VECTOR_BYTES = 16  # 8 or 4 if rows are not whole multiples of 16 bytes
 _DROPPED = -1  # pool row of a token that is not stored
 
 
@@ -76,7 +76,8 @@ def write_tokens(
   if slots.shape[0] == 0:
     return pools
   row_bytes = shape[-1] * dtype.itemsize
-  per_row = row_bytes // math.gcd(row_bytes, _VECTOR_BYTES)
+  # Vectors have 8 or 4 bytes if those of a row are no multiple of 16.
+  per_row = row_bytes // math.gcd(row_bytes, VECTOR_BYTES)
   num_vectors = slots.shape[0] * shape[2] * per_row
   step = _THREADS * (vectors_per_thread or _vectors_per_thread(num_vectors))
   kernel = plgpu.kernel(
@@ -106,7 +107,7 @@ def write_tokens(
 
 def _vectors_per_thread(num_vectors: int) -> int:
   """Returns vectors per thread: few, unless the GPU is fully occupied."""
-  threads = _THREADS * _PROGRAMS * gpu.at_hand().num_sms
+  threads = _THREADS * _PROGRAMS * gpu.default_gpu().num_sms
   return max(1, min(_MAX_VECTORS, num_vectors // threads))
 
 
@@ -196,7 +197,7 @@ def _load(ref, at: _Vectors, *, interpreted: bool):
 @plgpu.inline_mgpu()
 def _issue_loads(_) -> None:
   """Keeps ptxas from sinking the loads to the stores that use them."""
-  nvvm.bar_warp_sync(_i32(-1))
+  nvvm.bar_warp_sync(i32(-1))
 
 
 def _store(pool, at: _Vectors, vectors, *, interpreted: bool) -> None:
@@ -251,27 +252,27 @@ def _vector_bytes(ref, per_row: int) -> int:
 
 def _pointers(ref, row, column, num_bytes: int, per_row: int):
   """Returns 64-bit pointers to the thread's vectors in global memory."""
-  i64, i8 = (ir.IntegerType.get_signless(bits) for bits in (64, 8))
+  i64 = ir.IntegerType.get_signless(64)
   start = llvm.addrspacecast(llvm.PointerType.get(1), utils.memref_ptr(ref))
 
-  def advance(pointers, index, size):
+  def advanced(pointers, index, size):
     offsets = [
       arith.muli(arith.extsi(i64, i), mgpu.c(size, i64))
       for i in _elements(index)
     ]
     return [
-      utils.getelementptr(pointer, [offset], i8)
+      advance(pointer, offset)
       for pointer, offset in zip(pointers, offsets, strict=True)
     ]
 
-  pointers = advance([start] * row.registers.size, row, num_bytes * per_row)
-  return pointers if column is None else advance(pointers, column, num_bytes)
+  pointers = advanced([start] * row.registers.size, row, num_bytes * per_row)
+  return pointers if column is None else advanced(pointers, column, num_bytes)
 
 
 def _store_unless_dropped(words, pointer, row) -> None:
   """Stores words if the row is not `_DROPPED`, by a predicated store."""
   (n,) = ir.VectorType(words.type).shape
-  registers = [llvm.extractelement(words, _i32(i)) for i in range(n)]
+  registers = [llvm.extractelement(words, i32(i)) for i in range(n)]
   width = f"v{n}.b32" if n > 1 else "b32"
   names = ", ".join(f"${i + 2}" for i in range(n))
   ptx = f"""{{
@@ -283,7 +284,3 @@ def _store_unless_dropped(words, pointer, row) -> None:
   llvm.inline_asm(
     None, [pointer, row, *registers], ptx, constraints, has_side_effects=True
   )
-
-
-def _i32(value: int) -> Any:
-  return mgpu.c(value, ir.IntegerType.get_signless(32))

@@ -10,7 +10,7 @@ whether the kernel supports the shapes.
       kernel._body
         load.run                 producer warpgroup: page ids, Q, K, V
         load_quantised.run       producer warpgroup for 8-bit pages, instead
-          widen.dequantise       8-bit rows -> 16-bit wgmma operand
+          dequantise.dequantise  8-bit rows -> 16-bit wgmma operand
         compute.run              consumer warpgroups, 64 query rows each
           softmax.fold_scores    m, l and P of a tile of scores
           output.write           output, or partial softmax state of a split
@@ -22,7 +22,7 @@ problem         static sizes, inputs, outputs, shared memory, the work item
 query_tiles     cuts queries into tiles, and assigns them to programs
 load            producer: copies Q, K and V of each item
 load_quantised  producer for 8-bit pages: copies, and dequantises K and V
-widen           producer for 8-bit pages: the conversion, in PTX
+dequantise      producer for 8-bit pages: dequantises slices, in PTX
 compute         consumer: attends each item tile by tile
 softmax         consumer: the online softmax, queries in rows, keys in columns
 output          consumer: writes outputs and partials; the merging kernel

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.common import gpu, limits
 from pallas_kernels.common.limits import SMEM_ALLOCATION, SMEM_LIMIT
 from pallas_kernels.common.rounding import next_power_of_two, round_up
+from pallas_kernels.common.swizzle import swizzle_bytes
 
 ROWS = 64  # query rows per consumer warpgroup: M of wgmma
 _ITEMSIZE = 2  # bytes of bfloat16 and float16
@@ -72,7 +73,7 @@ def default_config(
     is_quantised: Whether pages hold 8-bit elements.
     device: The GPU to size for; the default device if None.
   """
-  num_sms = (device or gpu.at_hand()).num_sms
+  num_sms = (device or gpu.default_gpu()).num_sms
   block_kv = 128 if head_dim <= 128 else 64
   config = Config(block_kv, 2, num_programs=num_sms)
   double_buffered = dataclasses.replace(config, num_q_stages=2)
@@ -152,9 +153,11 @@ def output_columns(head_dim: int, is_quantised: bool = False) -> int:
   return head_dim // (4 if is_quantised else 2)
 
 
-def swizzle_bytes(head_dim: int) -> int:
+def operand_swizzle(head_dim: int) -> int:
   """Returns the width of a wgmma tile in shared memory, in bytes."""
-  return next(x for x in (128, 64, 32) if head_dim * _ITEMSIZE % x == 0)
+  swizzle = swizzle_bytes(head_dim * _ITEMSIZE)
+  assert swizzle is not None  # head_dim is a multiple of 16
+  return swizzle
 
 
 def padded_group(num_q_heads: int, num_kv_heads: int, head_dim: int) -> int:
@@ -170,7 +173,7 @@ def padded_group(num_q_heads: int, num_kv_heads: int, head_dim: int) -> int:
     head_dim: Elements per head.
   """
   group = next_power_of_two(num_q_heads // num_kv_heads)
-  return max(group, 128 // swizzle_bytes(head_dim))
+  return max(group, 128 // operand_swizzle(head_dim))
 
 
 def unsupported(

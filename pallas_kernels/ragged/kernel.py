@@ -114,7 +114,9 @@ def attend(
   if arrays.alibi_slopes is not None and (
     arrays.tree_mask is not None or not spec.causal
   ):
-    raise ValueError("alibi_slopes must be None unless causal and not a tree.")
+    raise ValueError(
+      "alibi_slopes must be None with causal=False or a tree_mask."
+    )
   num_tokens, num_q_heads, head_dim = q.shape
   num_kv_heads = kv.num_kv_heads
   shapes = head_dim, kv.page_size, num_q_heads, num_kv_heads, q.dtype
@@ -337,11 +339,11 @@ def _for_each_item(problem, inputs, outputs, smem, step) -> Count:
     return done.add(item)
 
   def visit_split(split, done):
-    tile = query_tiles.load(inputs.tiles, split.seq)
+    tile = query_tiles.load(inputs.tiles, split.row)
     tile = query_tiles.add_holes(tile, inputs.holes)
     tiles = visited(tile)
     item = Item(
-      nth=split.seq,
+      nth=split.row,
       head=split.head,
       tile=tile,
       first=split.first,

@@ -153,14 +153,14 @@ def _load_item(work, copies):
   lax.fori_loop(0, work.item.num_tiles, load, ids)
 
 
-def load_queries(work: Work, places: list[tuple[int, int]]) -> None:
+def load_queries(work: Work, parts: list[tuple[int, int]]) -> None:
   """Copies parts of Q; TMA fills rows past the last token with zeros.
 
   Args:
     work: The item.
-    places: Parts of Q: (consumer warpgroup, column of tiles).
+    parts: Parts of Q: (consumer warpgroup, column of tiles).
   """
-  if not places:
+  if not parts:
     return  # without a wait, see `warps.for_each_warp`
   problem, smem, item, stage = work.problem, work.smem, work.item, work.q_stage
 
@@ -169,13 +169,13 @@ def load_queries(work: Work, places: list[tuple[int, int]]) -> None:
     plgpu.barrier_wait(smem.q_consumed.at[stage])
 
   by_token, _ = smem.q
-  for wg, i in places:
+  for wg, i in parts:
     first, heads = problem.rows_of(wg)
     tokens = pl.ds(item.tile.token + first, problem.wg_tokens)
     columns = pl.ds(i * problem.columns, problem.columns)
     source = work.inputs.q.at[tokens, item.head, heads, columns]
-    place = by_token.at[stage, wg, i]
-    plgpu.copy_gmem_to_smem(source, place, smem.q_loaded.at[stage])
+    target = by_token.at[stage, wg, i]
+    plgpu.copy_gmem_to_smem(source, target, smem.q_loaded.at[stage])
 
 
 def _load_tile(work, source: KVArrays, ring: Ring, i, pages):
@@ -198,5 +198,5 @@ def _load_tile(work, source: KVArrays, ring: Ring, i, pages):
 
   for j, page in pages.items():
     rows = source.pages.at[rows_of_page(work, page, base + j * chunk, chunk)]
-    place = ring.tiles.at[stage, pl.ds(j * chunk, chunk)]
-    plgpu.copy_gmem_to_smem(rows, place, ring.loaded.at[stage])
+    target = ring.tiles.at[stage, pl.ds(j * chunk, chunk)]
+    plgpu.copy_gmem_to_smem(rows, target, ring.loaded.at[stage])

@@ -20,10 +20,10 @@ from jax import lax
 
 from pallas_kernels.common.gpu import WARPS
 from pallas_kernels.common.paged_kv import KVArrays
-from pallas_kernels.ragged import load, widen
+from pallas_kernels.ragged import dequantise, load
 from pallas_kernels.ragged.problem import RaggedProblem, Ring, Scratch, Work
 
-_NUM_IN_FLIGHT = 2  # see `widen.dequantise`; with four, registers spill
+_NUM_IN_FLIGHT = 2  # see `dequantise.dequantise`; with four, registers spill
 
 
 def run(
@@ -130,7 +130,7 @@ def _dequantise(work, i, nth):
   # 2. Wait for the copies of the slice, and dequantise it.
   staged = nth % problem.num_staged
   plgpu.barrier_wait(staging.loaded.at[staged])
-  widen.dequantise(
+  dequantise.dequantise(
     staging.elements.at[staged],
     staging.scales.at[staged],
     ring.tiles.at[stage],

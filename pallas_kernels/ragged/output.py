@@ -141,18 +141,18 @@ def _copy_columns(problem, target, by_token, start):
   for i in range(by_token.shape[0]):
     columns = pl.ds(start + i * problem.columns, problem.columns)
 
-    def place(token, columns=columns):
+    def target_of(token, columns=columns):
       return target.out.at[token, target.head, heads, columns]
 
     @pl.when(is_full)
-    def _(i=i, place=place):
+    def _(i=i, target_of=target_of):
       tokens = pl.ds(target.tile.token + first, problem.wg_tokens)
-      plgpu.copy_smem_to_gmem(by_token.at[i], place(tokens))
+      plgpu.copy_smem_to_gmem(by_token.at[i], target_of(tokens))
 
     @pl.loop(0, jnp.where(is_full, 0, num_tokens))
-    def _(t, i=i, place=place):
+    def _(t, i=i, target_of=target_of):
       token = target.tile.token + first + t
-      plgpu.copy_smem_to_gmem(by_token.at[i, t], place(token))
+      plgpu.copy_smem_to_gmem(by_token.at[i, t], target_of(token))
 
 
 class _Inputs(NamedTuple):
@@ -210,16 +210,18 @@ def _merge(problem: RaggedProblem, inputs: _Inputs, smem: Ref) -> None:
   firsts = inputs.firsts
   program, num_programs = lax.axis_index("program"), problem.config.num_programs
   begin, end = firsts[program, 0], firsts[program + 1, 0]
-  nth, head, place, cost = (firsts[program, i] for i in range(1, 5))
+  nth, head, tile_in_item, cost = (firsts[program, i] for i in range(1, 5))
   ranges = TileRanges(firsts[num_programs, 0], num_programs)
 
   # 2. Most programs end here. The others fold the partials in order: the last
   # one of the program in which the item begins, then the first of each program.
-  @pl.when((begin < end) & (place > 0) & (begin - place + cost <= end))
+  @pl.when(
+    (begin < end) & (tile_in_item > 0) & (begin - tile_in_item + cost <= end)
+  )
   def _():
     tile = query_tiles.load(inputs.tiles, nth)
-    first = ranges.program_of(begin - place)
-    is_last = ranges.start(first) < begin - place
+    first = ranges.program_of(begin - tile_in_item)
+    is_last = ranges.start(first) < begin - tile_in_item
 
     def fold(p, state):
       kind = jnp.where((p == first) & is_last, LAST, FIRST)

@@ -133,7 +133,7 @@ class RaggedProblem(PagedProblem[Config]):
   @property
   def columns(self) -> int:
     """Columns per wgmma tile in shared memory."""
-    swizzle = ragged_config.swizzle_bytes(self.head_dim)
+    swizzle = ragged_config.operand_swizzle(self.head_dim)
     return swizzle // jnp.dtype(self.dtype).itemsize
 
   @property
@@ -141,7 +141,7 @@ class RaggedProblem(PagedProblem[Config]):
     self,
   ) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
     """The layout of 16-bit wgmma operands: swizzled tiles of 8 rows."""
-    swizzle = ragged_config.swizzle_bytes(self.head_dim)
+    swizzle = ragged_config.operand_swizzle(self.head_dim)
     return (
       plgpu.TilingTransform((8, self.columns)),
       plgpu.SwizzleTransform(swizzle),

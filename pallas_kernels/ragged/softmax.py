@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.common import base2, wgmma
 from pallas_kernels.common.base2 import Softmax, or_zero
+from pallas_kernels.common.ptx import i32
 
 _STORE_IF_NEGATIVE = """{
   .reg .pred never;
@@ -115,16 +116,14 @@ def _differs_from_one(alpha):
     registers = map(_first, alpha.registers.flat)
     each = [arith.cmpf(unequal, register, one) for register in registers]
     differs: Any = functools.reduce(arith.ori, each)
-    everyone: Any = mgpu.c(0xFFFFFFFF, ir.IntegerType.get_signless(32))
-    differs = nvvm.vote_sync(everyone, differs, "any")
+    differs = nvvm.vote_sync(i32(0xFFFFFFFF), differs, "any")
     return mgpu.FragmentedArray.splat(differs, (), is_signed=False)
 
   return vote(alpha)
 
 
 def _first(register):
-  zero: Any = mgpu.c(0, ir.IntegerType.get_signless(32))
-  return llvm.extractelement(register, zero)
+  return llvm.extractelement(register, i32(0))
 
 
 def merge(a: Softmax, b: Softmax) -> Softmax:
@@ -142,21 +141,23 @@ def _scale_rows(acc, factors):
   return acc * across(factors, acc.shape)
 
 
-def matmul_and_accumulate(operands, acc, p, v, meanwhile, *, interpreted: bool):
-  """Returns acc + p @ v, and `meanwhile(wgmma.matmul(operands))`.
+def matmul_and_accumulate(
+  operands, acc, p, v, overlapped, *, interpreted: bool
+):
+  """Returns acc + p @ v, and `overlapped(wgmma.matmul(operands))`.
 
   Args:
     operands: See `wgmma.matmul`; their product is issued first.
     acc: f32.
     p: Left operand, in registers or in shared memory.
     v: Right operand, in shared memory.
-    meanwhile: Called with the product of `operands`, while wgmma computes
+    overlapped: Called with the product of `operands`, while wgmma computes
       p @ v.
     interpreted: Whether the interpreter runs the kernel.
   """
   if interpreted:  # the interpreter cannot start from a given accumulator
     acc = wgmma.accumulate(acc, p, v, interpreted=interpreted)
-    return acc, meanwhile(wgmma.matmul(operands))
+    return acc, overlapped(wgmma.matmul(operands))
 
   def multiply(product_ref):
     for a, b in operands:
@@ -166,7 +167,7 @@ def matmul_and_accumulate(operands, acc, p, v, meanwhile, *, interpreted: bool):
       acc_ref[...] = acc
       plgpu.wgmma(acc_ref, p, v)
       product = plgpu.wgmma_accumulator_load(product_ref, wait_n=1)
-      result = meanwhile(product)
+      result = overlapped(product)
       _pin_before_wait(result[1])
       return acc_ref[...], result
 
@@ -185,10 +186,9 @@ def _pin_before_wait(l):
   @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,))
   def pin(_, l):
     for pair, i in itertools.product(l.registers.flat, range(2)):
-      place: Any = mgpu.c(i, ir.IntegerType.get_signless(32))
       llvm.inline_asm(
         ir.Type.parse("!llvm.void"),
-        [llvm.extractelement(pair, place)],
+        [llvm.extractelement(pair, i32(i))],
         _STORE_IF_NEGATIVE,
         "f",
         has_side_effects=True,

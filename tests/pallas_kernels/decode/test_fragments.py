@@ -54,12 +54,12 @@ def _ldmatrix(memory, addresses, num, is_transposed):
   return words
 
 
-def _load(tile, shape, place, loads, is_transposed):
+def _load(tile, shape, address, loads, is_transposed):
   """Returns the wgmma operand that the threads have in registers."""
   memory, operand = _memory(tile), np.full(shape, -1, int)
-  row, column = place(THREADS)
+  row, column = address(THREADS)
   for load in loads:
-    first = fragments.address(row, column + load.column, tile.shape[1])
+    first = fragments.byte_offset(row, column + load.column, tile.shape[1])
     addresses = first + load.row * tile.shape[1]
     num = len(load.registers)
     words = _ldmatrix(memory, addresses, num, is_transposed)
@@ -84,9 +84,9 @@ def test_k_meets_queries_in_the_same_order(keys, head_dim):
   for start in range(0, head_dim, 64):
     size = min(64, head_dim - start)
     loads = fragments.k_loads(keys, start, size)
-    place = fragments.k_place
-    k = _load(tile, (keys, size), place, loads, is_transposed=False)
-    expected = fragments.to_order(tile[:, start : start + size])
+    address = fragments.k_address
+    k = _load(tile, (keys, size), address, loads, is_transposed=False)
+    expected = fragments.permute(tile[:, start : start + size])
     np.testing.assert_array_equal(k, expected)
 
 
@@ -95,8 +95,10 @@ def test_rows_of_v_are_in_that_order_too(keys, head_dim):
   tile = _tile(keys, head_dim)
   for start, size in row_blocks(head_dim):
     loads = fragments.v_loads(keys, start, size)
-    v = _load(tile, (size, keys), fragments.v_place, loads, is_transposed=True)
-    expected = fragments.to_order(tile[:, start : start + size]).T
+    v = _load(
+      tile, (size, keys), fragments.v_address, loads, is_transposed=True
+    )
+    expected = fragments.permute(tile[:, start : start + size]).T
     np.testing.assert_array_equal(v, expected)
 
 
@@ -104,7 +106,7 @@ def test_rows_of_v_are_in_that_order_too(keys, head_dim):
 def test_an_address_is_where_tma_wrote(keys, head_dim):
   tile = _tile(keys, head_dim)
   row, column = np.indices(tile.shape)
-  found = _memory(tile)[fragments.address(row, column, head_dim)]
+  found = _memory(tile)[fragments.byte_offset(row, column, head_dim)]
   np.testing.assert_array_equal(found, tile)
 
 
@@ -123,7 +125,7 @@ def test_rows_lie_in_registers_as_wgmma_has_them(layout):
   of_thread = (*layout.warp_dims, *layout.lane_dims)
   tiled = np.moveaxis(tiled, of_thread, range(-3, 0))
   registers = tiled.reshape(-1, 128)
-  wgmma = fragments.to_order(x.T).T
+  wgmma = fragments.permute(x.T).T
   expected = [
     wgmma[64 * b + 16 * WARP + 8 * h + LANE // 4, 8 * e + LANE % 4 * 2 + i]
     for b in range(2)

@@ -86,5 +86,5 @@ def test_says_which_pages_it_does_not_take():
   assert limits.unsupported_copy((2, 1, 8, 2), "int8") is None
   assert "(1, 1, 8, 1) int8" in limits.unsupported_copy((1, 1, 8, 1), "int8")
   pools = (jnp.zeros((3, 1, 1, 8, 1), jnp.int8),)
-  with pytest.raises(NotImplementedError, match="not whole 16 bytes"):
+  with pytest.raises(NotImplementedError, match="a multiple of 16 bytes"):
     page_copy.copy_pages(pools, jnp.zeros(1, int), jnp.zeros(1, int))

@@ -161,8 +161,8 @@ def test_lowers_to_hopper_with_options(options):
     (dict(page_size=12), "page_size=12"),
     (dict(num_q_heads=9), "num_q_heads=9"),
     (dict(num_q_heads=258), "group=129"),
-    (dict(kv_dtype="float16"), "pages of float16 do not take queries"),
-    (dict(kv_dtype="float8_e5m2"), "pages of float8_e5m2"),
+    (dict(kv_dtype="float16"), "kv_dtype=float16 with dtype=bfloat16"),
+    (dict(kv_dtype="float8_e5m2"), "kv_dtype=float8_e5m2"),
   ],
 )
 def test_unsupported_names_the_value(changed, reason):

@@ -9,7 +9,7 @@ import pytest
 import ragged_runs
 
 from pallas_kernels.common.limits import QUANTISED_DTYPES
-from pallas_kernels.ragged import widen
+from pallas_kernels.ragged import dequantise
 from pallas_kernels.ragged.config import Config
 
 pytestmark = pytest.mark.slow
@@ -146,7 +146,7 @@ def test_a_seen_scale_that_is_nan_shows(kv_dtype, name):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_scales_are_cut_where_numbers_leave_the_dtype(kv_dtype, dtype):
   problem, scales = cases.quantise(ragged_runs.make(dtype=dtype), kv_dtype)
-  limit = np.float32(widen.largest_scale(dtype, kv_dtype))
+  limit = np.float32(dequantise.largest_scale(dtype, kv_dtype))
   cut = {name: x.copy() for name, x in scales.items()}
   page = problem.page_indices[3, 2]
   scales["v_scales"][page, 0, 5], cut["v_scales"][page, 0, 5] = 3e38, limit

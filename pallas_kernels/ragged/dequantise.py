@@ -1,7 +1,7 @@
 """Ragged: dequantises 8-bit tiles to 16-bit wgmma operands in shared memory.
 
 Mosaic's layouts would move four bytes at a time and keep many addresses in
-registers. Here each thread loads a vector of 16 bytes, converts it to two
+registers. Here each thread loads a vector of 16 bytes, dequantises it to two
 vectors of 16 bytes, and stores those in a swizzled tile for wgmma:
 
   source    row-major, 16 bytes per thread: t0  t1  t2  t3 ...
@@ -24,8 +24,9 @@ from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from pallas_kernels.common.ptx import VECTOR_BYTES, advance, i32
+
 _THREADS = 128  # threads per warpgroup
-_VECTOR_BYTES = 16  # bytes per load or store of a thread
 
 # PTX that multiplies 4 elements, the bytes of $2, by $3, and rounds them to two
 # elements of KIND in $0 and two in $1.
@@ -84,7 +85,7 @@ def dequantise(
     operand_smem: bfloat16 or float16, at least first_row + rows rows.
     transforms: Layout of the operand: swizzled tiles of 8 rows.
     first_row: First row of the operand to write, a multiple of 8.
-    num_in_flight: Loads that a thread issues before it converts.
+    num_in_flight: Loads that a thread issues before it dequantises.
     interpreted: Whether the interpreter runs the kernel.
   """
   shape, swizzle = tile_smem.shape, transforms[1].swizzle
@@ -96,8 +97,8 @@ def dequantise(
     operand_smem[pl.ds(first_row, shape[0])] = rows.astype(dtype)
     return
   kind = "bf16" if dtype == jnp.bfloat16 else "f16"
-  convert = _SCALED_INT8 if is_int else _SCALED_FLOAT8
-  convert += _SCALED.replace("KIND", kind)
+  instructions = _SCALED_INT8 if is_int else _SCALED_FLOAT8
+  instructions += _SCALED.replace("KIND", kind)
 
   @plgpu.inline_mgpu(
     arg_types=(
@@ -109,7 +110,9 @@ def dequantise(
   def write(_, tile, scales, operand):
     load_scale = lambda row, first: _load_scale(scales, row, first, limit)
     rows = dict(first_row=first_row, num_in_flight=num_in_flight)
-    _dequantise_rows(tile, operand, shape, swizzle, convert, load_scale, **rows)
+    _dequantise_rows(
+      tile, operand, shape, swizzle, instructions, load_scale, **rows
+    )
 
   write(tile_smem, scales_smem, operand_smem)
 
@@ -130,7 +133,7 @@ def _dequantise_rows(
   operand,
   shape,
   swizzle,
-  convert,
+  instructions,
   load_scale,
   *,
   first_row,
@@ -138,69 +141,69 @@ def _dequantise_rows(
 ):
   """Dequantises all rows, `num_in_flight` vectors per thread at a time."""
   rows, columns = shape
-  first, source, targets = _first_places(rows, columns, swizzle)
-  source = _advance(utils.memref_ptr(tile), source)
-  targets = [_advance(utils.memref_ptr(operand), place) for place in targets]
+  first, source, targets = _first_offsets(rows, columns, swizzle)
+  source = advance(utils.memref_ptr(tile), source)
+  targets = [advance(utils.memref_ptr(operand), x) for x in targets]
   starts = range(0, rows, _rows_at_once(rows, columns))
   for group in itertools.batched(starts, num_in_flight):
     # A multiple of 8 rows further on, the swizzle is the same: add an offset.
-    numbers = [_load(_advance(source, _i32(row * columns))) for row in group]
+    numbers = [_load(advance(source, i32(row * columns))) for row in group]
     factors = [load_scale(row, first) for row in group]
     for row, x, factor in zip(group, numbers, factors, strict=True):
-      offset = _i32((first_row + row) * columns * 2)
-      places = [_advance(target, offset) for target in targets]
-      _store(x, places, convert, factor)
+      offset = i32((first_row + row) * columns * 2)
+      pointers = [advance(target, offset) for target in targets]
+      _store(x, pointers, instructions, factor)
 
 
 def _rows_at_once(rows, columns):
   """Returns the rows that a warpgroup moves at once: a power of two, >= 8."""
-  most = 1 << ((_THREADS // (columns // _VECTOR_BYTES)).bit_length() - 1)
+  most = 1 << ((_THREADS // (columns // VECTOR_BYTES)).bit_length() - 1)
   return min(most, rows)
 
 
-def _first_places(rows, columns, swizzle):
+def _first_offsets(rows, columns, swizzle):
   """Returns a thread's first row, its source offset and two target offsets.
 
   Threads past the last vector repeat the work of others.
   """
-  per_row = columns // _VECTOR_BYTES
+  per_row = columns // VECTOR_BYTES
   vector = arith.remui(
-    utils.thread_idx(), _i32(_rows_at_once(rows, columns) * per_row)
+    utils.thread_idx(), i32(_rows_at_once(rows, columns) * per_row)
   )
   row, column = (
-    arith.divui(vector, _i32(per_row)),
-    arith.remui(vector, _i32(per_row)),
+    arith.divui(vector, i32(per_row)),
+    arith.remui(vector, i32(per_row)),
   )
-  byte = arith.muli(column, _i32(2 * _VECTOR_BYTES))
-  tile = arith.divui(byte, _i32(swizzle))
+  byte = arith.muli(column, i32(2 * VECTOR_BYTES))
+  tile = arith.divui(byte, i32(swizzle))
   # A thread writes two adjacent vectors, one per store: without a swizzle, each
   # store would hit every second vector of a row. In every second tile, threads
   # take row ^ 1, whose swizzle swaps even and odd vectors. Then eight threads
   # write to different banks.
-  row = arith.xori(row, arith.andi(tile, _i32(1)))
+  row = arith.xori(row, arith.andi(tile, i32(1)))
   source = arith.addi(
-    arith.muli(row, _i32(columns)), arith.muli(column, _i32(_VECTOR_BYTES))
+    arith.muli(row, i32(columns)), arith.muli(column, i32(VECTOR_BYTES))
   )
   start = _start_of_row(row, tile, 2 * columns, swizzle)
   targets = []
   for i in range(2):
-    place = arith.addi(byte, _i32(i * _VECTOR_BYTES))
-    place = arith.addi(start, arith.remui(place, _i32(swizzle)))
+    offset = arith.addi(byte, i32(i * VECTOR_BYTES))
+    offset = arith.addi(start, arith.remui(offset, i32(swizzle)))
     # XOR bits 4 and up, the vector in the row, with bits 7 and up: the row, if
     # the swizzle is 128 bytes.
     row_bits = arith.andi(
-      arith.shrui(place, _i32(3)), _i32(swizzle - _VECTOR_BYTES)
+      arith.shrui(offset, i32(3)), i32(swizzle - VECTOR_BYTES)
     )
-    targets.append(arith.xori(place, row_bits))
+    targets.append(arith.xori(offset, row_bits))
   return row, source, targets
 
 
 def _start_of_row(row, tile, row_bytes, swizzle):
   """Returns the offset of a row of a tile; tiles lie in row-major order."""
-  tiles = arith.muli(arith.divui(row, _i32(8)), _i32(row_bytes // swizzle))
-  rows = arith.muli(arith.addi(tiles, tile), _i32(8))
-  rows = arith.addi(rows, arith.remui(row, _i32(8)))
-  return arith.muli(rows, _i32(swizzle))
+  tiles = arith.muli(arith.divui(row, i32(8)), i32(row_bytes // swizzle))
+  rows = arith.muli(arith.addi(tiles, tile), i32(8))
+  rows = arith.addi(rows, arith.remui(row, i32(8)))
+  return arith.muli(rows, i32(swizzle))
 
 
 def _words():
@@ -209,44 +212,38 @@ def _words():
 
 def _load(source):
   """Loads 16 elements, as four words."""
-  return llvm.load(_words(), source, alignment=_VECTOR_BYTES)
+  return llvm.load(_words(), source, alignment=VECTOR_BYTES)
 
 
 def _load_scale(scales, row, first, limit):
   """Loads the scale of row `first + row`, at most the limit; NaN stays NaN."""
-  place = _advance(utils.memref_ptr(scales), arith.muli(first, _i32(4)))
+  pointer = advance(utils.memref_ptr(scales), arith.muli(first, i32(4)))
   scale: Any = llvm.load(
-    ir.F32Type.get(), _advance(place, _i32(4 * row)), alignment=4
+    ir.F32Type.get(), advance(pointer, i32(4 * row)), alignment=4
   )
   return arith.minimumf(scale, mgpu.c(limit, ir.F32Type.get()))
 
 
-def _store(numbers, targets, convert, factor):
-  """Converts 16 elements, and stores them as two vectors."""
-  elements = (llvm.extractelement(numbers, _i32(i)) for i in range(4))
-  wide = [half for x in elements for half in _convert(convert, x, factor)]
+def _store(numbers, targets, instructions, factor):
+  """Dequantises 16 elements, and stores them as two vectors."""
+  elements = (llvm.extractelement(numbers, i32(i)) for i in range(4))
+  words = [
+    y for x in elements for y in _dequantise_word(instructions, x, factor)
+  ]
   for i, target in enumerate(targets):
     vector = llvm.mlir_undef(_words())
     for j in range(4):
-      vector = llvm.insertelement(vector, wide[4 * i + j], _i32(j))
-    llvm.store(vector, target, alignment=_VECTOR_BYTES)
+      vector = llvm.insertelement(vector, words[4 * i + j], i32(j))
+    llvm.store(vector, target, alignment=VECTOR_BYTES)
 
 
-def _convert(convert, word, factor):
-  """Converts four 8-bit elements to two registers of two 16-bit elements."""
-  i32 = ir.IntegerType.get_signless(32)
+def _dequantise_word(instructions, word, factor):
+  """Dequantises four elements to two registers of two 16-bit elements."""
+  word_type = ir.IntegerType.get_signless(32)
   pair: Any = llvm.inline_asm(
-    llvm.StructType.get_literal([i32, i32]),
+    llvm.StructType.get_literal([word_type, word_type]),
     [word, factor],
-    convert,
+    instructions,
     "=r,=r,r,f",
   )
-  return [llvm.extractvalue(i32, pair, [i]) for i in range(2)]
-
-
-def _advance(pointer, offset):
-  return utils.getelementptr(pointer, [offset], ir.IntegerType.get_signless(8))
-
-
-def _i32(value: int) -> Any:
-  return mgpu.c(value, ir.IntegerType.get_signless(32))
+  return [llvm.extractvalue(word_type, pair, [i]) for i in range(2)]
