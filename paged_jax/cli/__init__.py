@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   Raises:
     SystemExit: After `--help` and `--version`.
   """
+  if sys.stdout is None:  # it was closed before the start
+    return _BAD_INPUT
   try:
     try:
       _dispatch(argv)

@@ -65,8 +65,17 @@ def _check_options(args: argparse.Namespace, num_prompts: int) -> None:
       f"argument --seed: {args.seed} gives the last of {num_prompts} prompts "
       f"the seed {last_seed}, which must be below 2**32."
     )
-  if args.model != "demo" and not Path(args.model).exists():
-    raise CommandError(f"argument --model: {args.model!r} does not exist.")
+  if args.model != "demo":
+    try:
+      Path(args.model).stat()
+    except FileNotFoundError as error:
+      raise CommandError(
+        f"argument --model: {args.model!r} does not exist."
+      ) from error
+    except OSError as error:
+      raise CommandError(
+        f"argument --model: {args.model!r}: {error.strerror}."
+      ) from error
   needed = ["gguf", "tokenizers"] + ["jinja2"] * args.chat
   try:
     for name in needed:

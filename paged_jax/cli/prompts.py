@@ -75,6 +75,8 @@ def _as_chat(text: str, tokenizer: Tokenizer) -> str:
 
 def _of_file(name: str) -> list[Prompt]:
   source = f"argument --prompts-file: {name}"
+  if name == "-" and sys.stdin is None:
+    raise CommandError(f"{source}: stdin is closed.")
   try:
     data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     text = data.decode("utf-8-sig")

@@ -43,6 +43,11 @@ class Batch:
     params = SamplingParams() if params is None else params
     if isinstance(params, SamplingParams):
       params = (params,) * len(ids)
+    for i, each in enumerate(params):
+      if not isinstance(each, SamplingParams):
+        raise TypeError(
+          f"params[{i}] must be SamplingParams, got {type(each).__name__}."
+        )
     if len(params) != len(ids):
       raise ValueError(f"{len(params)=} must equal len(prompts)={len(ids)}.")
     num_rows = config.num_seqs or next_power_of_two(len(ids))

@@ -74,7 +74,8 @@ def generate(
     with `finish_reason="out_of_pages"` and keeps its tokens.
 
   Raises:
-    TypeError: If the model lacks an attribute of `DecoderModel`.
+    TypeError: If the model lacks an attribute of `DecoderModel` or is not a
+      pytree of arrays, or if `cache` or one of `params` has another type.
     ValueError: If there are no prompts; if a prompt is empty, is longer than
       `max_len`, is not a sequence of integers, or has a token id outside
       `[0, vocab_size)`; if `params` is not one or one for each prompt; if
@@ -124,7 +125,10 @@ def stream(
     the model and of the implementation are raised by the iterator.
   """
   contract.check(model)
-  config = cache or CacheConfig()
+  contract.check_leaves(model)
+  config = CacheConfig() if cache is None else cache
+  if not isinstance(config, CacheConfig):
+    raise TypeError(f"cache must be a CacheConfig, got {type(cache).__name__}.")
   batch = Batch.of(model, prompts, params, config)
   config = _sized(model, batch, config)
   return _run(model, batch, config, with_logprobs)

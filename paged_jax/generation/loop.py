@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
@@ -18,6 +19,8 @@ from paged_jax.generation.rows import Plan, Result, Rows, Status
 from paged_jax.kv.step import Step, begin_step
 from paged_jax.models import contract
 from paged_jax.models.contract import DecoderModel
+from paged_jax.page_table import arguments
+from pallas_kernels.common.spec import check_count
 
 
 def step(model: DecoderModel, rows: Rows, plan: Plan) -> tuple[Rows, Result]:
@@ -167,8 +170,22 @@ def prefill(
     The next rows, each with its first new token.
 
   Raises:
-    See `step`.
+    ValueError: If `chunk` is below 1 or does not divide the number of tokens,
+      `prompt_lens` has the wrong shape or is not an integer array, or, outside
+      jit, `prompt_lens` are negative or exceed the tokens; see also `step`.
   """
+  check_count("chunk", chunk, 1)
+  num_tokens = tokens.shape[0]
+  if num_tokens % chunk:
+    raise ValueError(f"{tokens.shape=} must be a multiple of {chunk=}.")
+  if not isinstance(prompt_lens, jax.core.Tracer):
+    known = np.asarray(prompt_lens)
+    if np.any(known < 0) or known.sum() > num_tokens:
+      raise ValueError(
+        f"prompt_lens={known.tolist()} must be at least 0, and at most "
+        f"{num_tokens} tokens together."
+      )
+  prompt_lens = arguments.integers(prompt_lens, (rows.num_seqs,), "prompt_lens")
   ends = jnp.cumsum(prompt_lens, dtype=jnp.int32)
 
   def body(i, rows):

@@ -10,8 +10,10 @@ from jaxtyping import Array, Bool, Int
 from paged_jax import sampling
 from paged_jax.kv import cache as paged_cache
 from paged_jax.kv.cache import PagedCache
+from paged_jax.page_table import arguments
 from paged_jax.sampling import SamplingArrays
 from paged_jax.typing import Leaf
+from pallas_kernels.common.spec import check_count
 
 
 class Status(enum.IntEnum):
@@ -122,11 +124,20 @@ def init(
       `capacity`.
 
   Raises:
-    ValueError: If `capacity` is less than 1.
+    ValueError: If `capacity` is less than 1, or if `max_new`, `status` or
+      `sampling_arrays` are not of the cache's rows.
   """
-  if capacity is not None and capacity < 1:
-    raise ValueError(f"{capacity=} must be None or at least 1.")
+  if capacity is not None:
+    check_count("capacity", capacity, 1)
   num_seqs = cache.num_seqs
+  max_new = arguments.integers(max_new, (num_seqs,), "max_new")
+  if status is not None:
+    status = arguments.integers(status, (num_seqs,), "status")
+  for leaf in jax.tree.leaves(sampling_arrays):
+    if leaf.shape[0] != num_seqs:
+      raise ValueError(
+        f"sampling_arrays have {leaf.shape[0]} rows; the cache has {num_seqs}."
+      )
   zeros = lambda: jnp.zeros(num_seqs, jnp.int32)  # each is donated
   tokens = logprobs = None
   if capacity is not None:
@@ -136,7 +147,7 @@ def init(
   return Rows(
     cache=cache,
     last_tokens=zeros(),
-    status=zeros() if status is None else jnp.asarray(status, jnp.int32),
+    status=zeros() if status is None else status,
     max_new=max_new,
     num_new=zeros(),
     sampling=sampling_arrays,

@@ -67,13 +67,7 @@ class PagedCache:
     counts = config.pages_of_groups(len(layouts))
     groups = [
       LayerGroup(
-        table=page_table.init(
-          num_pages,
-          config.page_size,
-          num_seqs,
-          config.pages_per_seq,
-          debug=config.debug,
-        ),
+        # First: it has the smaller limit of `num_pages`.
         pool=pool.init(
           num_pages,
           each.num_layers,
@@ -81,6 +75,13 @@ class PagedCache:
           each.page_size,
           each.head_dim,
           each.dtype,
+        ),
+        table=page_table.init(
+          num_pages,
+          config.page_size,
+          num_seqs,
+          config.pages_per_seq,
+          debug=config.debug,
         ),
         layout=each,
       )

@@ -2,12 +2,12 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from paged_jax import dispatch
 from paged_jax.kv import dtypes
 from pallas_kernels.common.rounding import cdiv
+from pallas_kernels.common.spec import check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +48,24 @@ class CacheConfig:
 
   def __post_init__(self):
     dispatch.check_implementation(self.implementation)
-    if self.page_size < 1 or self.page_size % 8:
-      raise ValueError(f"{self.page_size=} must be a positive multiple of 8.")
-    if self.dtype is not None and jnp.dtype(self.dtype) not in dtypes.DTYPES:
-      raise ValueError(f"{self.dtype=} must be {dtypes.NAMES}.")
+    check_count("page_size", self.page_size, 8)
+    if self.page_size % 8:
+      raise ValueError(f"page_size={self.page_size} must be a multiple of 8.")
+    if self.dtype is not None:
+      dtypes.check(self.dtype)
     counts = self.num_pages
-    counts = (counts,) if isinstance(counts, int) else counts
-    if counts is not None and (not counts or min(counts) < 1):
-      raise ValueError(f"num_pages={self.num_pages} must be at least 1.")
-    for name in ("max_len", "prefill_chunk", "num_seqs"):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise ValueError(f"{name}={value} must be at least 1.")
+    counts = counts if isinstance(counts, tuple) else (counts,)
+    if not counts:
+      raise ValueError("num_pages=() must have a number for each layer group.")
+    for count in counts:
+      if count is not None or len(counts) > 1:
+        check_count("num_pages", count, 1)
+    check_count("prefill_chunk", self.prefill_chunk, 1)
+    for name in ("max_len", "num_seqs"):
+      if getattr(self, name) is not None:
+        check_count(name, getattr(self, name), 1)
+    if not isinstance(self.debug, bool):
+      raise ValueError(f"debug={self.debug!r} must be True or False.")
 
   @property
   def pages_per_seq(self) -> int:

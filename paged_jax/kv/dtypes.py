@@ -16,6 +16,16 @@ SCALE_DTYPE = jnp.dtype(jnp.float32)
 is_quantised = limits.is_quantised
 
 
+def check(dtype: DTypeLike) -> None:
+  """Raises a ValueError if a pool cannot store a dtype."""
+  try:
+    is_known = jnp.dtype(dtype) in DTYPES
+  except TypeError:
+    is_known = False
+  if not is_known:
+    raise ValueError(f"{dtype=} must be {NAMES}.")
+
+
 def query_dtype(dtype: DTypeLike, kv_dtype: DTypeLike) -> np.dtype:
   """Returns the dtype to which queries are cast before they attend.
 

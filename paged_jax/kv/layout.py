@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from paged_jax.kv import dtypes
+from pallas_kernels.common.spec import check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +40,10 @@ class LayerKV:
   shares: int | None = None
 
   def __post_init__(self):
-    for name in ("num_kv_heads", "head_dim"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-    if self.sliding_window is not None and self.sliding_window < 1:
-      raise ValueError(f"{self.sliding_window=} must be at least 1.")
+    check_count("num_kv_heads", self.num_kv_heads, 1)
+    check_count("head_dim", self.head_dim, 1)
+    if self.sliding_window is not None:
+      check_count("sliding_window", self.sliding_window, 1)
 
 
 @dataclasses.dataclass(frozen=True)

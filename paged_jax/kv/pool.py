@@ -350,8 +350,7 @@ def _check_sizes(shape: tuple[int, ...], dtype: DTypeLike) -> None:
       raise ValueError(f"{name}={value} must be at least 1.")
   if page_size % 8:
     raise ValueError(f"{page_size=} must be a multiple of 8.")
-  if jnp.dtype(dtype) not in dtypes.DTYPES:
-    raise ValueError(f"{dtype=} must be {dtypes.NAMES}.")
+  dtypes.check(dtype)
   num_rows = num_pages * num_layers * num_kv_heads * page_size
   if num_rows >= 2**31:
     raise ValueError(

@@ -19,6 +19,7 @@ from paged_jax.kv import cache as paged_cache
 from paged_jax.kv.cache import PagedCache
 from paged_jax.page_table import PageTable, arguments
 from paged_jax.typing import Leaf
+from pallas_kernels.common.spec import check_count
 
 
 @jax.tree_util.register_dataclass
@@ -135,6 +136,7 @@ def begin_step(
     raise ValueError(
       f"rows.shape={jnp.shape(rows)} must have at most {cache.num_seqs=} rows."
     )
+  _check_sizes(num_tokens, max_q_len, tree_mask)
   _check_known(q_lens, num_tokens, max_q_len)
   q_lens = arguments.integers(q_lens, (num_rows,), "q_lens")
   if rows is not None:
@@ -200,6 +202,7 @@ def begin_padded(cache: PagedCache, mask: Array) -> tuple[PagedCache, Step]:
     ValueError: If `mask` has another shape or dtype, or no column.
     NotImplementedError: If `cache.implementation` cannot copy pages here.
   """
+  mask = mask if isinstance(mask, jax.Array) else jnp.asarray(mask)
   dtype, shape = jnp.result_type(mask), jnp.shape(mask)
   is_flag = dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.integer)
   fits = len(shape) == 2 and shape[0] == cache.num_seqs and shape[1] > 0
@@ -239,12 +242,23 @@ def begin_padded(cache: PagedCache, mask: Array) -> tuple[PagedCache, Step]:
   )
 
 
+def _check_sizes(
+  num_tokens: int, max_q_len: int | None, tree_mask: Array | None
+) -> None:
+  """Raises a ValueError if a static size or the mask does not fit."""
+  check_count("num_tokens", num_tokens, 1)
+  if max_q_len is not None:
+    check_count("max_q_len", max_q_len, 1)
+  if tree_mask is not None:
+    dtype, shape = jnp.result_type(tree_mask), jnp.shape(tree_mask)
+    if len(shape) != 2 or shape[0] != num_tokens or dtype != jnp.bool_:
+      raise ValueError(
+        f"tree_mask must be bool[{num_tokens}, max_new], got {dtype}{shape}."
+      )
+
+
 def _check_known(q_lens: Array, num_tokens: int, max_q_len: int | None) -> None:
-  """Raises a ValueError if sizes, or lengths outside jit, are out of range."""
-  if num_tokens < 1:
-    raise ValueError(f"{num_tokens=} must be at least 1.")
-  if max_q_len is not None and max_q_len < 1:
-    raise ValueError(f"{max_q_len=} must be at least 1.")
+  """Raises a ValueError if lengths outside jit are out of range."""
   if isinstance(q_lens, jax.core.Tracer):
     return
   known = np.asarray(q_lens)

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from paged_jax.kv.cache import PagedCache
@@ -68,6 +69,16 @@ def check(model: DecoderModel) -> None:
     if not hasattr(model, name):
       raise TypeError(
         f"{type(model).__name__} lacks {name!r}: it is not a DecoderModel."
+      )
+
+
+def check_leaves(model: DecoderModel) -> None:
+  """Raises a TypeError if a model is not a pytree of arrays."""
+  for leaf in jax.tree.leaves(model):
+    if not isinstance(leaf, jax.Array | np.ndarray):
+      raise TypeError(
+        f"{type(model).__name__} must be a pytree of arrays, as an nnx.Module "
+        f"is; it has a leaf of type {type(leaf).__name__}."
       )
 
 

@@ -223,6 +223,8 @@ def ragged_paged_attention(
   arrays = AttentionArrays(sinks, alibi_slopes, tree_mask)
   check_arrays(arrays, q, spec)
   active = num_active
+  if isinstance(active, bool):
+    raise ValueError(f"num_active={active} must be an integer.")
   if isinstance(active, int):
     active = np.int32(max(0, min(active, kv_lens.shape[0])))
   checks.check_ints(cu_q_lens=cu_q_lens, num_active=active)

@@ -210,4 +210,4 @@ def _groups(num_shared_pages, cu_group_lens, num_seqs):
       f"({num_groups},): num_groups."
     )
   counts = jnp.broadcast_to(num_shared_pages, (num_groups,))
-  return counts, jnp.asarray(cu_group_lens)
+  return counts, jnp.clip(jnp.asarray(cu_group_lens), 0, num_seqs)

@@ -15,7 +15,11 @@ from paged_jax.ops.attention import attend_decode, attend_ragged
 from paged_jax.ops.dense import causal_attention
 from paged_jax.ops.options import check_arrays, make_spec
 from pallas_kernels.common.paged_kv import PagedKV
-from pallas_kernels.common.spec import AttentionArrays, AttentionSpec
+from pallas_kernels.common.spec import (
+  AttentionArrays,
+  AttentionSpec,
+  check_count,
+)
 
 
 def attend_layer(
@@ -76,6 +80,13 @@ def attend_layer(
     NotImplementedError: If `cache.implementation` cannot serve these arguments
       here; the message says why.
   """
+  checks.check_are_arrays(q=q)
+  if q.ndim < 3 or 0 in q.shape[-2:]:
+    raise ValueError(
+      f"{q.shape=} must be the axes of the tokens, then heads and head_dim, of "
+      "at least 1."
+    )
+  check_count("layer", layer, 0)
   spec = make_spec(
     q.shape[-1],
     scale,
@@ -88,6 +99,7 @@ def attend_layer(
     return _attend_without_cache(
       q, k, v, cache, step, spec, sinks, alibi_slopes
     )
+  _check_step(cache, step)
   tree_mask = step.tree_mask
   place = _place(cache, layer, sliding_window)
   group, group_step = cache.groups[place.group], step.groups[place.group]
@@ -124,11 +136,29 @@ def attend_layer(
   return _unflatten(out.astype(q.dtype), step, q.shape), cache
 
 
+def _check_step(cache: PagedCache, step: Step) -> None:
+  """Raises a ValueError if a step cannot be one of the cache."""
+  if not isinstance(cache, PagedCache) or not isinstance(step, Step):
+    raise ValueError(
+      "cache must be a PagedCache and step a Step, got "
+      f"{type(cache).__name__} and {type(step).__name__}."
+    )
+  shapes = [group.page_indices.shape for group in step.groups]
+  expected = [
+    (step.num_rows, group.table.pages_per_seq) for group in cache.groups
+  ]
+  if shapes != expected or step.num_rows > cache.num_seqs:
+    raise ValueError(
+      f"step is of another cache: its groups have pages {shapes}, and those of "
+      f"this cache of {cache.num_seqs} rows {expected}."
+    )
+
+
 def _place(
   cache: PagedCache, layer: int, sliding_window: int | None
 ) -> layout.Place:
   """Returns the place of a layer's keys and values; checks its window."""
-  if not 0 <= layer < len(cache.layers):
+  if layer >= len(cache.layers):
     raise ValueError(
       f"{layer=} must be in [0, {len(cache.layers)}), the layers of the cache."
     )
@@ -248,7 +278,8 @@ def _attend_without_cache(q, k, v, cache, step, spec, sinks, alibi_slopes):
       "k and v must be arrays without a cache: for a layer with `shares`, pass "
       "the k and v of that earlier layer."
     )
-  if q.ndim < 3 or k.ndim != q.ndim:
+  checks.check_are_arrays(k=k, v=v)
+  if k.ndim != q.ndim or 0 in k.shape[-2:]:
     raise ValueError(
       f"{q.shape=} and {k.shape=} must be [..., length, heads, head_dim]."
     )

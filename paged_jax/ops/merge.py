@@ -86,8 +86,14 @@ def _check_parts(parts) -> None:
   """Raises a ValueError if the parts cannot be merged."""
   if not parts:
     raise ValueError("parts is empty: there is nothing to merge.")
-  for i, (out, lse) in enumerate(parts):
+  for i, part in enumerate(parts):
     name = f"parts[{i}]"
+    if not isinstance(part, tuple | list) or len(part) != 2:
+      raise ValueError(
+        f"{name} must be a pair, the output and the log-sum-exp; got "
+        f"{type(part).__name__}."
+      )
+    out, lse = part
     checks.check_are_arrays(**{f"{name}[0]": out, f"{name}[1]": lse})
     first = parts[0][0]
     if out.dtype not in dtypes.FLOAT_DTYPES or out.dtype != first.dtype:

@@ -168,6 +168,11 @@ def _check_sizes(
       raise ValueError(f"{name}={value} must be at least 1.")
   if page_size < 1 or page_size % 8:
     raise ValueError(f"{page_size=} must be a positive multiple of 8.")
+  if num_pages * page_size >= 2**31:
+    raise ValueError(
+      f"{num_pages=} pages of {page_size=} tokens exceed the limit of "
+      "2**31 - 1 slots."
+    )
   if pages_per_seq * page_size >= 2**30:
     raise ValueError(
       f"{pages_per_seq=} pages of {page_size=} tokens exceed the limit of "

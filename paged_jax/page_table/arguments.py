@@ -14,19 +14,22 @@ def integers(value: Array | int, shape: tuple[int, ...], name: str) -> Array:
   """Returns `value` as i32, after checking its shape and dtype.
 
   Args:
-    value: An integer or an array of any integer dtype. A NumPy array is clipped
-      to the range of i32.
+    value: An integer or an array of any integer dtype. Numbers outside the
+      range of i32 are clipped.
     shape: The expected shape.
     name: Name of the argument, for error messages.
 
   Raises:
     ValueError: If `value` has another shape or dtype.
   """
+  # A cast would wrap around; the clipped ends are out of every valid range.
   if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
-    # A cast from 64 bits would wrap around; the clipped ends are out of every
-    # valid range.
     value = np.clip(value, -(2**31), 2**31 - 1).astype(np.int32)
   array = jnp.asarray(value)
+  if array.dtype in (jnp.int64, jnp.uint64, jnp.uint32):
+    array = jnp.clip(array, max=2**31 - 1)
+  if array.dtype == jnp.int64:
+    array = jnp.clip(array, -(2**31))
   if array.shape != shape:
     raise ValueError(f"{name} must have shape {shape}, got {array.shape}.")
   if not jnp.issubdtype(array.dtype, jnp.integer):

@@ -106,6 +106,9 @@ class SamplingArrays:
 
 NO_TOKEN = -1  # only compared with token ids, never used as an index
 _KEEP_ALL = 2**31 - 1
+# Uniform, up to rounding. The inverse of a much greater one is 0 in float32,
+# and 0 times a logit of -inf is NaN.
+_MAX_TEMPERATURE = 1e30
 
 
 def stack(params: Sequence[SamplingParams]) -> SamplingArrays:
@@ -137,8 +140,9 @@ def stack(params: Sequence[SamplingParams]) -> SamplingArrays:
       top_p=column("top_p", np.float32),
     )
   if drawing:
+    temperature = [min(p.temperature, _MAX_TEMPERATURE) for p in params]
     draws = Draws(
-      temperature=column("temperature", np.float32),
+      temperature=jnp.asarray(np.array(temperature, np.float32)),
       min_p=column("min_p", np.float32),
       seed=column("seed", np.uint32),
       filters=filters,

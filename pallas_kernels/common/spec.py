@@ -15,6 +15,7 @@ import numpy as np
 # ALiBi slopes are clamped to this: times any distance, it is finite in f32.
 MAX_SLOPE = 2.0**95
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_FLOAT32_TINY = float(np.finfo(np.float32).tiny)  # smallest normal number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,9 +45,9 @@ class AttentionSpec:
       if value is not None and not is_number:
         raise ValueError(f"{name}={value!r} must be a Python number.")
     cap = self.logits_soft_cap
-    if cap is not None and not 0 < cap <= _FLOAT32_MAX:
+    if cap is not None and not _FLOAT32_TINY <= cap <= _FLOAT32_MAX:
       raise ValueError(
-        f"logits_soft_cap={cap} must be positive, and finite in float32."
+        f"logits_soft_cap={cap} must be positive and normal in float32."
       )
     if not abs(self.scale) <= _FLOAT32_MAX:
       raise ValueError(f"scale={self.scale} must be finite in float32.")

@@ -158,6 +158,11 @@ def test_missing_model_file_is_named(error):
   assert message == "argument --model: 'no/such.gguf' does not exist."
 
 
+def test_model_file_that_cannot_have_such_a_name_is_named(error):
+  message = error("--model", 300 * "a", *PROMPT)
+  assert message.endswith("': File name too long.")
+
+
 @pytest.mark.parametrize("kept", [0, 3, 100, 5000])
 def test_truncated_model_file_is_named(error, model, tmp_path, kept):
   path = tmp_path / "cut.gguf"

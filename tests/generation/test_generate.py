@@ -256,6 +256,15 @@ def test_wrong_cache_sizes_are_named(changes, message):
     CacheConfig(**changes)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_arguments_of_another_type_are_named():
+  model = tiny_llama.model()
+  with pytest.raises(TypeError, match=r"params\[1\] must be SamplingParams"):
+    generate(model, [[1], [2]], [SamplingParams(), None])
+  with pytest.raises(TypeError, match="cache must be a CacheConfig, got dict"):
+    generate(model, [[1]], cache={"page_size": 8})
+
+
 def test_parameters_must_be_one_or_one_for_each_prompt():
   for params in ([SamplingParams()] * 3, []):
     with pytest.raises(ValueError, match=r"len\(params\)="):

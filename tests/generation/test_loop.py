@@ -17,7 +17,7 @@ from paged_jax.generation import (
 )
 from paged_jax.generation import rows as rows_lib
 from paged_jax.generation.batch import Batch
-from paged_jax.generation.rows import Status
+from paged_jax.generation.rows import Plan, Status
 
 LENS = [1, 7, 8, 9, 17, 30]
 NUM_NEW = 20
@@ -109,6 +109,34 @@ def _kernels(implementation):
   ]
   names = "ragged_attention", "paged_decode", "write_tokens", "copy_pages"
   return tuple({n for n in names if n in text} for text in texts)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(chunk=24), r"tokens.shape=\(64,\) must be a multiple of chunk=24"),
+    (dict(chunk=0), r"chunk=0 must be in \[1, "),
+    (dict(chunk=8.0), "chunk=8.0 must be a Python integer"),
+    (dict(lens=[1, 2, 3]), r"prompt_lens must have shape \(4,\)"),
+    (dict(lens=[60, 5, 0, 0]), r"prompt_lens=\[60, 5, 0, 0\] .* most 64 tok"),
+    (dict(lens=[-3, 5, 0, 0]), r"prompt_lens=\[-3, 5, 0, 0\] must be at le"),
+    (dict(lens=[1.0, 2.0, 0.0, 0.0]), "prompt_lens must be integers"),
+  ],
+)
+def test_prompts_that_do_not_fit_are_named(changes, message):
+  run = _Loop([9], [3])
+  lens = jnp.asarray(changes.pop("lens", [9, 0, 0, 0]))
+  args = dict(chunk=32) | changes
+  with pytest.raises(ValueError, match=message):
+    loop.prefill(run.model, run.rows, run.tokens, lens, **args)
+
+
+def test_a_prefill_step_has_all_rows():
+  run = _Loop([9], [3])
+  plan = Plan(q_lens=jnp.ones(1, jnp.int32), slots=jnp.zeros(1, jnp.int32))
+  with pytest.raises(ValueError, match=r"plan.slots must be None"):
+    loop.prefill_step(run.model, run.rows, plan)
 
 
 def test_chunks_of_the_host_are_those_of_the_loop():

@@ -313,6 +313,34 @@ def test_rows_keep_at_least_one_token_or_none():
     _rows(capacity=0)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(max_new=[1]), rf"max_new must have shape \({NUM_SEQS},\)"),
+    (dict(max_new=[1.5] * NUM_SEQS), "max_new must be integers"),
+    (dict(status=[0]), rf"status must have shape \({NUM_SEQS},\)"),
+    (dict(count=1), f"sampling_arrays have 1 rows; the cache has {NUM_SEQS}"),
+    (dict(capacity=2.5), "capacity=2.5 must be a Python integer"),
+  ],
+)
+def test_what_is_not_of_the_rows_is_named(changes, message):
+  count = changes.get("count", NUM_SEQS)
+  with pytest.raises(ValueError, match=message):
+    rows_lib.init(
+      PagedCache.init(tiny_llama.model().layers, CONFIG),
+      sampling.stack([SamplingParams()] * count),
+      np.asarray(changes.get("max_new", [1] * NUM_SEQS)),
+      status=np.asarray(changes.get("status", [0] * NUM_SEQS)),
+      capacity=changes.get("capacity"),
+    )
+
+
+def test_there_is_no_batch_without_parameters():
+  with pytest.raises(ValueError, match="params is empty"):
+    sampling.stack([])
+
+
 @pytest.mark.slow
 def test_a_kind_of_plan_is_compiled_once_whatever_it_holds():
   run = _Run().prefilled()

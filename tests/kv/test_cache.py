@@ -205,10 +205,34 @@ def test_sizes_that_are_missing_or_do_not_fit_are_named(changes, message):
     PagedCache.init(LAYERS, config)
 
 
-@pytest.mark.parametrize("num_pages", [(), (7, 0), 0, -1])
-def test_every_group_has_a_page(num_pages):
-  with pytest.raises(ValueError, match=r"num_pages=.* must be at least 1"):
-    CacheConfig(num_pages=num_pages)
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    (dict(num_pages=()), r"num_pages=\(\) must have a number for each"),
+    (dict(num_pages=(7, 0)), r"num_pages=0 must be in \[1, "),
+    (dict(num_pages=0), r"num_pages=0 must be in \[1, "),
+    (dict(num_pages=-1), r"num_pages=-1 must be in \[1, "),
+    (dict(num_pages=(8, 2.5)), "num_pages=2.5 must be a Python integer"),
+    (dict(num_pages=True), "num_pages=True must be a Python integer"),
+    (dict(page_size=16.0), "page_size=16.0 must be a Python integer"),
+    (dict(max_len=100.5), "max_len=100.5 must be a Python integer"),
+    (dict(num_seqs="2"), "num_seqs='2' must be a Python integer"),
+    (dict(prefill_chunk=None), "prefill_chunk=None must be a Python integer"),
+    (dict(dtype="nope"), "dtype='nope' must be"),
+    (dict(debug=1), "debug=1 must be True or False"),
+  ],
+)
+def test_sizes_of_a_wrong_type_or_range_are_named(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    CacheConfig(**sizes)
+
+
+def test_a_pool_that_is_too_large_is_refused_before_anything_is_allocated():
+  for num_pages in (2**27, 2**31 - 1):
+    config = dataclasses.replace(CONFIG, num_pages=num_pages)
+    with pytest.raises(ValueError, match="exceed the limit"):
+      PagedCache.init(LAYERS, config)
 
 
 def test_a_model_of_one_group_takes_one_number_of_pages():

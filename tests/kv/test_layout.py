@@ -107,12 +107,14 @@ def test_page_bytes_are_those_of_the_arrays(dtype, row):
   assert total == 5 * group.page_bytes
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda: LayerKV(0, 16), "num_kv_heads=0 must be at least 1"),
-    (lambda: LayerKV(2, 0), "head_dim=0 must be at least 1"),
-    (lambda: LayerKV(2, 16, 0), "sliding_window=0 must be at least 1"),
+    (lambda: LayerKV(0, 16), r"num_kv_heads=0 must be in \[1, "),
+    (lambda: LayerKV(2, 16.5), "head_dim=16.5 must be a Python integer"),
+    (lambda: LayerKV(2, 0), r"head_dim=0 must be in \[1, "),
+    (lambda: LayerKV(2, 16, 0), r"sliding_window=0 must be in \[1, "),
   ],
 )
 def test_sizes_out_of_range_are_named(make, message):

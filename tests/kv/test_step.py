@@ -1,5 +1,6 @@
 """Slots, positions and rows of the tokens of a step."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -129,6 +130,7 @@ def test_traced_lengths_above_the_most_are_refused():
   assert step.cu_q_lens.tolist() == [0, 3, 7, 8, 8]
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
   ("q_lens", "num_tokens", "max_q_len", "message"),
   [
@@ -138,8 +140,11 @@ def test_traced_lengths_above_the_most_are_refused():
     ([1, 4, 0, 0], 8, 3, r"q_lens=\[1, 4, 0, 0\] must be in \[0, 3\]"),
     ([1, 2, 0, 0], 4, 1, r"q_lens=\[1, 2, 0, 0\] must be in \[0, 1\]"),
     ([1, 1, 0, 0], 8, 1, "num_tokens=8 must be num_rows=4"),
-    ([0, 0, 0, 0], 0, None, "num_tokens=0 must be at least 1"),
-    ([0, 0, 0, 0], 8, 0, "max_q_len=0 must be at least 1"),
+    ([0, 0, 0, 0], 0, None, r"num_tokens=0 must be in \[1, "),
+    ([0, 0, 0, 0], 2**40, None, r"num_tokens=1099511627776 must be in \[1, "),
+    ([0, 0, 0, 0], 8.0, None, "num_tokens=8.0 must be a Python integer"),
+    ([0, 0, 0, 0], 8, 0, r"max_q_len=0 must be in \[1, "),
+    ([0, 0, 0, 0], 8, True, "max_q_len=True must be a Python integer"),
   ],
 )
 def test_lengths_that_are_known_and_do_not_fit_are_named(
@@ -165,6 +170,23 @@ def test_lengths_that_are_known_and_do_not_fit_are_named(
 def test_wrong_lengths_and_rows_are_named(q_lens, rows, message):
   with pytest.raises(ValueError, match=message):
     begin_step(empty(), q_lens, 8, rows=rows)
+
+
+@pytest.mark.parametrize(
+  "mask", [np.ones((7, 3), bool), np.ones((8, 3), np.int32), np.ones(8, bool)]
+)
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_tree_mask_that_does_not_fit_is_named(mask):
+  with pytest.raises(ValueError, match=r"tree_mask must be bool\[8, max_new\]"):
+    begin_step(empty(), np.ones(4, np.int32), 8, tree_mask=mask)
+
+
+def test_numbers_of_64_bits_do_not_wrap_around():
+  with jax.enable_x64(True):
+    rows = jnp.array([2**32 + 1, 0])
+    cache, step = begin_step(empty(), jnp.array([1, 1]), 8, rows=rows)
+  assert step.ok.tolist() == [False, True]
+  assert cache.kv_lens.tolist() == [1, 0, 0, 0]
 
 
 def test_a_tree_mask_is_carried():

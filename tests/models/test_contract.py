@@ -8,7 +8,7 @@ import pytest
 from flax import linen
 
 from paged_jax import CacheConfig, LayerKV, PagedCache, attend_layer, sampling
-from paged_jax.generation import SamplingParams, loop
+from paged_jax.generation import SamplingParams, generate, loop
 from paged_jax.generation import rows as rows_lib
 from paged_jax.generation.rows import Plan
 from paged_jax.models import contract
@@ -43,6 +43,11 @@ class Toy:
 
   def logits(self, hidden):
     return jnp.broadcast_to(hidden, (len(hidden), VOCAB))
+
+
+def test_a_model_that_is_no_pytree_is_named():
+  with pytest.raises(TypeError, match="Toy must be a pytree of arrays"):
+    generate(Toy(), [[1]])
 
 
 def _of(run):

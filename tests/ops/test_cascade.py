@@ -73,6 +73,20 @@ def test_quantised_pages_match_oracle(implementation, dtype, kv_dtype, sinks):
   )
 
 
+@pytest.mark.slow(quick=1)
+@pytest.mark.parametrize(
+  "groups", [[0, 2**31 - 1], [-(2**31), 4], [4, 2], [0, 100]]
+)
+def test_groups_out_of_range_leave_the_result(groups):
+  problem = prefixes.make(dtype="float32")
+  prefixes.check(
+    problem,
+    5,
+    implementation="xla",
+    groups=groups,
+  )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "dtype"), prefixes.FEW_RUNS)
 def test_rows_that_cannot_share_attend_all_on_their_own(implementation, dtype):

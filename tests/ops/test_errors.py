@@ -75,6 +75,7 @@ BAD_OPTIONS = {
   ),
   "soft cap": (dict(logits_soft_cap=0.0), "logits_soft_cap=0.0"),
   "soft cap of float64": (dict(logits_soft_cap=1e39), r"cap=1e\+39"),
+  "subnormal soft cap": (dict(logits_soft_cap=1e-40), "logits_soft_cap=1e-40"),
   "soft cap bool": (dict(logits_soft_cap=True), "logits_soft_cap=True"),
   "sinks": (dict(sinks=jnp.zeros(3)), r"sinks.shape=\(3,\)"),
   "sinks dtype": (dict(sinks=jnp.zeros(4, jnp.int32)), "sinks.dtype=int32"),

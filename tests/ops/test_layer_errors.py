@@ -1,5 +1,6 @@
 """Errors of `attend_layer`."""
 
+import dataclasses
 import functools
 
 import jax
@@ -74,6 +75,7 @@ def _attend(kind="flat", with_cache=True, with_step=True, **changes):
     # The layer.
     (dict(layer=3), r"layer=3 must be in \[0, 3\)"),
     (dict(layer=-1), "layer=-1 must be in"),
+    (dict(layer=1.0), "layer=1.0 must be a Python integer"),
     (WINDOWED, "sliding_window=None of layer 2 must be at most 5"),
     (WINDOWED | dict(sliding_window=6), "sliding_window=6 of layer 2"),
     (dict(layer=1), "k and v of layer 1 must be None: it shares"),
@@ -87,6 +89,9 @@ def _attend(kind="flat", with_cache=True, with_step=True, **changes):
     (dict(v=_f32(6, 4, 16)), r"v.shape=\(6, 4, 16\) .* num_kv_heads=2 of lay"),
     (dict(k=_f32(6, 2, 8)), r"k.shape=\(6, 2, 8\) .* head_dim=16 of layer 0"),
     (SHARING | dict(q=_f32(6, 3, 16)), "q.shape=.* num_kv_heads=2 query"),
+    (dict(q=_f32(6, 0, 16)), r"q.shape=\(6, 0, 16\) must be"),
+    (dict(q=_f32(6, 4, 0)), r"q.shape=\(6, 4, 0\) must be"),
+    (dict(q=_f32(6)), r"q.shape=\(6,\) must be"),
     # Tokens.
     (dict(q=_f32(5, 4, 16)), r"q.shape=\(5, 4, 16\) .* axes \(6,\) of the tok"),
     (dict(k=_f32(7, 2, 16)), r"k.shape=\(7, 2, 16\)"),
@@ -110,6 +115,33 @@ def _attend(kind="flat", with_cache=True, with_step=True, **changes):
 def test_what_does_not_fit_the_layer_is_named(changes, message):
   with pytest.raises(ValueError, match=message):
     _attend(**changes)
+
+
+@pytest.mark.parametrize(
+  "changes", [dict(num_seqs=2), dict(max_len=64), dict(num_seqs=5)]
+)
+def test_a_step_of_another_cache_is_named(changes):
+  config = dataclasses.replace(CONFIG, **changes)
+  other = jax.eval_shape(lambda: PagedCache.init(LAYERS, config))
+  q_lens = jax.ShapeDtypeStruct((config.num_seqs,), jnp.int32)
+  begin = lambda cache, n: begin_step(cache, n, 6)[1]
+  step = jax.eval_shape(begin, other, q_lens)
+  run = lambda x, step: attend_layer(**x, cache=cache, step=step, layer=0)[0]
+  cache, _ = _abstract()
+  x = {name: GOOD[name] for name in ("q", "k", "v")}
+  # A step may have fewer rows than the cache.
+  if changes == dict(num_seqs=2):
+    assert jax.eval_shape(run, x, step).shape == (6, 4, 16)
+    return
+  with pytest.raises(ValueError, match="step is of another cache"):
+    jax.eval_shape(run, x, step)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_cache_in_place_of_the_step_is_named():
+  cache, step = _abstract()
+  with pytest.raises(ValueError, match="got Step and PagedCache"):
+    attend_layer(jnp.ones((6, 4, 16)), None, None, step, cache, 0)
 
 
 def test_what_fits_is_taken():

@@ -137,6 +137,14 @@ def test_wrong_parts_are_named(changes, message):
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
+def test_parts_that_are_no_pairs_are_named():
+  (out, lse), _ = _bad()
+  for parts in (((out, lse, lse),), ((out,),), (out, lse)):
+    with pytest.raises(ValueError, match=r"parts\[0\] must be a pair"):
+      paged_jax.merge_attention(*parts)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_something_must_be_merged_and_sinks_must_fit():
   with pytest.raises(ValueError, match="parts is empty"):
     paged_jax.merge_attention()

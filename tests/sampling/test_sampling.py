@@ -111,6 +111,13 @@ def test_stop_tokens_are_each_rows_own():
   assert is_stop(0, 0, 0) == [False, False, True]
 
 
+@pytest.mark.parametrize("temperature", [1e38, 1e39])
+def test_a_huge_temperature_draws_no_masked_token(temperature):
+  logits = jnp.asarray([-jnp.inf, -jnp.inf, 1.0, 0.0, 5.0])
+  tokens = _draw(SamplingParams(temperature=temperature), 60, logits)
+  assert set(np.unique(tokens).tolist()) == {2, 3, 4}
+
+
 def test_a_tiny_temperature_takes_the_most_likely_token():
   for shift in (0, 40, -200):
     tokens = _draw(SamplingParams(temperature=1e-37), 8, 30 * LOGITS + shift)
