@@ -1,4 +1,4 @@
-"""What the benchmark of shared prefixes times does what it says."""
+"""Tests of the benchmark of shared prefixes."""
 
 import dataclasses
 import json

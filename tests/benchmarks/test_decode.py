@@ -1,4 +1,4 @@
-"""What the benchmark of decode attention times does what it says."""
+"""Tests of the benchmark of decode attention."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What the benchmark of writing K and V times does what it says."""
+"""Tests of the benchmark of writing K and V."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What the benchmark of the page table times does what it says."""
+"""Tests of the benchmark of the page table."""
 
 import copy
 import dataclasses

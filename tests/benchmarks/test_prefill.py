@@ -1,4 +1,4 @@
-"""What the benchmark of prefill times does what it says."""
+"""Tests of the benchmark of prefill."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What the benchmark of many queries times does what it says."""
+"""Tests of the benchmark of many queries."""
 
 import dataclasses
 import json

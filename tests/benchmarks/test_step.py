@@ -1,4 +1,4 @@
-"""What the benchmark of decode steps times does what it says."""
+"""Tests of the benchmark of decode steps."""
 
 import json
 import sys
