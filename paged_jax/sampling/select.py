@@ -34,10 +34,21 @@ def sample(
   keys = jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))(
     draws.seed, index
   )
-  kept = _keep(logits, draws)
   noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-  drawn = jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
-  return jnp.where(draws.temperature > 0, drawn, greedy)
+  scaled = _scale(logits, draws)
+  if draws.filters is None:
+    least = jnp.log(draws.min_p)[:, None]
+    kept = jnp.where(scaled >= least, scaled, -jnp.inf)
+    drawn = jnp.argmax(kept + noise, axis=-1)
+  else:
+    # Filters keep the tokens before some rank; of equal logits, the token with
+    # the lowest id has the lowest rank.
+    order = jnp.argsort(scaled, axis=-1, descending=True, stable=True)
+    of_rank = lambda x: jnp.take_along_axis(x, order, axis=-1)
+    kept = _keep(of_rank(scaled), draws.min_p, draws.filters)
+    best = jnp.argmax(kept + of_rank(noise), axis=-1, keepdims=True)
+    drawn = jnp.take_along_axis(order, best, axis=-1)[:, 0]
+  return jnp.where(draws.temperature > 0, drawn.astype(jnp.int32), greedy)
 
 
 def is_stop(tokens: Int[Array, " num_seqs"], arrays: SamplingArrays) -> Array:
@@ -59,30 +70,28 @@ def logprobs(
   return jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - normal
 
 
-def _keep(logits: Array, draws: Draws) -> Array:
-  """Returns logits / temperature, -inf for tokens that are filtered out."""
+def _scale(logits: Array, draws: Draws) -> Array:
+  """Returns logits / temperature, less their maximum."""
   temperature = jnp.where(draws.temperature > 0, draws.temperature, 1.0)
   # The maximum becomes 0, which stays finite at any temperature.
   logits = logits - jnp.max(logits, axis=-1, keepdims=True)
-  logits = logits / temperature[:, None]
-  top = jnp.max(logits, axis=-1)
-  least = top + jnp.log(draws.min_p)
-  if draws.filters is not None:
-    least = jnp.maximum(least, _least_kept(logits, draws.filters))
-  # Rounding must not remove the most likely token.
-  least = jnp.minimum(least, top)
-  return jnp.where(logits >= least[:, None], logits, -jnp.inf)
+  return logits / temperature[:, None]
 
 
-def _least_kept(logits: Array, filters: Filters) -> Array:
-  """Returns the smallest logit of each row that top-k and then top-p keep."""
-  ordered = jnp.sort(logits, axis=-1, descending=True)
-  rank = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-  in_top_k = rank[None] < filters.top_k[:, None]
-  probability = jax.nn.softmax(ordered, axis=-1, where=in_top_k)
+def _keep(ordered: Array, min_p: Array, filters: Filters) -> Array:
+  """Returns descending logits, -inf from the first that the filters remove.
+
+  Args:
+    ordered: f32[num_seqs, vocab_size], descending from 0.
+    min_p: f32[num_seqs], least share of the top probability.
+    filters: Top-k, and top-p of what it keeps.
+  """
+  rank = jnp.arange(ordered.shape[-1], dtype=jnp.int32)[None]
+  keeps = rank < filters.top_k[:, None]
+  probability = jax.nn.softmax(ordered, axis=-1, where=keeps)
   before = jnp.cumsum(probability, axis=-1) - probability
   top_p = filters.top_p[:, None]
   # Rounding must not remove a tail that top_p=1 keeps.
-  in_top_p = (before < top_p) | (top_p >= 1) | (rank[None] == 0)
-  kept = in_top_k & in_top_p
-  return jnp.min(ordered, axis=-1, where=kept, initial=jnp.inf)
+  keeps &= (before < top_p) | (top_p >= 1)
+  keeps &= ordered >= jnp.log(min_p)[:, None]
+  return jnp.where(keeps | (rank == 0), ordered, -jnp.inf)

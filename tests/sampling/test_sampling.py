@@ -58,6 +58,20 @@ def test_top_p_keeps_the_fewest_that_reach_it():
     _assert_distribution(tokens, expected)
 
 
+def test_of_equal_logits_the_first_tokens_are_kept():
+  equal = np.zeros(8, np.float32)
+  for filters, kept in (
+    (dict(top_p=0.5), 4),
+    (dict(top_p=0.51), 5),
+    (dict(top_k=3), 3),
+    (dict(top_k=6, top_p=0.5), 3),
+    (dict(top_k=2, min_p=1.0), 2),
+    (dict(min_p=1.0), 8),
+  ):
+    tokens = _draw(SamplingParams(temperature=1.0, **filters), 400, equal)
+    assert set(tokens.tolist()) == set(range(kept))
+
+
 def test_top_p_counts_probability_within_top_k():
   # The first of the two tokens that top-k keeps has 0.73, more than top_p.
   tokens = _draw(SamplingParams(temperature=1.0, top_k=2, top_p=0.7))
