@@ -12,13 +12,19 @@ from typing import Any
 
 import numpy as np
 
+from paged_jax.checkpoints import gguf_file
+from paged_jax.checkpoints.gguf_file import Tensor
 from paged_jax.checkpoints.gguf_tokenizer import tokenizer_of
-from paged_jax.checkpoints.metadata import ModelFileError, optional, require
+from paged_jax.checkpoints.metadata import (
+  ModelFileError,
+  optional,
+  require,
+  strings,
+)
 from paged_jax.extras import import_demo
 from paged_jax.models.config import LlamaConfig
 from paged_jax.text.tokenizer import Tokenizer
 
-_MAGIC = b"GGUF"
 _ARCHITECTURE = "llama"
 # Keys of features that are not implemented and would change the output. A file
 # may have them with a value that turns the feature off.
@@ -53,7 +59,7 @@ class Checkpoint:
 class _Weights(Mapping[str, np.ndarray]):
   """The weights of a memory-mapped file, dequantised when they are accessed."""
 
-  def __init__(self, tensors: Mapping[str, tuple[Any, "_Tensor"]]):
+  def __init__(self, tensors: Mapping[str, tuple[Tensor, "_Tensor"]]):
     self._tensors = tensors
 
   def __getitem__(self, name: str) -> np.ndarray:
@@ -92,16 +98,14 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
   """
   path = Path(path)
   with _naming(path):
-    reader = _open(path)
-    metadata = {key: field.contents() for key, field in reader.fields.items()}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    file = gguf_file.read(path)
+    metadata, tensors = file.metadata, file.tensors
     _check_supported(metadata)
+    vocab_size = len(strings(metadata, "tokenizer.ggml.tokens"))
+    config = _config(metadata, vocab_size, tied="output.weight" not in tensors)
+    # The tokenizer comes after the shapes, which bound its vocabulary.
+    plan = _checked(tensors, _plan(config))
     tokenizer = tokenizer_of(metadata)
-    config = _config(
-      metadata, tokenizer.vocab_size, tied="output.weight" not in tensors
-    )
-    plan = _plan(config)
-    _check_tensors(tensors, plan)
     for name in plan:
       _dequantise(tensors[name], slice(1))  # one row, to check the type
     weights = _Weights(
@@ -121,28 +125,6 @@ def _naming(path: Path) -> Generator[None]:
     raise ModelFileError(f"{path}: {error}") from error
 
 
-def _open(path: Path) -> Any:
-  """Returns a `gguf.GGUFReader`, which maps the file into memory."""
-  gguf = import_demo("gguf")
-  if not path.exists():
-    raise FileNotFoundError(f"{path}: no such file.")
-  if not path.is_file():
-    raise ModelFileError("is not a regular file.")
-  with path.open("rb") as file:
-    if file.read(len(_MAGIC)) != _MAGIC:
-      raise ModelFileError("is not a GGUF file.")
-  try:
-    reader = gguf.GGUFReader(path)
-  # The reader raises these if the data runs past the end of the file.
-  except (IndexError, KeyError, ValueError) as error:
-    raise ModelFileError(
-      f"is a truncated or damaged GGUF file ({error})."
-    ) from error
-  if reader.byte_order == "S":
-    raise NotImplementedError("big-endian GGUF files are not supported.")
-  return reader
-
-
 def _check_supported(metadata: Mapping[str, Any]) -> None:
   architecture = require(metadata, "general.architecture", str)
   if architecture != _ARCHITECTURE:
@@ -150,7 +132,8 @@ def _check_supported(metadata: Mapping[str, Any]) -> None:
       f"{architecture=} is not supported: only {_ARCHITECTURE!r} is."
     )
   for key, value in metadata.items():
-    if key.startswith(_UNSUPPORTED_KEYS) and value not in _OFF:
+    is_off = isinstance(value, int | float | str) and value in _OFF
+    if key.startswith(_UNSUPPORTED_KEYS) and not is_off:
       raise NotImplementedError(f"metadata {key}={value!r} is not supported.")
 
 
@@ -194,19 +177,17 @@ def _config(
   )
 
 
-def _plan(config: LlamaConfig) -> dict[str, _Tensor]:
-  """Returns the weight that each tensor becomes, by the tensor's name."""
+def _plan(config: LlamaConfig) -> Iterator[tuple[str, _Tensor]]:
+  """Yields the name of each tensor, and the weight that it becomes."""
   hidden = config.hidden_size
   q_size = config.num_q_heads * config.head_dim
   kv_size = config.num_kv_heads * config.head_dim
   mlp = config.intermediate_size
   table = (config.vocab_size, hidden)
-  plan = {
-    "token_embd.weight": _Tensor("model.embed_tokens.weight", table),
-    "output_norm.weight": _Tensor("model.norm.weight", (hidden,)),
-  }
+  yield "token_embd.weight", _Tensor("model.embed_tokens.weight", table)
+  yield "output_norm.weight", _Tensor("model.norm.weight", (hidden,))
   if not config.tie_word_embeddings:
-    plan["output.weight"] = _Tensor("lm_head.weight", table)
+    yield "output.weight", _Tensor("lm_head.weight", table)
   layer = {
     "attn_norm": _Tensor("input_layernorm", (hidden,)),
     "attn_q": _Tensor("self_attn.q_proj", (q_size, hidden), config.num_q_heads),
@@ -222,40 +203,42 @@ def _plan(config: LlamaConfig) -> dict[str, _Tensor]:
   }
   for i in range(config.num_layers):
     for name, target in layer.items():
-      plan[f"blk.{i}.{name}.weight"] = dataclasses.replace(
-        target, name=f"model.layers.{i}.{target.name}.weight"
-      )
-  return plan
+      weight = f"model.layers.{i}.{target.name}.weight"
+      yield f"blk.{i}.{name}.weight", dataclasses.replace(target, name=weight)
 
 
-def _check_tensors(
-  tensors: Mapping[str, Any], plan: Mapping[str, _Tensor]
-) -> None:
-  for name, target in plan.items():
+def _checked(
+  tensors: Mapping[str, Tensor], plan: Iterator[tuple[str, _Tensor]]
+) -> dict[str, _Tensor]:
+  """Returns the plan; it ends at the first tensor that the file lacks."""
+  checked: dict[str, _Tensor] = {}
+  for name, target in plan:
     if name not in tensors:
       raise ModelFileError(f"tensor {name!r} is missing.")
-    # GGUF lists the fastest-varying axis first.
-    shape = tuple(reversed(tensors[name].shape.tolist()))
+    shape = tensors[name].shape
     if shape != target.shape:
       raise ModelFileError(
         f"tensor {name!r} has {shape=}, expected {target.shape}."
       )
-  unknown = tensors.keys() - plan.keys()
+    checked[name] = target
+  unknown = tensors.keys() - checked.keys()
   if unknown:
     raise NotImplementedError(f"tensor {min(unknown)!r} is not supported.")
+  return checked
 
 
-def _dequantise(tensor: Any, rows: slice) -> np.ndarray:
+def _dequantise(tensor: Tensor, rows: slice) -> np.ndarray:
   quants = import_demo("gguf.quants")
   try:
-    return quants.dequantize(tensor.data[rows], tensor.tensor_type)
+    return quants.dequantize(tensor.rows[rows], tensor.type)
   except NotImplementedError as error:
     raise NotImplementedError(f"tensor {tensor.name!r}: {error}") from error
 
 
-def _weight(tensor: Any, target: _Tensor) -> np.ndarray:
+def _weight(tensor: Tensor, target: _Tensor) -> np.ndarray:
   # A copy, because float32 tensors are views of the mapped file.
   weight = np.array(_dequantise(tensor, slice(None)), np.float32)
+  weight = weight.reshape(target.shape)
   if target.num_heads is None:
     return weight
   return _half_split(weight, target.num_heads)

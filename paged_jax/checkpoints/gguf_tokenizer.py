@@ -9,9 +9,10 @@ from typing import Any
 
 from paged_jax.checkpoints.metadata import (
   ModelFileError,
+  numbers,
   optional,
   require,
-  require_texts,
+  strings,
 )
 from paged_jax.text.tokenizer import Tokenizer, TokenKind
 
@@ -38,14 +39,14 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> Tokenizer:
       f"tokenizer.ggml.model={model!r} is not supported: only byte-level "
       "BPE ('gpt2') is."
     )
-  tokens = require_texts(metadata, "tokenizer.ggml.tokens")
-  types = optional(metadata, "tokenizer.ggml.token_type", None, list)
+  tokens = list(strings(metadata, "tokenizer.ggml.tokens"))
+  types = numbers(metadata, "tokenizer.ggml.token_type")
   if types is not None and len(types) != len(tokens):
     raise ModelFileError(
       f"metadata tokenizer.ggml.token_type has {len(types)} entries for "
       f"{len(tokens)} tokens."
     )
-  merges = require_texts(metadata, "tokenizer.ggml.merges")
+  merges = list(strings(metadata, "tokenizer.ggml.merges"))
   pre = require(metadata, "tokenizer.ggml.pre", str)
   bos_id, eos_id, eot_id = (
     optional(metadata, f"tokenizer.ggml.{name}_token_id", None, int)
