@@ -29,7 +29,6 @@ _ARCHITECTURE = "llama"
 # Keys of features that are not implemented and would change the output. A file
 # may have them with a value that turns the feature off.
 _UNSUPPORTED_KEYS = (
-  "llama.rope.scal",
   "llama.expert_",
   "llama.attention.sliding_window",
 )
@@ -134,7 +133,32 @@ def _check_supported(metadata: Mapping[str, Any]) -> None:
   for key, value in metadata.items():
     is_off = isinstance(value, int | float | str) and value in _OFF
     if key.startswith(_UNSUPPORTED_KEYS) and not is_off:
-      raise NotImplementedError(f"metadata {key}={value!r} is not supported.")
+      raise NotImplementedError(
+        f"metadata {key}={value!r:.80} is not supported."
+      )
+  num_parts = optional(metadata, "split.count", 1, int)
+  if num_parts > 1:
+    raise NotImplementedError(
+      f"metadata split.count={num_parts}: models in several files are not "
+      "supported; merge them with llama-gguf-split."
+    )
+  _check_rope(metadata)
+
+
+def _check_rope(metadata: Mapping[str, Any]) -> None:
+  """Raises a NotImplementedError if rotary positions are scaled."""
+  key = "llama.rope.scaling.type"
+  kind = optional(metadata, key, "linear", str)
+  if kind not in ("none", "linear"):
+    raise NotImplementedError(f"metadata {key}={kind!r:.80} is not supported.")
+  if kind == "none":
+    return
+  for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear"):
+    factor = metadata.get(key, 1)
+    if not isinstance(factor, int | float) or factor not in (0, 1):
+      raise NotImplementedError(
+        f"metadata {key}={factor!r:.80} is not supported."
+      )
 
 
 def _config(

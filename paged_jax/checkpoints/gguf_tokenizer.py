@@ -4,6 +4,7 @@ The file contains the vocabulary, the merges, and the name of the rule that
 splits text into words, but not the rule itself.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from paged_jax.checkpoints.metadata import (
 )
 from paged_jax.text.tokenizer import Tokenizer, TokenKind
 
+# Other names of a rule that splits text into words.
+_PRE_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 # Values of `tokenizer.ggml.token_type`; all others are plain text.
 _CONTROL = 3
 _USER_DEFINED = 4
@@ -47,12 +50,23 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> Tokenizer:
       f"{len(tokens)} tokens."
     )
   merges = list(strings(metadata, "tokenizer.ggml.merges"))
-  pre = require(metadata, "tokenizer.ggml.pre", str)
-  bos_id, eos_id, eot_id = (
+  pre = optional(metadata, "tokenizer.ggml.pre", None, str)
+  if pre is None:
+    pre = "default"
+    warnings.warn(
+      "the file has no tokenizer.ggml.pre; text is split by the rule "
+      "'default', which may not be that of the model.",
+      stacklevel=2,
+    )
+  pre = _PRE_ALIASES.get(pre, pre)
+  bos_id, eos_id, eot_id, eom_id = (
     optional(metadata, f"tokenizer.ggml.{name}_token_id", None, int)
-    for name in ("bos", "eos", "eot")
+    for name in ("bos", "eos", "eot", "eom")
   )
-  add_bos = optional(metadata, "tokenizer.ggml.add_bos_token", False, bool)
+  # Llama 3 prepends the start token unless the file says otherwise.
+  add_bos = optional(
+    metadata, "tokenizer.ggml.add_bos_token", pre == "llama-bpe", bool
+  )
   chat_template = optional(metadata, "tokenizer.chat_template", None, str)
   # Messages of `Tokenizer` begin with an argument, which is also the end of the
   # key in the file.
@@ -65,6 +79,7 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> Tokenizer:
       bos_token_id=bos_id,
       eos_token_id=eos_id,
       eot_token_id=eot_id,
+      eom_token_id=eom_id,
       add_bos_token=add_bos,
       chat_template=chat_template,
     )

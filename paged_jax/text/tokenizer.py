@@ -21,6 +21,11 @@ _LLAMA3_WORDS = (
 _GPT2_WORDS = (
   r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 )
+# Control tokens that end a turn or a message. Files of instruction models may
+# give only the end of a document as `eos_token_id`.
+_END_NAMES = frozenset(
+  ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>"]
+)
 # The rule that llama.cpp uses if a file names none.
 _DEFAULT_SPLITS = (
   r"[\p{P}\$\+<=>\^~\|]+",
@@ -42,8 +47,8 @@ class Tokenizer:
   """Converts text to token ids and back.
 
   Attributes:
-    stop_token_ids: Ids that end a reply: the end of the sequence and, if there
-      is one, the end of the turn.
+    stop_token_ids: Ids that end a reply: the end of the sequence, of a turn and
+      of a message, and control tokens that are known as such by their names.
   """
 
   def __init__(
@@ -56,6 +61,7 @@ class Tokenizer:
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
     eot_token_id: int | None = None,
+    eom_token_id: int | None = None,
     add_bos_token: bool = False,
     chat_template: str | None = None,
   ):
@@ -70,6 +76,7 @@ class Tokenizer:
       bos_token_id: Start of a sequence.
       eos_token_id: End of a sequence.
       eot_token_id: End of a turn.
+      eom_token_id: End of a message that calls a tool.
       add_bos_token: Whether `encode` prepends the start token.
       chat_template: Jinja source of the chat format.
 
@@ -92,6 +99,7 @@ class Tokenizer:
       bos_token_id=bos_token_id,
       eos_token_id=eos_token_id,
       eot_token_id=eot_token_id,
+      eom_token_id=eom_token_id,
     )
     for name, token_id in ids.items():
       if token_id is not None and not 0 <= token_id < self.vocab_size:
@@ -99,12 +107,12 @@ class Tokenizer:
           f"{name}={token_id} must be in [0, {self.vocab_size})."
         )
     self._bos_id, self._eos_id = bos_token_id, eos_token_id
+    ends = [eos_token_id, eot_token_id, eom_token_id]
+    for i, token in enumerate(self._tokens):
+      if token in _END_NAMES and self._kinds[i] is TokenKind.CONTROL:
+        ends.append(i)
     self.stop_token_ids = tuple(
-      dict.fromkeys(
-        token_id
-        for token_id in (eos_token_id, eot_token_id)
-        if token_id is not None
-      )
+      dict.fromkeys(token_id for token_id in ends if token_id is not None)
     )
     self._add_bos = add_bos_token
     self._chat_template = chat_template

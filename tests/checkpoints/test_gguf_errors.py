@@ -86,7 +86,6 @@ def test_big_endian_file_is_refused(path):
     "llama.attention.head_count",
     "llama.attention.layer_norm_rms_epsilon",
     "tokenizer.ggml.model",
-    "tokenizer.ggml.pre",
     "tokenizer.ggml.tokens",
     "tokenizer.ggml.merges",
   ],
@@ -159,6 +158,7 @@ def test_other_architecture_is_named(path, no_dequantise):
     ("llama.rope.scaling.type", "yarn"),
     ("llama.rope.scaling.factor", 4.0),
     ("llama.rope.scale_linear", 2.0),
+    ("split.count", 3),
     ("llama.rope.dimension_count", 8),
     ("llama.attention.value_length", 8),
     ("llama.attention.sliding_window", 4096),
@@ -174,7 +174,15 @@ def test_unsupported_feature_is_named(path, no_dequantise, key, value):
 
 @pytest.mark.parametrize(
   ("key", "value"),
-  [("llama.rope.scaling.type", "none"), ("llama.expert_count", 0)],
+  [
+    ("llama.rope.scaling.type", "none"),
+    ("llama.rope.scaling.type", "linear"),
+    ("llama.rope.scaling.factor", 1.0),
+    ("llama.rope.scaling.original_context_length", 4096),
+    ("llama.rope.scale_linear", 1.0),
+    ("llama.expert_count", 0),
+    ("split.count", 1),
+  ],
 )
 def test_feature_that_is_off_is_accepted(path, key, value):
   tiny_gguf.write(path, tiny_gguf.metadata({key: value}))

@@ -55,8 +55,8 @@ def test_start_token_is_put_in_front_where_the_file_asks_for_it(asks):
     (2, None, (2,)),
     (2, 0, (2, 0)),
     (2, 2, (2,)),
-    (None, 0, (0,)),
-    (None, None, ()),
+    (None, 0, (0, 2)),  # <|im_end|> is an end by its name
+    (None, None, (2,)),
   ],
 )
 def test_stop_tokens_are_those_of_the_file(eos, eot, stop):
@@ -67,6 +67,41 @@ def test_stop_tokens_are_those_of_the_file(eos, eot, stop):
     }
   )
   assert tokenizer.stop_token_ids == stop
+
+
+NAMES = ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_control_tokens_that_end_a_turn_are_known_by_name(name):
+  tokens = ["<|end_of_text|>", "<s>", name, *tiny_gguf.TOKENS[3:]]
+  changes = {
+    "tokenizer.ggml.tokens": tokens,
+    "tokenizer.ggml.eos_token_id": 0,
+    "tokenizer.ggml.eom_token_id": 1,
+  }
+  assert _tokenizer(changes).stop_token_ids == (0, 1, 2)
+  types = tiny_gguf.metadata()["tokenizer.ggml.token_type"]
+  plain = changes | {"tokenizer.ggml.token_type": [*types[:2], 1, *types[3:]]}
+  assert _tokenizer(plain).stop_token_ids == (0, 1)
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "llama3", "llama-v3"])
+@pytest.mark.parametrize(("add_bos", "ids"), [(None, [1]), (False, [])])
+def test_files_of_llama_3_begin_with_the_start_token(pre, add_bos, ids):
+  changes = {
+    "tokenizer.ggml.pre": pre,
+    "tokenizer.ggml.add_bos_token": add_bos,
+  }
+  assert _tokenizer(changes).encode("") == ids
+
+
+def test_a_file_that_names_no_rule_for_words_gets_the_default():
+  with pytest.warns(UserWarning, match=r"no tokenizer\.ggml\.pre"):
+    tokenizer = _tokenizer({"tokenizer.ggml.pre": None})
+  expected = _tokenizer({"tokenizer.ggml.pre": "default"})
+  for text in ("12345 hello, world", "a+b=c  d"):
+    assert tokenizer.encode(text) == expected.encode(text)
 
 
 def test_chat_template_is_that_of_the_file():
@@ -109,11 +144,6 @@ def test_chat_template_is_that_of_the_file():
       NotImplementedError,
       "tokenizer.ggml.pre='qwen2' is not supported: only gpt-2, smollm, "
       "llama-bpe, default are.",
-    ),
-    (
-      {"tokenizer.ggml.pre": None},
-      ModelFileError,
-      "metadata key 'tokenizer.ggml.pre' is missing.",
     ),
   ],
 )

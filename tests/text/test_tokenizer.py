@@ -148,8 +148,8 @@ def test_start_token_is_put_in_front_once():
     (2, None, (2,)),
     (2, 0, (2, 0)),
     (2, 2, (2,)),
-    (None, 0, (0,)),
-    (None, None, ()),
+    (None, 0, (0, 2)),  # <|im_end|> is an end by its name
+    (None, None, (2,)),
   ],
 )
 def test_stop_tokens_end_a_sequence_or_a_turn(eos, eot, stop):
