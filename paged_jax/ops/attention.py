@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Real
 from paged_jax import dispatch
 from paged_jax.dispatch import AttentionShapes
 from paged_jax.ops import checks, xla
+from paged_jax.ops.gradients import without_gradient
 from paged_jax.ops.options import check_arrays, make_spec
 from pallas_kernels.common.paged_kv import PagedKV
 from pallas_kernels.common.spec import (
@@ -101,7 +102,8 @@ def paged_attention(
       `page_size` of 8; if scales are missing for quantised pages or given for
       others; or if an option is out of its range.
     NotImplementedError: If `implementation` cannot serve these arguments here;
-      the message says why.
+      the message says why. If it is differentiated: a model trains without a
+      cache.
   """
   kv = PagedKV(
     k_pages, v_pages, k_scales, v_scales, None, kv_lens, page_indices
@@ -205,7 +207,8 @@ def ragged_paged_attention(
       the wrong shape or dtype, if `causal=False` is combined with
       `sliding_window` or `tree_mask`, or `tree_mask` with `alibi_slopes`.
     NotImplementedError: If `implementation` cannot serve these arguments here;
-      the message says why.
+      the message says why. If it is differentiated: a model trains without a
+      cache.
   """
   kv = PagedKV(
     k_pages, v_pages, k_scales, v_scales, None, kv_lens, page_indices
@@ -261,6 +264,7 @@ def attend_decode(
   choice = dispatch.decode_attention(
     implementation, AttentionShapes.of(q, kv.k)
   )
+  q, kv, arrays = without_gradient((q, kv, arrays), "paged_attention")
   return _attend_decode(
     q, kv, arrays, spec=spec, implementation=choice.implementation
   )
@@ -285,6 +289,7 @@ def attend_ragged(
     causal=spec.causal,
     has_alibi=arrays.alibi_slopes is not None,
   )
+  q, kv, arrays = without_gradient((q, kv, arrays), "ragged_paged_attention")
   return _attend_ragged(
     q,
     kv,

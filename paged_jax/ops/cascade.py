@@ -92,7 +92,8 @@ def cascade_attention(
     ValueError: See `paged_attention`; also if `num_shared_pages` or
       `cu_group_lens` has the wrong shape, dtype or range.
     NotImplementedError: If `implementation` cannot serve these arguments here;
-      the message says why.
+      the message says why. If it is differentiated: a model trains without a
+      cache.
   """
   kv = PagedKV(
     k_pages, v_pages, k_scales, v_scales, None, kv_lens, page_indices

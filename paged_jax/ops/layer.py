@@ -78,7 +78,7 @@ def attend_layer(
       given to a layer that shares, a shape or dtype does not fit the step and
       the layer, or an option is out of its range.
     NotImplementedError: If `cache.implementation` cannot serve these arguments
-      here; the message says why.
+      here; the message says why. If it is differentiated with a cache.
   """
   checks.check_are_arrays(q=q)
   if q.ndim < 3 or 0 in q.shape[-2:]:

@@ -17,6 +17,8 @@ from paged_jax import (
   attend_layer,
   begin_padded,
   begin_step,
+  paged_attention,
+  ragged_paged_attention,
 )
 
 NUM_SEQS, NUM_Q = 4, 4
@@ -257,6 +259,26 @@ def test_without_a_cache_whole_sequences_match_oracle(options):
   # A sequence without a batch is the same.
   out, _ = attend(q[0], k[0], v[0])
   _assert_close(out, _expected_whole(q[:1], k[:1], v[:1], **options)[0])
+
+
+def test_ops_on_pages_refuse_gradients_by_name():
+  q = jnp.ones((2, 4, 16))
+  pages = jnp.ones((3, 2, 8, 16))
+  lens, entries = jnp.array([5, 9]), jnp.array([[0, 3], [1, 2]])
+  offsets = jnp.array([0, 1, 2])
+  ops = {
+    "paged_attention": lambda q, k, v: paged_attention(q, k, v, lens, entries),
+    "ragged_paged_attention": lambda q, k, v: ragged_paged_attention(
+      q, k, v, lens, entries, offsets, 2
+    ),
+  }
+  for name, op in ops.items():
+    for argument in range(3):
+      grad = jax.grad(lambda *x, op=op: op(*x).sum(), argument)
+      for run in (grad, jax.jit(grad)):
+        with pytest.raises(NotImplementedError, match=f"^{name} has no gradie"):
+          run(q, pages, pages)
+    assert jnp.isfinite(op(q, pages, pages)).all()
 
 
 def test_without_a_cache_there_are_gradients():
