@@ -17,7 +17,7 @@ With --json, stdout has one line for each prompt, in order, with a JSON object:
   prompt_token_ids  token ids of the prompt
   token_ids         new token ids, including a stop token
   text              text of the new tokens, without special tokens
-  finish_reason     "stop", "length", or "out_of_pages"
+  finish_reason     "stop", "length", "out_of_pages" or "error"
   logprobs          with --logprobs: natural log of each new token's
                     probability under the model, before temperature and filters
   timing            seconds of the whole batch, the same on every line:

@@ -1,6 +1,7 @@
 """Prints the output of `paged-jax generate`."""
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -32,8 +33,10 @@ def print_json(steps: Steps, tokenizer: Tokenizer) -> None:
       "finish_reason": completion.finish_reason,
     }
     if completion.logprobs is not None:
-      fields["logprobs"] = completion.logprobs
-    print(json.dumps(fields | {"timing": seconds}))
+      fields["logprobs"] = [  # JSON has no infinity and no NaN
+        each if math.isfinite(each) else None for each in completion.logprobs
+      ]
+    print(json.dumps(fields | {"timing": seconds}, allow_nan=False))
 
 
 def print_stream(steps: Steps, tokenizer: Tokenizer) -> None:

@@ -39,8 +39,8 @@ class Completion:
     prompt_token_ids: The prompt.
     token_ids: New tokens, a stop token included: all of them from `generate`,
       those since the previous item from `stream`.
-    finish_reason: `"stop"`, `"length"`, `"out_of_pages"`, or None while the
-      sequence is running.
+    finish_reason: `"stop"`, `"length"`, `"out_of_pages"`, `"error"` if the
+      logits had a NaN, or None while the sequence is running.
     logprobs: Natural logarithm of the probability of each of `token_ids` under
       the model, before temperature and filters; None unless requested.
   """

@@ -28,7 +28,7 @@ def step(model: DecoderModel, rows: Rows, plan: Plan) -> tuple[Rows, Result]:
 
   A step only reserves pages and never releases any: rows that end keep their
   pages, and entries of ended rows change nothing. A refused row stays as it
-  was.
+  was. A row whose logits have a NaN samples nothing, and ends with `ERROR`.
 
   Args:
     model: The model.
@@ -77,8 +77,12 @@ def step(model: DecoderModel, rows: Rows, plan: Plan) -> tuple[Rows, Result]:
   logprobs = None
   if rows.with_logprobs:
     logprobs = sampling.logprobs(logits, new_tokens)
-  sampled = now.ok if plan.samples is None else now.ok & plan.samples
+  has_token = now.ok if plan.samples is None else now.ok & plan.samples
+  has_nan = sampling.has_nan(logits)
+  sampled = has_token & ~has_nan
   rows = rows_lib.record(rows, plan, sampled, new_tokens, logprobs)
+  failed = rows_lib.of_rows(rows, plan, has_token & has_nan)
+  rows = rows_lib.end(rows, failed, Status.ERROR)
   return rows, Result(
     tokens=new_tokens[:, None],
     num_new=sampled.astype(jnp.int32),

@@ -24,7 +24,7 @@ class Status(enum.IntEnum):
   LENGTH = 2  # the row has its number of new tokens
   OUT_OF_PAGES = 3  # there were no pages for its tokens
   ABORTED = 4  # the caller gave it up
-  ERROR = 5  # its logits were unusable
+  ERROR = 5  # its logits had a NaN
 
   @property
   def finish_reason(self) -> str | None:
@@ -173,11 +173,11 @@ def record(
     tokens: i32[num_entries], one token for each entry.
     logprobs: f32[num_entries], of the tokens; None if not computed.
   """
+  has_new = of_rows(rows, plan, sampled)
   if plan.slots is None:
-    has_new, last = sampled, jnp.where(sampled, tokens, rows.last_tokens)
+    last = jnp.where(sampled, tokens, rows.last_tokens)
   else:
     where = jnp.where(sampled, plan.slots, rows.num_seqs)
-    has_new = jnp.zeros(rows.num_seqs, bool).at[where].set(True, mode="drop")
     last = rows.last_tokens.at[where].set(tokens, mode="drop")
   num_new = rows.num_new + has_new.astype(jnp.int32)
   status = rows.status
@@ -192,6 +192,16 @@ def record(
     tokens=_kept(rows, plan, rows.tokens, sampled, tokens),
     logprobs=_kept(rows, plan, rows.logprobs, sampled, logprobs),
   )
+
+
+def of_rows(
+  rows: Rows, plan: Plan, flags: Bool[Array, " num_entries"]
+) -> Bool[Array, " num_seqs"]:
+  """Returns the rows of the entries of a plan that have a flag."""
+  if plan.slots is None:
+    return flags
+  where = jnp.where(flags, plan.slots, rows.num_seqs)
+  return jnp.zeros(rows.num_seqs, bool).at[where].set(True, mode="drop")
 
 
 def _kept(

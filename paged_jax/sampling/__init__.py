@@ -12,7 +12,7 @@ from paged_jax.sampling.params import (
   SamplingParams,
   stack,
 )
-from paged_jax.sampling.select import is_stop, logprobs, sample
+from paged_jax.sampling.select import has_nan, is_stop, logprobs, sample
 
 __all__ = [
   "NO_TOKEN",
@@ -20,6 +20,7 @@ __all__ = [
   "Filters",
   "SamplingArrays",
   "SamplingParams",
+  "has_nan",
   "is_stop",
   "logprobs",
   "sample",

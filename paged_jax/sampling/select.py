@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from paged_jax.sampling.params import Draws, Filters, SamplingArrays
 
@@ -51,6 +51,18 @@ def sample(
   return jnp.where(draws.temperature > 0, drawn.astype(jnp.int32), greedy)
 
 
+def has_nan(
+  logits: Float[Array, "num_seqs vocab_size"],
+) -> Bool[Array, " num_seqs"]:
+  """Returns whether each row has a NaN, which then is its argmax.
+
+  Args:
+    logits: f32[num_seqs, vocab_size].
+  """
+  top = jnp.argmax(logits, axis=-1, keepdims=True)
+  return jnp.isnan(jnp.take_along_axis(logits, top, axis=-1)[:, 0])
+
+
 def is_stop(tokens: Int[Array, " num_seqs"], arrays: SamplingArrays) -> Array:
   """Returns bool[num_seqs], whether each row's token is a stop token."""
   return jnp.any(tokens[:, None] == arrays.stop_ids, axis=-1)
@@ -73,8 +85,10 @@ def logprobs(
 def _scale(logits: Array, draws: Draws) -> Array:
   """Returns logits / temperature, less their maximum."""
   temperature = jnp.where(draws.temperature > 0, draws.temperature, 1.0)
-  # The maximum becomes 0, which stays finite at any temperature.
-  logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+  # The maximum becomes 0, which stays finite at any temperature, also if it is
+  # infinite.
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  logits = jnp.where(logits == top, 0.0, logits - top)
   return logits / temperature[:, None]
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import oracle
 import pytest
 import tiny_llama
+from flax import nnx
 
 from paged_jax.generation import (
   CacheConfig,
@@ -254,6 +255,46 @@ def test_wrong_prompts_are_named(prompts, message):
 def test_wrong_cache_sizes_are_named(changes, message):
   with pytest.raises(ValueError, match=message):
     CacheConfig(**changes)
+
+
+class _Breaks(nnx.Module):
+  """A model whose logits have a NaN wherever one token is the most likely."""
+
+  def __init__(self, model, token):
+    self.model, self.token = model, token
+
+  layers = property(lambda self: self.model.layers)
+  vocab_size = property(lambda self: self.model.vocab_size)
+  max_len = property(lambda self: self.model.max_len)
+
+  def __call__(self, tokens, cache, step):
+    return self.model(tokens, cache, step)
+
+  def logits(self, hidden):
+    logits = self.model.logits(hidden)
+    breaks = jnp.argmax(logits, -1, keepdims=True) == self.token
+    column = jnp.arange(logits.shape[-1])
+    return jnp.where(breaks & (column == 40)[None], jnp.nan, logits)
+
+
+@pytest.mark.slow(quick=1)
+@pytest.mark.parametrize("temperature", [0.0, 1e-9])
+def test_a_nan_ends_its_row_and_no_other(temperature):
+  lens = 9, 17
+  expected = [tiny_llama.greedy(n, 8)[0] for n in lens]
+  token = next(t for t in expected[0][1:] if t not in expected[1])
+  kept = expected[0].index(token)
+  completions = generate(
+    _Breaks(tiny_llama.model(), token),
+    tiny_llama.prompts_of(lens),
+    SamplingParams(max_new_tokens=8, temperature=temperature),
+    cache=CacheConfig(page_size=8),
+    with_logprobs=True,
+  )
+  assert [c.finish_reason for c in completions] == ["error", "length"]
+  assert completions[0].token_ids == tuple(expected[0][:kept])
+  assert completions[1].token_ids == tuple(expected[1])
+  assert np.isfinite(completions[0].logprobs).all()
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

@@ -125,6 +125,29 @@ def test_stop_tokens_are_each_rows_own():
   assert is_stop(0, 0, 0) == [False, False, True]
 
 
+@pytest.mark.parametrize(
+  "params",
+  [
+    SamplingParams(),
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1),
+  ],
+)
+def test_an_infinite_logit_wins(params):
+  assert (_draw(params, 20, [3.0, np.inf, 5.0]) == 1).all()
+  # Of several, each may be drawn.
+  tokens = _draw(params, 60, [np.inf, 7.0, np.inf])
+  assert set(tokens.tolist()) == ({0, 2} if params.temperature else {0})
+
+
+def test_rows_with_a_nan_are_found():
+  logits = jnp.asarray(
+    [[1, 2, 3], [1, np.nan, 3], [np.inf, 0, np.nan], [np.inf, -np.inf, 0]]
+  )
+  has_nan = jax.jit(sampling.has_nan)(logits)
+  assert has_nan.tolist() == [False, True, True, False]
+
+
 @pytest.mark.parametrize("temperature", [1e38, 1e39])
 def test_a_huge_temperature_draws_no_masked_token(temperature):
   logits = jnp.asarray([-jnp.inf, -jnp.inf, 1.0, 0.0, 5.0])
