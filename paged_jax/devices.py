@@ -90,9 +90,8 @@ def _memory_groups(root: Path) -> list[Path]:
     top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
     # In a container, its own group may be the top.
     below = top / path.strip("/")
-    groups += [
-      each for each in (below, *below.parents) if top in (each, *each.parents)
-    ]
+    chain = below, *below.parents
+    groups += [each for each in chain if each.is_relative_to(top)]
   return groups
 
 

@@ -17,7 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from paged_jax.checkpoints.metadata import ModelFileError, Strings, decoded
+from paged_jax.checkpoints.metadata import (
+  ModelFileError,
+  Strings,
+  damaged,
+  decoded,
+)
 from paged_jax.extras import import_demo
 
 _MAGIC = b"GGUF"
@@ -86,13 +91,17 @@ class _Cursor:
       ModelFileError: If so many bytes are not left.
     """
     start = self.at
-    if size > len(self.file) - start:
-      raise ModelFileError(
-        f"is a truncated or damaged GGUF file: {size} bytes at {start} exceed "
-        f"its {len(self.file)} bytes."
-      )
+    self.check_left(size)
     self.at = start + size
     return start
+
+  def check_left(self, size: int) -> None:
+    """Raises a ModelFileError if so many bytes are not left."""
+    start = self.at
+    if size > len(self.file) - start:
+      raise damaged(
+        f"{size} bytes at {start} exceed its {len(self.file)} bytes."
+      )
 
   def number(self, code: str) -> Any:
     """Returns a number of a type of `struct`."""
@@ -127,8 +136,7 @@ class _Cursor:
         f"has {self._num_strings} strings in arrays; {_MAX_STRINGS} is the "
         "limit."
       )
-    if 8 * count > len(self.file) - self.at:
-      self.skip(8 * count)  # raises
+    self.check_left(8 * count)
     starts, unpack = array.array("Q"), struct.Struct("<Q").unpack_from
     at, end = self.at, len(self.file) - 8
     for _ in range(count):
@@ -185,10 +193,7 @@ def read(path: Path) -> GGUFFile:
     ("keys", num_keys, _MAX_KEYS),
   ):
     if count > most:
-      raise ModelFileError(
-        f"is a truncated or damaged GGUF file: it has {count} {name}, and "
-        f"{most} is the limit."
-      )
+      raise damaged(f"it has {count} {name}, and {most} is the limit.")
   metadata = _unique("key", _metadata(cursor, num_keys))
   infos = [_info(cursor) for _ in range(num_tensors)]
   alignment = _alignment(metadata)
@@ -207,10 +212,7 @@ def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
   """Returns the name, shape, type and offset of a tensor."""
   name, num_dims = cursor.string(), cursor.number("I")
   if num_dims > _MAX_DIMS:
-    raise ModelFileError(
-      f"is a truncated or damaged GGUF file: tensor {name!r:.80} has "
-      f"{num_dims} axes."
-    )
+    raise damaged(f"tensor {name!r:.80} has {num_dims} axes.")
   # The file has the fastest-varying axis first.
   dims = [cursor.number("Q") for _ in range(num_dims)]
   return name, tuple(reversed(dims)), cursor.number("I"), cursor.number("Q")
@@ -228,17 +230,16 @@ def _tensor(
   try:
     quantisation = gguf.GGMLQuantizationType(kind)
   except ValueError as error:
-    raise ModelFileError(
-      f"is a truncated or damaged GGUF file: tensor {name!r:.80} has the "
-      f"unknown type {kind}."
+    raise damaged(
+      f"tensor {name!r:.80} has the unknown type {kind}."
     ) from error
   block_size, block_bytes = gguf.GGML_QUANT_SIZES[quantisation]
   width = shape[-1] if shape else 1
   row_bytes = width // block_size * block_bytes
   end = start + offset + math.prod(shape[:-1]) * row_bytes
   if width % block_size or end > len(data):
-    raise ModelFileError(
-      f"is a truncated or damaged GGUF file: tensor {name!r:.80} of {shape=} "
+    raise damaged(
+      f"tensor {name!r:.80} of {shape=} "
       f"and type {quantisation.name} ends at {end}, the file at {len(data)}."
     )
   return Tensor(name, shape, quantisation, data, start + offset, row_bytes)
@@ -257,17 +258,12 @@ def _unique(what: str, pairs: Iterator[tuple[str, Any]]) -> dict[str, Any]:
   found: dict[str, Any] = {}
   for name, value in pairs:
     if name in found:
-      raise ModelFileError(
-        f"is a truncated or damaged GGUF file: {what} {name!r:.80} is there "
-        "twice."
-      )
+      raise damaged(f"{what} {name!r:.80} is there twice.")
     found[name] = value
   return found
 
 
 def _code(kind: int) -> str:
   if kind not in _NUMBERS:
-    raise ModelFileError(
-      f"is a truncated or damaged GGUF file: value of unknown type {kind}."
-    )
+    raise damaged(f"value of unknown type {kind}.")
   return _NUMBERS[kind]

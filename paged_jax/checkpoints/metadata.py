@@ -11,6 +11,11 @@ class ModelFileError(ValueError):
   """Raised if a model file is damaged, incomplete, or of another kind."""
 
 
+def damaged(reason: str) -> ModelFileError:
+  """Returns the error of a file that ends too early or contradicts itself."""
+  return ModelFileError(f"is a truncated or damaged GGUF file: {reason}")
+
+
 class Strings(Sequence[str]):
   """An array of strings, which are decoded when they are accessed."""
 
@@ -42,9 +47,7 @@ def decoded(data: bytes | memoryview) -> str:
   try:
     return bytes(data).decode("utf-8")
   except UnicodeDecodeError as error:
-    raise ModelFileError(
-      f"is a truncated or damaged GGUF file: {bytes(data[:40])!r} is not UTF-8."
-    ) from error
+    raise damaged(f"{bytes(data[:40])!r} is not UTF-8.") from error
 
 
 def require[T](metadata: Mapping[str, Any], key: str, kind: type[T]) -> T:

@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     SystemExit: After `--help` and `--version`.
   """
   if sys.stdout is None:  # it was closed before the start
+    print("paged-jax: error: stdout is closed.", file=sys.stderr)
     return _BAD_INPUT
   try:
     try:

@@ -53,12 +53,11 @@ class CacheConfig:
       raise ValueError(f"page_size={self.page_size} must be a multiple of 8.")
     if self.dtype is not None:
       dtypes.check(self.dtype)
-    counts = self.num_pages
-    counts = counts if isinstance(counts, tuple) else (counts,)
-    if not counts:
+    if self.num_pages == ():
       raise ValueError("num_pages=() must have a number for each layer group.")
-    for count in counts:
-      if count is not None or len(counts) > 1:
+    if self.num_pages is not None:
+      counts = self.num_pages
+      for count in counts if isinstance(counts, tuple) else (counts,):
         check_count("num_pages", count, 1)
     check_count("prefill_chunk", self.prefill_chunk, 1)
     for name in ("max_len", "num_seqs"):

@@ -96,6 +96,17 @@ def test_full_disk_behind_stdout_is_one_line(capsys, monkeypatch):
   assert err == "paged-jax: error: stdout: no space left.\n"
 
 
+def test_closed_streams_are_one_line(model, capsys, monkeypatch):
+  argv = ["generate", "--model", model, "--prompts-file", "-"]
+  monkeypatch.setattr(sys, "stdin", None)
+  assert main(argv) == 2
+  message = "argument --prompts-file: -: stdin is closed."
+  assert capsys.readouterr().err == f"paged-jax: error: {message}\n"
+  monkeypatch.setattr(sys, "stdout", None)
+  assert main(["info"]) == 2
+  assert capsys.readouterr().err == "paged-jax: error: stdout is closed.\n"
+
+
 def test_process_exits_with_two_and_no_traceback():
   done = subprocess.run(
     [sys.executable, "-m", "paged_jax", "generate", "--model", "x", *PROMPT],
